@@ -1,0 +1,67 @@
+"""Model families: what pairline can prepare for and train.
+
+A new one is a module beside this file that offers the functions of `families.protocol.Family`, and an entry in
+`FAMILIES`. This file loads no tensor library: scanning and pairing need only what an entry says.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from schemas.family import FamilySpec
+from schemas.loading import check_folders, load_project
+from schemas.project import Project
+
+_FLUX_ATTENTION = r"attn\.(to_[qkv]|to_out\.0)"
+_FLUX_CONTEXT = r"attn\.(add_[qkv]_proj|to_add_out)"
+_FLUX_BLOCKS = r"(single_)?transformer_blocks\.\d+\."
+
+FAMILIES: Mapping[str, FamilySpec] = {
+    "flux": FamilySpec(
+        module="families.flux",
+        flavours={
+            "dev": "black-forest-labs/FLUX.1-dev",
+            "schnell": "black-forest-labs/FLUX.1-schnell",
+            "kontext": "black-forest-labs/FLUX.1-Kontext-dev",
+        },
+        image_encoder=("vae",),
+        text_encoders=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        denoiser=("transformer",),
+        # T5 is not masked, so that its rows depend on the length they are padded to.
+        text_settings={"dev": {"t5_tokens": 512}, "schnell": {"t5_tokens": 256}, "kontext": {"t5_tokens": 512}},
+        default_flavour="kontext",
+        alignment=64,
+        smallest_alignment=16,
+        lora_targets={
+            "mmdit": rf"{_FLUX_BLOCKS}{_FLUX_ATTENTION}",
+            "context": rf"{_FLUX_BLOCKS}{_FLUX_CONTEXT}",
+            "context+ffs": rf"{_FLUX_BLOCKS}({_FLUX_CONTEXT}|ff_context\.net\.(0\.proj|2))",
+            "all": rf"{_FLUX_BLOCKS}({_FLUX_ATTENTION}|{_FLUX_CONTEXT})",
+            "all+ffs": rf"{_FLUX_BLOCKS}({_FLUX_ATTENTION}|{_FLUX_CONTEXT}|ff(_context)?\.net\.(0\.proj|2)"
+            r"|proj_mlp|proj_out)|proj_out",
+        },
+        default_lora_target="all",
+    ),
+}
+
+Source: TypeAlias = Project | str | Path
+
+
+def open_project(
+    source: Source,
+    *,
+    root: str | Path | None = None,
+    workspace: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    need_images: bool = False,
+) -> Project:
+    """Read and check a project folder, or its config.json; a project that is open already is returned as it is.
+
+    Relative paths resolve against `root`, by default the folder of config.json; `workspace` is by default `work/` in
+    it. `overrides` are `key=value` texts for config.json. Raises ConfigError with every fault of both files.
+    """
+    if isinstance(source, Project):
+        if need_images:
+            check_folders(source)
+        return source
+    return load_project(source, FAMILIES, root=root, workspace=workspace, overrides=overrides, need_images=need_images)

@@ -1,0 +1,239 @@
+"""FLUX.1: dev, schnell and Kontext. A VAE of 16 channels at 1/8, CLIP-L and T5, a transformer over 2×2 patches.
+
+Latent scaling, packing, positions and the call of the transformer live here and nowhere else. Maths and ids
+are those of diffusers' FluxPipeline and FluxKontextPipeline, where people run the result.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from families.protocol import TextEmbeds
+from families.tiny import clip_tokenizer, seeded, t5_tokenizer
+
+_PATCH = 2  # latent pixels of a token's side
+
+
+def load_image_encoder(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
+    """Load the VAE."""
+    vae = AutoencoderKL.from_pretrained(checkpoint, subfolder="vae", dtype=dtype)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_images(encoder: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Encode the mode of the posterior, as FluxKontextPipeline encodes its reference, and normalise."""
+    values = 2.0 * (pixels.permute(0, 3, 1, 2).to(torch.float32) / 255.0) - 1.0
+    latents = encoder.encode(values.to(encoder.device, encoder.dtype)).latent_dist.mode()
+    normalised: Tensor = (latents - encoder.config.shift_factor) * encoder.config.scaling_factor
+    return normalised
+
+
+@torch.no_grad()
+def decode_latents(encoder: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Undo the normalisation and decode."""
+    raw = latents.to(encoder.device, encoder.dtype) / encoder.config.scaling_factor + encoder.config.shift_factor
+    values: Tensor = encoder.decode(raw).sample.to(torch.float32)
+    return ((values / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def load_text_encoders(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> FluxKontextPipeline:
+    """Load CLIP-L and T5 with their tokenizers, as a pipeline that has nothing else."""
+    nothing = {"transformer": None, "vae": None, "image_encoder": None, "feature_extractor": None}
+    pipeline = FluxKontextPipeline.from_pretrained(checkpoint, dtype=dtype, **nothing)
+    pipeline.text_encoder.eval()
+    pipeline.text_encoder_2.eval()
+    return pipeline.to(device)
+
+
+@torch.no_grad()
+def encode_prompts(encoders: FluxKontextPipeline, prompts: Sequence[str], settings: Mapping[str, Any]) -> TextEmbeds:
+    """Encode prompts with the pipeline's own `encode_prompt`."""
+    length = settings["t5_tokens"]
+    embed, pooled, _ = encoders.encode_prompt(prompt=list(prompts), prompt_2=None, max_sequence_length=length)
+    tokens = encoders.tokenizer_2(list(prompts), truncation=True, max_length=length)["input_ids"]
+    return TextEmbeds(embed, pooled, tuple(len(ids) for ids in tokens))
+
+
+def load_denoiser(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Load the transformer."""
+    transformer = FluxTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer", dtype=dtype)
+    loaded: nn.Module = transformer.to(device)
+    return loaded
+
+
+def takes_guidance(denoiser: nn.Module) -> bool:
+    """Tell dev and Kontext, which embed a guidance scale, from schnell."""
+    return bool(denoiser.config.guidance_embeds)  # type: ignore[union-attr]
+
+
+def num_tokens(latent_shape: Sequence[int]) -> int:
+    """Count 2×2 patches."""
+    return (latent_shape[-2] // _PATCH) * (latent_shape[-1] // _PATCH)
+
+
+def velocity(
+    denoiser: nn.Module,
+    noisy: Tensor,
+    references: Sequence[Tensor],
+    text: TextEmbeds,
+    sigma: Tensor,
+    guidance: Tensor | None,
+) -> Tensor:
+    """Run the transformer on target and reference tokens together and keep the target's rows."""
+    images = [noisy, *references]
+    tokens = torch.cat([pack(image) for image in images], dim=1)  # batch × all tokens × 64
+    ids = torch.cat([target_ids(noisy), *reference_ids(references)])
+    predicted = denoiser(
+        hidden_states=tokens,
+        timestep=sigma.to(tokens.dtype),
+        guidance=guidance,
+        pooled_projections=text.pooled,
+        encoder_hidden_states=text.embed,
+        txt_ids=torch.zeros(text.embed.shape[1], 3, device=tokens.device, dtype=tokens.dtype),
+        img_ids=ids.to(tokens.dtype),
+        return_dict=False,
+    )[0]
+    return unpack(predicted[:, : num_tokens(noisy.shape)], noisy.shape[-2], noisy.shape[-1])
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Turn latents, B × C × H × W, into tokens of 2×2 patches, B × H/2·W/2 × 4C, channels outermost."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // _PATCH, _PATCH, width // _PATCH, _PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * _PATCH * _PATCH)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Turn tokens back into latents of `height` × `width`."""
+    batch, _, size = tokens.shape
+    channels = size // (_PATCH * _PATCH)
+    patches = tokens.view(batch, height // _PATCH, width // _PATCH, channels, _PATCH, _PATCH)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+
+def target_ids(latents: Tensor) -> Tensor:
+    """Return the positions (0, row, column) of a target's tokens, tokens × 3."""
+    return _ids(latents, 0, 0, 0)
+
+
+def reference_ids(references: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the positions (1, row, column) of each reference's tokens.
+
+    The first starts at the origin, as in FluxKontextPipeline. Each further one is laid right of or below the canvas of
+    those before it, whichever keeps the canvas closer to a square (ComfyUI's placement; the pipeline takes one only).
+    """
+    canvas_width = canvas_height = 0  # of the references so far, in latent pixels
+    for latents in references:
+        height, width = latents.shape[-2:]
+        left = top = 0
+        if height + canvas_height > width + canvas_width:
+            left = canvas_width
+        else:
+            top = canvas_height
+        yield _ids(latents, 1, top // _PATCH, left // _PATCH)
+        canvas_width, canvas_height = max(canvas_width, width + left), max(canvas_height, height + top)
+
+
+def _ids(latents: Tensor, kind: int, top: int, left: int) -> Tensor:
+    height, width = latents.shape[-2] // _PATCH, latents.shape[-1] // _PATCH
+    ids = torch.zeros(height, width, 3, device=latents.device)
+    ids[..., 0] = kind
+    ids[..., 1] += torch.arange(top, top + height, device=latents.device)[:, None]
+    ids[..., 2] += torch.arange(left, left + width, device=latents.device)[None, :]
+    return ids.reshape(-1, 3)
+
+
+def save_lora(folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write `pytorch_lora_weights.safetensors`; the metadata keeps alpha, without which strength is lost."""
+    FluxKontextPipeline.save_lora_weights(
+        folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
+    )
+
+
+def build_tiny(folder: Path, flavour: str) -> None:
+    """Write a small random checkpoint; VAE and text encoders are those of every flavour."""
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
+    pipeline = FluxKontextPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
+        ),
+        vae=_tiny_vae(),
+        text_encoder=_tiny_clip(clip),
+        tokenizer=clip,
+        text_encoder_2=_tiny_t5(t5),
+        tokenizer_2=t5,
+        transformer=_tiny_transformer(flavour),
+    )
+    pipeline.save_pretrained(folder)
+
+
+def _tiny_vae() -> AutoencoderKL:
+    with seeded("flux vae"):
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=4,
+            sample_size=64,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            shift_factor=0.1159,
+            scaling_factor=0.3611,
+        ).eval()
+
+
+def _tiny_clip(tokenizer: Any) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        projection_dim=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with seeded("flux clip"):
+        return CLIPTextModel(config).eval()
+
+
+def _tiny_t5(tokenizer: Any) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=64,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    with seeded("flux t5"):
+        return T5EncoderModel(config).eval()
+
+
+def _tiny_transformer(flavour: str) -> FluxTransformer2DModel:
+    with seeded(f"flux transformer {flavour}"):
+        return FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            pooled_projection_dim=32,
+            guidance_embeds=flavour != "schnell",
+            axes_dims_rope=(4, 12, 16),
+        ).eval()

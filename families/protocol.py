@@ -1,0 +1,69 @@
+"""What a model family must offer: the functions of a module, checked by mypy against `Family`.
+
+prep calls the encoders, train the denoiser; neither asks which family it has.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class TextEmbeds:
+    """Prompts as the denoiser reads them."""
+
+    embed: Tensor  # batch × tokens × width
+    pooled: Tensor | None  # batch × width
+    num_tokens: tuple[int, ...]  # real tokens of each prompt, before padding
+
+
+class Family(Protocol):
+    """A module of this package. `checkpoint` is a folder in the Hub layout throughout."""
+
+    def build_tiny(self, folder: Path, flavour: str) -> None:
+        """Write a small random checkpoint, the same on every machine."""
+
+    def load_image_encoder(self, checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Any:
+        """Load the encoder that `encode_images` and `decode_latents` take."""
+
+    def encode_images(self, encoder: Any, pixels: Tensor) -> Tensor:
+        """Encode uint8 pixels, batch × height × width × 3, as normalised latents, batch × C × H × W."""
+
+    def decode_latents(self, encoder: Any, latents: Tensor) -> Tensor:
+        """Decode normalised latents to uint8 pixels, batch × height × width × 3."""
+
+    def load_text_encoders(self, checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Any:
+        """Load the encoders that `encode_prompts` takes."""
+
+    def encode_prompts(self, encoders: Any, prompts: Sequence[str], settings: Mapping[str, Any]) -> TextEmbeds:
+        """Encode prompts exactly as the family's pipeline does; `settings` are the flavour's of its FamilySpec."""
+
+    def load_denoiser(self, checkpoint: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """Load the network that training adapts."""
+
+    def takes_guidance(self, denoiser: nn.Module) -> bool:
+        """Tell whether the network is told a guidance scale."""
+
+    def num_tokens(self, latent_shape: Sequence[int]) -> int:
+        """Count the tokens of one latent, C × H × W."""
+
+    def velocity(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        references: Sequence[Tensor],
+        text: TextEmbeds,
+        sigma: Tensor,
+        guidance: Tensor | None,
+    ) -> Tensor:
+        """Predict the velocity of noisy latents, batch × C × H × W, at times `sigma`, one per sample, 1 pure noise.
+
+        References are batches of latents in their order; their sizes may differ from the target's.
+        """
+
+    def save_lora(self, folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write LoRA weights as the family's pipeline loads them, with the adapter's metadata."""

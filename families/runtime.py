@@ -1,0 +1,36 @@
+"""Where and in which numbers a model runs, and how its module is found."""
+
+import importlib
+import logging
+from typing import cast
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from families.protocol import Family
+from schemas.project import Project
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def family_of(project: Project) -> Family:
+    """Import the module of a project's family."""
+    return cast(Family, importlib.import_module(project.family.module))
+
+
+def default_device() -> torch.device:
+    """Return the accelerator where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype of an option's value."""
+    return _DTYPES[name]
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars and hints out of a command's output."""
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity(logging.ERROR)
+        library.disable_progress_bar()

@@ -1,0 +1,106 @@
+"""The `prep` command: a thin wrapper over one function per stage.
+
+Stages are imported inside their commands, so that `prep --help` answers at once.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from schemas.console import report, reporting
+
+app = typer.Typer(
+    name="prep",
+    help="Prepare images for training edit models: scan, then pairs, then cache.",
+    epilog="Stages meet only in files below WORKSPACE. Run one again at any time: it does what is missing, no more.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ProjectPath = Annotated[
+    Path, typer.Argument(metavar="PROJECT", help="Folder that holds config.json, or the path of such a file.")
+]
+Workspace = Annotated[Path | None, typer.Option(help="Folder for all products.  [default: PROJECT/work]")]
+Root = Annotated[
+    Path | None, typer.Option(help="Folder that relative paths start from.  [default: the folder of config.json]")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace an option of config.json; repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON summary on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after N items of each dataset or store.")]
+Workers = Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes.  [default: one per core]")]
+
+
+@app.command(epilog="Example:  prep scan my-project --json")
+def scan(
+    project: ProjectPath,
+    workspace: Workspace = None,
+    root: Root = None,
+    settings: Settings = None,
+    json: Json = False,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    workers: Workers = None,
+) -> None:
+    """Measure, caption and bucket every image: WORKSPACE/manifests/*.parquet."""
+    with reporting():
+        from families import open_project
+        from prep.scan import scan as run
+
+        opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
+        report(run(opened, limit=limit, workers=workers, dry_run=dry_run), json)
+
+
+@app.command(epilog="Example:  prep pairs my-project --preview 12")
+def pairs(
+    project: ProjectPath,
+    workspace: Workspace = None,
+    root: Root = None,
+    settings: Settings = None,
+    json: Json = False,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    workers: Workers = None,
+    preview: Annotated[int, typer.Option(min=0, metavar="N", help="Draw N pairs on a contact sheet.")] = 0,
+) -> None:
+    """Match targets and references, or make references by degradation: WORKSPACE/pairs/*.parquet."""
+    with reporting():
+        from families import open_project
+        from prep.pairs import pairs as run
+
+        opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
+        report(run(opened, limit=limit, workers=workers, dry_run=dry_run, preview=preview), json)
+
+
+@app.command(epilog="Example:  prep cache my-project --dry-run")
+def cache(
+    project: ProjectPath,
+    workspace: Workspace = None,
+    root: Root = None,
+    settings: Settings = None,
+    json: Json = False,
+    dry_run: DryRun = False,
+    limit: Limit = None,
+    workers: Workers = None,
+) -> None:
+    """Encode images and prompts into shards: WORKSPACE/cache/latents and WORKSPACE/cache/text."""
+    with reporting():
+        from families import open_project
+        from prep.cache import cache as run
+
+        opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
+        report(run(opened, limit=limit, workers=workers, dry_run=dry_run), json)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="prep")
+
+
+if __name__ == "__main__":
+    main()

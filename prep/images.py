@@ -1,0 +1,118 @@
+"""Image files: their headers, and their pixels as every later stage sees them.
+
+The colour policy lives here and in `schemas.keys.COLOUR_POLICY`: orientation applied, alpha over white, 8-bit RGB.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from schemas.rows import Geometry
+
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+    | {".jxl", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".tga"}
+)
+
+Pixels = npt.NDArray[np.uint8]  # height × width × 3, RGB
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNED = (5, 6, 7, 8)  # orientations that swap width and height
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of itself before any pixel is decoded; sizes are those of the upright picture."""
+
+    width: int
+    height: int
+    orientation: int
+    format: str
+    mode: str
+
+
+def read_header(path: Path) -> Header | str:
+    """Read a file's header, or return the reason why it cannot be used."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            orientation = _orientation(image)
+            width, height = image.size
+            turned = orientation in _TURNED
+            return Header(
+                width=height if turned else width,
+                height=width if turned else height,
+                orientation=orientation,
+                format=image.format or "",
+                mode=image.mode,
+            )
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as fault:
+        return f"unreadable: {_reason(fault)}"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as fault:
+        return f"too large: {fault}"
+
+
+def decode(data: bytes) -> Image.Image | str:
+    """Decode a whole file to an upright 8-bit RGB picture, or return the reason why it cannot be."""
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            orientation = _orientation(image)
+            image.load()
+            picture = _as_rgb(image)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as fault:
+        return f"unreadable: {_reason(fault)}"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as fault:
+        return f"too large: {fault}"
+    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+
+
+def frame(picture: Image.Image, geometry: Geometry) -> Pixels:
+    """Resize a picture (Lanczos, antialiased) and crop the target box."""
+    size = (geometry.intermediary_width, geometry.intermediary_height)
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    left, top = geometry.crop_left, geometry.crop_top
+    box = (left, top, left + geometry.target_width, top + geometry.target_height)
+    return np.asarray(picture.crop(box))
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, without letting Pillow decode a PNG in search of it."""
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info):
+        return 1
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 and 32 bits of whole numbers: the top 8 of 16 count
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image))
+        scale = 255.0 if values.max(initial=0) <= 1 else 1.0
+        return Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _reason(fault: Exception) -> str:
+    text = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+    return "no known image format" if isinstance(fault, UnidentifiedImageError) else text

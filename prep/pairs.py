@@ -1,0 +1,197 @@
+"""`prep pairs`: one row for every training sample, its target, its references and the prompts it may be shown.
+
+`pairs` is the public function. References are files matched by relative path, or the target degraded by a recipe.
+"""
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from families import Source, open_project
+from prep.pixels import Refusal, reference_picture, store
+from prep.pool import Crash, each
+from prep.sheet import contact_sheet
+from schemas.console import log, progress
+from schemas.datasets import DatasetConfig, Generator
+from schemas.freshness import pairs_provenance, read_manifest
+from schemas.keys import digest, seed_of
+from schemas.project import Project
+from schemas.recipes import recipe_text
+from schemas.rows import ImageRow, PairRow, Reference
+from schemas.summaries import DatasetPairs, PairsSummary
+from schemas.tables import read_provenance, read_table, write_table
+
+# Aspect ratios of a strict reference and its target may differ by this share: what rounding to whole pixels explains.
+ASPECT_TOLERANCE = 0.02
+
+_SAMPLE_ID_DIGITS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _References:
+    """A set of reference files, ready to be asked by path."""
+
+    dataset: DatasetConfig
+    rows: Mapping[str, ImageRow]
+
+    @property
+    def strict(self) -> bool:
+        return self.dataset.conditioning_type == "reference_strict"
+
+
+def pairs(
+    project: Source,
+    *,
+    limit: int | None = None,
+    workers: int | None = None,
+    dry_run: bool = False,
+    preview: int = 0,
+) -> PairsSummary:
+    """Write a pair table for every set of targets of a project.
+
+    `limit` pairs the first N targets of each set; `preview` draws that many pairs on a contact sheet as the model
+    sees them. Raises UserError, also if a manifest is missing or stale.
+    """
+    start = time.monotonic()
+    project = open_project(project, need_images=True)
+    processes = workers or os.cpu_count() or 1
+    done, previews = [], []
+    for target in project.targets:
+        summary, rows = _pair_dataset(project, target, limit, processes, dry_run)
+        done.append(summary)
+        if preview and not dry_run and (sheet := contact_sheet(project, target.id, rows, preview)):
+            previews.append(str(sheet))
+    return PairsSummary(tuple(done), tuple(previews), project.warnings, time.monotonic() - start, dry_run)
+
+
+def _pair_dataset(
+    project: Project, target: DatasetConfig, limit: int | None, workers: int, dry_run: bool
+) -> tuple[DatasetPairs, list[PairRow]]:
+    table = project.pair_table(target.id)
+    images = read_manifest(project, target)[:limit]
+    references = [
+        _References(dataset, {row.path: row for row in read_manifest(project, dataset)})
+        for dataset in project.references_of(target)
+    ]
+    rows = [_pair(project, target, image, references) for image in images if image.reject is None]
+    rows, generated, reused = _generate(project, target, rows, workers, dry_run)
+    provenance = pairs_provenance(project, target)
+    written = provenance != read_provenance(table, PairRow) or rows != read_table(table, PairRow)
+    if written and not dry_run:
+        write_table(table, rows, PairRow, provenance)
+    kept = [row for row in rows if row.reject is None]
+    if not kept:
+        log.warning("%s: no pair is left to train on", target.id)
+    asked = {row.target_path for row in rows}
+    summary = DatasetPairs(
+        dataset_id=target.id,
+        targets=len(rows),
+        pairs=len(kept),
+        rejected=_reasons(rows),
+        unused_references=sum(len(set(one.rows) - asked) for one in references) if limit is None else 0,
+        generated=generated,
+        reused=reused,
+        table=str(table),
+        written=written,
+    )
+    return summary, rows
+
+
+def _pair(project: Project, target: DatasetConfig, image: ImageRow, references: list[_References]) -> PairRow:
+    found = [_match(image, one) for one in references]
+    missing = [reason for reason in found if isinstance(reason, str)]
+    matched = [reference for reference in found if isinstance(reference, Reference)]
+    matched += [_degraded(project, target, image, entry) for entry in target.conditioning]
+    prompts = image.captions
+    if len(matched) == 1 and matched[0].prompts:
+        prompts, matched = matched[0].prompts, [replace(matched[0], prompts=[])]
+    assert image.image_id is not None, "a kept row has been hashed"
+    return PairRow(
+        sample_id=digest("sample", target.id, image.path)[:_SAMPLE_ID_DIGITS],
+        dataset_id=target.id,
+        target_image_id=image.image_id,
+        target_path=image.path,
+        geometry=image.geometry,
+        references=[] if missing else matched,
+        prompts=prompts,
+        bucket=image.geometry.bucket,
+        repeats=target.repeats,
+        reject=missing[0] if missing else None,
+    )
+
+
+def _match(image: ImageRow, references: _References) -> Reference | str:
+    """Find a target's file in a set of references, or return the reason why the pair cannot be."""
+    name, row = references.dataset.id, references.rows.get(image.path)
+    if row is None:
+        return f"no reference: {name} has no {image.path}"
+    if row.width is None or row.height is None or row.image_id is None or (row.reject and not references.strict):
+        return f"reference rejected: {name}/{row.path}: {row.reject}"
+    if references.strict:
+        assert image.width is not None and image.height is not None, "a kept row has been measured"
+        difference = abs(math.log((row.width / row.height) / (image.width / image.height)))
+        if difference > ASPECT_TOLERANCE:
+            return (
+                f"aspect differs: {name}/{row.path} is {row.width}x{row.height}, its target "
+                f"{image.width}x{image.height}; reference_strict needs the same aspect"
+            )
+    geometry = image.geometry if references.strict else row.geometry
+    return Reference(name, row.image_id, row.path, None, None, geometry.bucket, geometry, row.captions)
+
+
+def _degraded(project: Project, target: DatasetConfig, image: ImageRow, entry: Generator) -> Reference:
+    """Describe the reference that a generator makes of a target; its seed depends on image and recipe alone."""
+    assert image.image_id is not None, "a kept row has been hashed"
+    recipe = recipe_text(entry.recipe)
+    return Reference(
+        dataset_id=f"{target.id}_conditioning_{entry.recipe.type}",
+        image_id=image.image_id,
+        path=image.path,
+        recipe=recipe,
+        seed=seed_of(project.trainer.prep_seed, "degrade", image.image_id, recipe),
+        bucket=image.geometry.bucket,
+        geometry=image.geometry,
+        prompts=list(entry.captions),
+    )
+
+
+def _generate(
+    project: Project, target: DatasetConfig, rows: list[PairRow], workers: int, dry_run: bool
+) -> tuple[list[PairRow], int, int]:
+    """Make the reference pictures that are to be stored as files; return the rows and how many were made and reused.
+
+    A picture that cannot be made rejects its pair.
+    """
+    stored = {
+        name for name, entry in zip(target.generated_ids, target.conditioning, strict=True) if entry.storage == "files"
+    }
+    wanted = {
+        (number, reference_picture(project, row, reference))
+        for number, row in enumerate(rows)
+        for reference in row.references
+        if reference.dataset_id in stored
+    }
+    missing = sorted(
+        {picture for _, picture in wanted if picture.stored is not None and not picture.stored.exists()},
+        key=lambda picture: str(picture.stored),
+    )
+    total = len({picture.stored for _, picture in wanted})
+    if dry_run:
+        return rows, len(missing), total - len(missing)
+    refused: dict[Path | None, str] = {}
+    with progress(f"degrade {target.id}", total, "image", done=total - len(missing)) as bar:
+        for picture, fault in each(store, missing, workers):
+            if isinstance(fault, Crash | Refusal):
+                refused[picture.stored] = f"reference not made: {picture.file.name}: {fault.reason}"
+            bar.update()
+    rejected = {number: refused[picture.stored] for number, picture in wanted if picture.stored in refused}
+    rows = [replace(row, reject=rejected.get(number, row.reject)) for number, row in enumerate(rows)]
+    return rows, len(missing) - len(refused), total - len(missing)
+
+
+def _reasons(rows: Iterable[PairRow]) -> dict[str, int]:
+    return dict(Counter(row.reject.partition(":")[0] for row in rows if row.reject is not None))

@@ -1,0 +1,99 @@
+"""From a row to the pixels that a model sees: read, check, decode, frame, degrade.
+
+`pixels_of` runs on the pool; it gives the same bytes whether a degraded picture was stored before or is made now.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from prep.degrade import degrade
+from prep.images import Pixels, decode, frame
+from schemas.keys import content_id, latent_key, pixels_key
+from schemas.project import Project
+from schemas.recipes import parse_recipe
+from schemas.rows import Geometry, PairRow, Reference
+from schemas.storage import write_aside
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """All that one training picture is made of."""
+
+    file: Path  # the image
+    image_id: str  # that its bytes must have
+    geometry: Geometry
+    recipe: str | None = None
+    seed: int | None = None
+    stored: Path | None = None  # where prep pairs keeps it, if degraded
+
+    def key(self, encoder: str) -> str:
+        """Key its latent under an encoder."""
+        return latent_key(encoder, self.image_id, self.geometry.as_key(), self.recipe, self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why there are no pixels; a lasting one is true of these bytes for ever."""
+
+    reason: str
+    lasting: bool
+
+
+def target_picture(project: Project, row: PairRow) -> Picture:
+    """Describe the target of a pair."""
+    return Picture(
+        project.folder_of(project.dataset(row.dataset_id)) / row.target_path, row.target_image_id, row.geometry
+    )
+
+
+def reference_picture(project: Project, row: PairRow, reference: Reference) -> Picture:
+    """Describe one reference of a pair."""
+    if reference.recipe is None or reference.seed is None:
+        folder = project.folder_of(project.dataset(reference.dataset_id))
+        return Picture(folder / reference.path, reference.image_id, reference.geometry)
+    key = pixels_key(reference.image_id, reference.geometry.as_key(), reference.recipe, reference.seed)
+    return Picture(
+        file=project.folder_of(project.dataset(row.dataset_id)) / reference.path,
+        image_id=reference.image_id,
+        geometry=reference.geometry,
+        recipe=reference.recipe,
+        seed=reference.seed,
+        stored=project.pixel_store / key[:2] / f"{key}.png",
+    )
+
+
+def pixels_of(picture: Picture) -> Pixels | Refusal:
+    """Make a picture's pixels, or say why not."""
+    if picture.stored is not None and picture.stored.exists():
+        stored = cv2.imread(str(picture.stored), cv2.IMREAD_COLOR)
+        if stored is not None:
+            return np.ascontiguousarray(stored[:, :, ::-1], np.uint8)
+    try:
+        data = picture.file.read_bytes()
+    except OSError as fault:
+        return Refusal(f"cannot be read: {fault.strerror or fault}", lasting=False)
+    if content_id(data) != picture.image_id:
+        return Refusal("changed since prep scan", lasting=False)
+    decoded = decode(data)
+    if isinstance(decoded, str):
+        return Refusal(decoded, lasting=True)
+    pixels = frame(decoded, picture.geometry)
+    if picture.recipe is None or picture.seed is None:
+        return pixels
+    return degrade(pixels, parse_recipe(picture.recipe), picture.seed)
+
+
+def store(picture: Picture) -> Refusal | None:
+    """Write a degraded picture to its place, lossless; None when it is there."""
+    assert picture.stored is not None, "only degraded pictures are stored"
+    pixels = pixels_of(picture)
+    if isinstance(pixels, Refusal):
+        return pixels
+    done, data = cv2.imencode(".png", pixels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    assert done, "an 8-bit colour picture always encodes"
+    with write_aside(picture.stored) as aside:
+        aside.write_bytes(data.tobytes())
+    return None

@@ -1,0 +1,120 @@
+"""A pool of processes in which one task is one item and a crashed worker costs one item.
+
+`each` is the way in. Workers are spawned, so tasks are functions of a module and nothing leaks in from the parent.
+"""
+
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import cv2
+import multiprocess
+from multiprocess.connection import wait
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+_AHEAD = 4  # items in flight or waiting to be yielded, per worker: what bounds memory
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """What stands in for the result of an item whose worker died."""
+
+    reason: str
+
+
+def each(
+    task: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int
+) -> Iterator[tuple[ItemT, ResultT | Crash]]:
+    """Yield (item, result) in the order of `items`, worked on ahead by `workers` processes; by one worker, in here.
+
+    A task reports faults in its result. An exception is a bug: it is raised here with the worker's traceback.
+    """
+    if workers <= 1 or len(items) <= 1:
+        for item in items:
+            yield item, task(item)
+        return
+    pool: _Pool[ItemT, ResultT] = _Pool(task, items, min(workers, len(items)))
+    try:
+        yield from pool.results()
+    finally:
+        pool.close()
+
+
+class _Pool(Generic[ItemT, ResultT]):
+    """Workers by their pipe, and the items each is busy with."""
+
+    def __init__(self, task: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int) -> None:
+        self._context = multiprocess.get_context("spawn")
+        self._task, self._items, self._workers = task, items, workers
+        self._next = 0  # position of the item to hand out next
+        self._idle: list[Any] = []  # pipes
+        self._busy: dict[Any, int] = {}  # pipe -> position of its item
+        self._processes: dict[Any, Any] = {}
+
+    def results(self) -> Iterator[tuple[ItemT, ResultT | Crash]]:
+        done: dict[int, ResultT | Crash] = {}
+        for position, item in enumerate(self._items):
+            while position not in done:
+                self._hand_out(position + _AHEAD * self._workers)
+                for pipe in wait(list(self._busy)):
+                    finished = self._busy.pop(pipe)
+                    done[finished] = self._fetch(pipe, self._items[finished])
+            yield item, done.pop(position)
+
+    def _hand_out(self, end: int) -> None:
+        """Give items before position `end` to idle workers, starting workers up to their number."""
+        while self._next < min(end, len(self._items)) and len(self._busy) < self._workers:
+            pipe = self._idle.pop() if self._idle else self._start()
+            self._busy[pipe] = self._next
+            with suppress(BrokenPipeError):  # it died before its first item: told when its result is fetched
+                pipe.send(self._items[self._next])
+            self._next += 1
+
+    def _start(self) -> Any:
+        here, there = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(there, self._task), daemon=True)
+        process.start()
+        there.close()
+        self._processes[here] = process
+        return here
+
+    def _fetch(self, pipe: Any, item: ItemT) -> ResultT | Crash:
+        try:
+            result, failure = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            process = self._processes.pop(pipe)
+            process.join()
+            pipe.close()
+            return Crash(f"its worker process died with exit status {process.exitcode}")
+        if failure is not None:
+            raise RuntimeError(f"a worker process failed on {item!r}:\n{failure}")
+        self._idle.append(pipe)
+        answer: ResultT = result
+        return answer
+
+    def close(self) -> None:
+        for pipe, process in self._processes.items():
+            pipe.close()
+            if pipe in self._busy:
+                process.terminate()
+            process.join()
+
+
+def _serve(pipe: Any, task: Callable[[Any], Any]) -> None:
+    """Run in the worker: one item in, one result out, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    cv2.setNumThreads(1)
+    while True:
+        try:
+            item = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        try:
+            pipe.send((task(item), None))
+        except Exception:  # noqa: BLE001 - carried to the parent, raised there
+            pipe.send((None, traceback.format_exc()))

@@ -1,0 +1,143 @@
+"""From a JSON file to checked options: comments, trailing commas and SimpleTuner's `--` prefixes welcome.
+
+Every function returns what it could read and appends what is wrong to a list of faults, so that all are told at once.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import json5
+from pydantic import ValidationError
+
+from schemas.errors import Fault, UserError
+from schemas.options import Options, facts, facts_of
+from schemas.recipes import RECIPE_ALIASES, RECIPES
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+_SHOWN = 60  # characters of a faulty value
+
+
+@dataclass(slots=True)
+class Findings:
+    """What was found while reading: faults stop the command, warnings are told and work goes on."""
+
+    faults: list[Fault] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON with comments and trailing commas; raises UserError with the line of a syntax error."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        return json5.loads(text, allow_duplicate_keys=False)
+    except OSError as fault:
+        raise UserError(f"{path}: {fault.strerror or fault}") from fault
+    except UnicodeDecodeError as fault:
+        raise UserError(f"{path}: not UTF-8 text ({fault.reason} at byte {fault.start})") from fault
+    except ValueError as fault:
+        place = re.sub(r"^<string>:", "line ", str(fault))
+        raise UserError(f"{path}: not valid JSON: {place}") from fault
+
+
+def normalise(
+    raw: Mapping[str, Any], model: type[Options], unneeded: Mapping[str, str], where: tuple[str, str], found: Findings
+) -> dict[str, Any]:
+    """Strip `--`, resolve second spellings, and turn keys that are not needed into warnings.
+
+    `where` is (file, prefix of the key path).
+    """
+    file, prefix = where
+    aliases = {extra["alias"]: name for name, extra in facts_of(model) if extra["alias"]}
+    values: dict[str, Any] = {}
+    for spelled, value in raw.items():
+        key = spelled.lstrip("-").replace("-", "_")
+        key = aliases.get(key, key)
+        if key in values:
+            found.faults.append(Fault(file, prefix + spelled, f"given twice, as '{key}' already", hint="keep one"))
+        elif key in model.model_fields:
+            values[key] = value
+            if note := facts(model.model_fields[key])["no_effect"]:
+                found.warnings.append(f"{file}: {prefix}{key} has no effect: {note}")
+        elif key in unneeded:
+            found.warnings.append(f"{file}: {prefix}{key}: {unneeded[key]}")
+        else:
+            known = [*model.model_fields, *aliases, *unneeded]
+            found.faults.append(Fault(file, prefix + spelled, "unknown key", shown(value), _nearest(key, known)))
+    return values
+
+
+def validate(
+    values: Mapping[str, Any], model: type[OptionsT], where: tuple[str, str], found: Findings
+) -> OptionsT | None:
+    """Check values against a model; None if there are faults."""
+    file, prefix = where
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        found.faults += [_fault(file, prefix, dict(detail)) for detail in error.errors(include_url=False)]
+        return None
+
+
+def split_generator(entry: Any, where: tuple[str, str], found: Findings) -> Any:
+    """Part one `conditioning` entry into its recipe and the rest; parameters may also stand in `params`."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
+        file, key = where
+        kinds = ", ".join(RECIPES)
+        found.faults.append(Fault(file, key, "must be an object with a 'type'", shown(entry), f"known types: {kinds}"))
+        return None
+    flat = {**entry.get("params", {}), **{key: value for key, value in entry.items() if key != "params"}}
+    kind = RECIPE_ALIASES.get(flat["type"], flat["type"])
+    own = {"captions", "conditioning_type", "storage", "instance_data_dir", "cache_dir_vae"}
+    recipe = {key: value for key, value in flat.items() if key not in own}
+    return {**{key: flat[key] for key in own if key in flat}, "recipe": {**recipe, "type": kind}}
+
+
+def shown(value: object) -> str:
+    """Spell a value for a message, shortened."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
+def _nearest(key: str, known: Iterable[str]) -> str | None:
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else None
+
+
+def _fault(file: str, prefix: str, detail: dict[str, Any]) -> Fault:
+    """Put one pydantic error into our words."""
+    place, kind, value = tuple(detail["loc"]), detail["type"], shown(detail["input"])
+    key = prefix + _key_path(place)
+    context = detail.get("ctx", {})
+    if kind == "missing":
+        return Fault(file, key, "missing, but required")
+    if kind == "extra_forbidden":
+        known = RECIPES[str(place[-2])].model_fields if len(place) > 1 and place[-2] in RECIPES else ()
+        return Fault(file, key, "unknown key", value, _nearest(str(place[-1]), known))
+    if kind in ("literal_error", "union_tag_invalid"):
+        allowed = str(context.get("expected") or context.get("expected_tags"))
+        tag = context.get("tag")
+        key, value = (f"{key}.type", shown(tag)) if tag else (key, value)
+        choices = re.findall(r"'([^']*)'", allowed)
+        return Fault(file, key, f"must be one of {allowed}", value, _nearest(str(tag or detail["input"]), choices))
+    if kind == "value_error":
+        value_shown = value if place else None
+        return Fault(file, key.rstrip("."), str(context["error"]), value_shown)
+    message = str(detail["msg"])
+    return Fault(file, key, message[0].lower() + message[1:], value)
+
+
+def _key_path(place: tuple[str | int, ...]) -> str:
+    """Spell pydantic's location as the user wrote it: the parts that we put in between are left out."""
+    path = ""
+    for part in place:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part != "recipe" and part not in RECIPES:
+            path += f".{part}" if path else part
+    return path

@@ -1,0 +1,25 @@
+"""What can be said of a model family without loading it.
+
+The table of families, `families.FAMILIES`, is made of these; prep scan and prep pairs need nothing else of a family.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class FamilySpec:
+    """Facts of a family that need no tensor."""
+
+    module: str  # importable name of the module that loads and runs it
+    flavours: Mapping[str, str]  # flavour -> hub id of its checkpoint
+    image_encoder: tuple[str, ...]  # sub-folders of a checkpoint that decide what a latent is
+    text_encoders: tuple[str, ...]  # sub-folders of a checkpoint that decide what a text embed is
+    denoiser: tuple[str, ...]  # sub-folders of a checkpoint that training needs
+    text_settings: Mapping[str, Mapping[str, Any]]  # flavour -> what else decides a text embed: lengths, layers
+    default_flavour: str
+    alignment: int  # pixels that target sides are multiples of, unless aspect_bucket_alignment says otherwise
+    smallest_alignment: int  # pixels that sides must be multiples of for the model to run at all
+    lora_targets: Mapping[str, str]  # preset -> regular expression over full module names
+    default_lora_target: str

@@ -1,0 +1,61 @@
+"""Whether a table still fits the project it is read for; if not, which command makes it anew.
+
+Stages read each other's tables through here and nowhere else.
+"""
+
+from schemas.datasets import DatasetConfig
+from schemas.errors import UserError
+from schemas.keys import digest
+from schemas.project import Project
+from schemas.rows import ImageRow, PairRow
+from schemas.tables import Provenance, read_provenance, read_table
+
+
+def manifest_provenance(project: Project, dataset: DatasetConfig) -> Provenance:
+    """Return what made a dataset's manifest; raises UserError if it is missing or made with other settings."""
+    path = project.manifest(dataset.id)
+    provenance = read_provenance(path, ImageRow)
+    if provenance is None:
+        raise UserError(f"{dataset.id}: not scanned yet ({path} is missing); run: prep scan {_folder(project)}")
+    if provenance.config != project.scan_settings(dataset):
+        raise UserError(f"{dataset.id}: its settings changed since it was scanned; run: prep scan {_folder(project)}")
+    return provenance
+
+
+def read_manifest(project: Project, dataset: DatasetConfig) -> list[ImageRow]:
+    """Read a dataset's manifest; raises UserError if it is missing, stale or damaged."""
+    manifest_provenance(project, dataset)
+    return read_table(project.manifest(dataset.id), ImageRow)
+
+
+def pairs_provenance(project: Project, target: DatasetConfig) -> Provenance:
+    """Say what a pair table made now would be made from."""
+    manifests = [manifest_provenance(project, dataset) for dataset in (target, *project.references_of(target))]
+    return Provenance(config=project.pairs_settings(target), inputs=digest([one.inputs for one in manifests]))
+
+
+def read_pairs(project: Project, target: DatasetConfig) -> list[PairRow]:
+    """Read the kept and rejected pairs of a target set; raises UserError if the table is missing, stale or damaged.
+
+    Manifests are compared only where they lie in the workspace: a machine that trains does not need them.
+    """
+    path = project.pair_table(target.id)
+    provenance = read_provenance(path, PairRow)
+    command = f"run: prep pairs {_folder(project)}"
+    if provenance is None:
+        raise UserError(f"{target.id}: not paired yet ({path} is missing); {command}")
+    if provenance.config != project.pairs_settings(target):
+        raise UserError(
+            f"{target.id}: the settings of its images or pairs changed since it was paired; "
+            f"run: prep scan {_folder(project)}, then prep pairs and prep cache"
+        )
+    together = (target, *project.references_of(target))
+    here = all(project.manifest(dataset.id).exists() for dataset in together)
+    if here and pairs_provenance(project, target).inputs != provenance.inputs:
+        raise UserError(f"{target.id}: scanned anew since it was paired; {command}")
+    return read_table(path, PairRow)
+
+
+def _folder(project: Project) -> str:
+    folder = project.config_path.parent
+    return str(folder if project.config_path.name == "config.json" else project.config_path)

@@ -1,0 +1,93 @@
+"""Every identity and every seed: one hash function, xxh3-128, over bytes or canonical JSON.
+
+A new key is a function here that names its ingredients; change what goes in and `CACHE_VERSION` changes with it.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import xxhash
+
+# Part of every latent and text key: raise it when the same inputs would give other numbers.
+CACHE_VERSION = 1
+
+# How a file becomes pixels before geometry; part of every latent key.
+COLOUR_POLICY = "exif-oriented/alpha-on-white/rgb8"
+
+_CHUNK = 1 << 20
+
+
+def content_id(data: bytes) -> str:
+    """Identify bytes by their content: 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def file_id(path: Path) -> str:
+    """Identify a file by its bytes, read in pieces; raises OSError."""
+    state = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_CHUNK):
+            state.update(piece)
+    return state.hexdigest()
+
+
+def checksum(data: bytes | memoryview) -> int:
+    """Sum a row's payload so that a flipped bit on disk is noticed: xxh3-64, unsigned."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def canonical(value: object) -> str:
+    """Spell a value as JSON in the one way that is hashed: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(*parts: object) -> str:
+    """Identify JSON-like values by their content: 32 hexadecimal digits."""
+    return content_id(canonical(parts).encode())
+
+
+def seed_of(*parts: object) -> int:
+    """Derive a seed of 63 bits from what a random draw may depend on: (seed, stage, row id, ...)."""
+    return xxhash.xxh3_64_intdigest(canonical(parts).encode()) >> 1
+
+
+def latent_key(
+    encoder: str, image_id: str, geometry: tuple[int, ...], recipe: str | None = None, seed: int | None = None
+) -> str:
+    """Key a latent by all its numbers depend on: encoder, image bytes, colour policy, geometry, recipe and seed."""
+    return digest("latent", CACHE_VERSION, encoder, image_id, COLOUR_POLICY, geometry, recipe, seed)
+
+
+def text_key(encoder: str, prompt: str) -> str:
+    """Key a text embed by its encoder (weights, tokenizer, length, dtype) and the prompt."""
+    return digest("text", CACHE_VERSION, encoder, prompt)
+
+
+def pixels_key(image_id: str, geometry: tuple[int, ...], recipe: str, seed: int) -> str:
+    """Key the pixels of one degraded image."""
+    return digest("pixels", CACHE_VERSION, image_id, COLOUR_POLICY, geometry, recipe, seed)
+
+
+class FileIds:
+    """Content ids of large files, remembered by (path, size, mtime) in one small JSON file."""
+
+    def __init__(self, memory: Path) -> None:
+        self._memory = memory
+        self._known: dict[str, list[object]] = json.loads(memory.read_text()) if memory.exists() else {}
+
+    def of(self, path: Path) -> str:
+        """Return the file's content id, reading the file only if it changed since it was last asked for."""
+        path = path.resolve()
+        stat = path.stat()
+        mark: list[object] = [stat.st_size, stat.st_mtime_ns]
+        known = self._known.get(str(path))
+        if known is not None and known[:2] == mark:
+            return str(known[2])
+        identity = file_id(path)
+        self._known[str(path)] = [*mark, identity]
+        self._memory.parent.mkdir(parents=True, exist_ok=True)
+        aside = self._memory.with_name(f"{self._memory.name}.tmp.{os.getpid()}")
+        aside.write_text(json.dumps(self._known, indent=1))
+        aside.replace(self._memory)
+        return identity

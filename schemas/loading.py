@@ -1,0 +1,193 @@
+"""From a project folder to a checked `Project`: SimpleTuner's two files, unchanged.
+
+`load_project` is the one way in; it tells every fault of both files at once.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from schemas.config_file import Findings, normalise, read_json, shown, split_generator, validate
+from schemas.datasets import DatasetConfig
+from schemas.errors import ConfigError, Fault, UserError
+from schemas.family import FamilySpec
+from schemas.project import Project
+from schemas.rules import RULES, missing_folders, root_hint
+from schemas.simpletuner import DATASET_KEYS, TRAINER_KEYS
+from schemas.trainer import TrainerConfig
+
+CONFIG_NAME = "config.json"
+
+# Options of config.json that stand in for the same key of a dataset entry that does not give it.
+_DATASET_DEFAULTS = (
+    "resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size",
+    "caption_strategy",
+)  # fmt: skip
+
+
+def load_project(
+    path: str | Path,
+    families: Mapping[str, FamilySpec],
+    *,
+    root: str | Path | None = None,
+    workspace: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    need_images: bool = False,
+) -> Project:
+    """Read and check a project folder (or its config.json).
+
+    `overrides` are `key=value` texts that replace options of config.json. `need_images` also checks that the
+    datasets' folders exist and can be read. Raises ConfigError with every fault of both files.
+    """
+    config_path = _config_path(Path(path))
+    base = (Path(root) if root is not None else config_path.parent).resolve()
+    found = Findings()
+    trainer = _trainer(config_path, overrides, found)
+    defaults = trainer if trainer is not None else TrainerConfig()
+    family = _family(defaults, families, config_path, found)
+    datasets_path = base / Path(defaults.data_backend_config).expanduser()
+    datasets = _datasets(datasets_path, config_path, defaults, base, found)
+    library = _prompt_library(base, defaults, found)
+    project = Project(
+        config_path=config_path,
+        root=base,
+        workspace=(Path(workspace) if workspace is not None else config_path.parent / "work").resolve(),
+        trainer=defaults,
+        datasets=tuple(datasets),
+        prompt_library=library,
+        family=family,
+        warnings=(),
+    )
+    for rule in RULES:
+        rule(project, datasets_path.name, found)
+    if need_images:
+        found.faults += missing_folders(project, datasets_path.name)
+    if found.faults:
+        raise ConfigError(found.faults)
+    return replace(project, warnings=tuple(found.warnings))
+
+
+def check_folders(project: Project) -> None:
+    """Raise ConfigError if the images of a dataset cannot be reached."""
+    faults = list(missing_folders(project, Path(project.trainer.data_backend_config).name))
+    if faults:
+        raise ConfigError(faults)
+
+
+def _config_path(path: Path) -> Path:
+    config = path / CONFIG_NAME if path.is_dir() else path
+    if not config.exists():
+        raise UserError(f"{config}: no such file; a project is a folder that holds {CONFIG_NAME}, or the path of one")
+    return config.resolve()
+
+
+def _trainer(path: Path, overrides: Sequence[str], found: Findings) -> TrainerConfig | None:
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: must be an object of options, found {shown(raw)}")
+    faults = len(found.faults)
+    values = normalise(raw, TrainerConfig, TRAINER_KEYS, (path.name, ""), found)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: must be key=value, for example --set learning_rate=2e-4")
+        values |= normalise({key: _literal(value)}, TrainerConfig, TRAINER_KEYS, ("--set", ""), found)
+    config = validate(values, TrainerConfig, (path.name, ""), found)
+    return config if len(found.faults) == faults else None
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _family(trainer: TrainerConfig, families: Mapping[str, FamilySpec], path: Path, found: Findings) -> FamilySpec:
+    """Look the family up and check the options whose choices it decides."""
+    spec = families.get(trainer.model_family)
+    if spec is None:
+        known = ", ".join(families)
+        found.faults.append(
+            Fault(path.name, "model_family", "unknown family", shown(trainer.model_family), f"known: {known}")
+        )
+        return next(iter(families.values()))
+    choices = {
+        "model_flavour": (trainer.model_flavour, spec.flavours),
+        "flux_lora_target": (trainer.flux_lora_target, spec.lora_targets),
+    }
+    for key, (value, known_values) in choices.items():
+        if value is not None and value not in known_values:
+            hint = f"{trainer.model_family} has {', '.join(known_values)}"
+            found.faults.append(Fault(path.name, key, "unknown", shown(value), hint))
+    alignment = trainer.aspect_bucket_alignment
+    if alignment is not None and alignment % spec.smallest_alignment:
+        problem = f"{trainer.model_family} needs a multiple of {spec.smallest_alignment}"
+        found.faults.append(Fault(path.name, "aspect_bucket_alignment", problem, shown(alignment)))
+    return spec
+
+
+def _datasets(
+    path: Path, config_path: Path, trainer: TrainerConfig, base: Path, found: Findings
+) -> list[DatasetConfig]:
+    if not path.exists():
+        hint = root_hint(trainer.data_backend_config, base) or "data_backend_config names the file"
+        found.faults.append(Fault(config_path.name, "data_backend_config", f"no such file: {path}", hint=hint))
+        return []
+    raw = read_json(path)
+    if not isinstance(raw, list) or not raw:
+        raise UserError(f"{path}: must be a list of at least one dataset, found {shown(raw)}")
+    datasets = [_dataset(path.name, index, entry, trainer, found) for index, entry in enumerate(raw)]
+    return [dataset for dataset in datasets if dataset is not None and not dataset.disabled]
+
+
+def _dataset(file: str, index: int, entry: Any, trainer: TrainerConfig, found: Findings) -> DatasetConfig | None:
+    if not isinstance(entry, dict):
+        found.faults.append(Fault(file, f"[{index}]", "must be an object", shown(entry)))
+        return None
+    if entry.get("disabled") or entry.get("disable"):
+        return None
+    name = entry.get("id")
+    prefix = f"[{index}] {shown(name)} " if name is not None else f"[{index}] "
+    values = normalise(entry, DatasetConfig, DATASET_KEYS, (file, prefix), found)
+    if "dataset_type" not in values and "conditioning_type" in values:
+        values["dataset_type"] = "conditioning"
+    if values.get("dataset_type") == "conditioning":
+        values.setdefault("caption_strategy", None)
+    for key in _DATASET_DEFAULTS:
+        values.setdefault(key, getattr(trainer, key))
+    generators = values.pop("conditioning", [])
+    generators = [generators] if isinstance(generators, dict) else generators
+    if isinstance(generators, list):
+        split = [
+            split_generator(generator, (file, f"{prefix}conditioning[{place}]"), found)
+            for place, generator in enumerate(generators)
+        ]
+        values["conditioning"] = [generator for generator in split if generator is not None]
+    else:
+        found.faults.append(Fault(file, f"{prefix}conditioning", "must be a list of generators", shown(generators)))
+    return validate(values, DatasetConfig, (file, prefix), found)
+
+
+def _prompt_library(base: Path, trainer: TrainerConfig, found: Findings) -> dict[str, str]:
+    if trainer.user_prompt_library is None:
+        return {}
+    path = base / Path(trainer.user_prompt_library).expanduser()
+    if not path.exists():
+        hint = root_hint(trainer.user_prompt_library, base)
+        found.faults.append(Fault(CONFIG_NAME, "user_prompt_library", f"no such file: {path}", hint=hint))
+        return {}
+    return parse_prompt_library(read_json(path), path.name, found)
+
+
+def parse_prompt_library(raw: Any, file: str, found: Findings) -> dict[str, str]:
+    """Check a prompt library: an object of {name: prompt}."""
+    if not isinstance(raw, dict):
+        found.faults.append(Fault(file, "", "must be an object of {name: prompt}", shown(raw)))
+        return {}
+    for name, prompt in raw.items():
+        if not isinstance(prompt, str):
+            found.faults.append(Fault(file, name, "a prompt must be text", shown(prompt)))
+    return {name: prompt for name, prompt in raw.items() if isinstance(prompt, str)}

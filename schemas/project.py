@@ -1,0 +1,123 @@
+"""A project: checked options of both files, and where everything lies.
+
+Made by `schemas.loading.load_project`; a new file or folder of the workspace gets its path here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from schemas.datasets import DatasetConfig
+from schemas.family import FamilySpec
+from schemas.keys import digest
+from schemas.trainer import TrainerConfig
+
+TINY = "tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """Checked options and resolved paths."""
+
+    config_path: Path
+    root: Path  # relative paths of both files start here
+    workspace: Path
+    trainer: TrainerConfig
+    datasets: tuple[DatasetConfig, ...]
+    prompt_library: Mapping[str, str]
+    family: FamilySpec
+    warnings: tuple[str, ...]
+
+    @property
+    def flavour(self) -> str:
+        """Name the flavour, the family's own where none is given."""
+        return self.trainer.model_flavour or self.family.default_flavour
+
+    @property
+    def alignment(self) -> int:
+        """Return the pixels that target sides are multiples of."""
+        return self.trainer.aspect_bucket_alignment or self.family.alignment
+
+    @property
+    def checkpoint(self) -> str:
+        """Return the checkpoint's folder, hub id, or `tiny`."""
+        return self.trainer.pretrained_model_name_or_path or self.family.flavours[self.flavour]
+
+    @property
+    def targets(self) -> tuple[DatasetConfig, ...]:
+        """Return the sets of targets, in the order of the file."""
+        return tuple(dataset for dataset in self.datasets if dataset.is_target)
+
+    @property
+    def scanned(self) -> tuple[DatasetConfig, ...]:
+        """Return the sets that have images of their own."""
+        return tuple(dataset for dataset in self.datasets if dataset.dataset_type != "text_embeds")
+
+    def dataset(self, dataset_id: str) -> DatasetConfig:
+        """Find a dataset by its id; raises KeyError."""
+        for dataset in self.datasets:
+            if dataset.id == dataset_id:
+                return dataset
+        raise KeyError(dataset_id)
+
+    def references_of(self, target: DatasetConfig) -> tuple[DatasetConfig, ...]:
+        """Return the reference sets of a target set: those it lists, then those that name it as their source."""
+        listed = [self.dataset(name) for name in target.conditioning_data if name not in target.generated_ids]
+        linked = [other for other in self.datasets if other.source_dataset_id == target.id and other not in listed]
+        return (*listed, *linked)
+
+    def folder_of(self, dataset: DatasetConfig) -> Path:
+        """Return the folder of a dataset's images."""
+        assert dataset.instance_data_dir is not None, "checked when the project was loaded"
+        return self.root / Path(dataset.instance_data_dir).expanduser()
+
+    def manifest(self, dataset_id: str) -> Path:
+        """Return the path of a dataset's manifest."""
+        return self.workspace / "manifests" / f"{dataset_id}.parquet"
+
+    def pair_table(self, dataset_id: str) -> Path:
+        """Return the path of a target set's pair table."""
+        return self.workspace / "pairs" / f"{dataset_id}.parquet"
+
+    def latent_store(self, dataset: DatasetConfig) -> Path:
+        """Return the folder of a dataset's latents, above the encoder keys."""
+        if dataset.cache_dir_vae is not None:
+            return self.root / Path(dataset.cache_dir_vae).expanduser()
+        return self.workspace / "cache" / "latents"
+
+    @property
+    def text_store(self) -> Path:
+        """Return the folder of text embeds, above the encoder keys."""
+        stores = [dataset for dataset in self.datasets if dataset.dataset_type == "text_embeds"]
+        chosen = next((store for store in stores if store.default), stores[0] if stores else None)
+        if chosen is not None and chosen.cache_dir is not None:
+            return self.root / Path(chosen.cache_dir).expanduser()
+        return self.workspace / "cache" / "text"
+
+    @property
+    def pixel_store(self) -> Path:
+        """Return the folder of generated reference pictures."""
+        return self.workspace / "references"
+
+    @property
+    def models(self) -> Path:
+        """Return the folder of built-in checkpoints."""
+        return self.workspace / "models"
+
+    @property
+    def run_folder(self) -> Path:
+        """Return the folder that train writes to."""
+        if self.trainer.output_dir is not None:
+            return self.root / Path(self.trainer.output_dir).expanduser()
+        return self.workspace / "runs" / self.trainer.tracker_run_name
+
+    def scan_settings(self, dataset: DatasetConfig) -> str:
+        """Hash the settings that a dataset's manifest depends on."""
+        rounding = self.trainer.aspect_bucket_rounding
+        return digest("scan", dataset.fingerprint("scan"), self.alignment, rounding, self.trainer.prep_seed)
+
+    def pairs_settings(self, target: DatasetConfig) -> str:
+        """Hash the settings that a target set's pair table depends on."""
+        references = [other.fingerprint("pairs") for other in self.references_of(target)]
+        scans = [self.scan_settings(dataset) for dataset in (target, *self.references_of(target))]
+        return digest("pairs", target.fingerprint("pairs"), references, scans, self.trainer.fingerprint("pairs"))

@@ -1,0 +1,113 @@
+"""Degradations as data: what a generator of references does to an image, with every number's range and default.
+
+A new one is a class here, an entry in `RECIPES`, and a pure function of the same name in prep/degrade.py. Meaning,
+defaults and order of operations are those of SimpleTuner's generators where it has them.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import AfterValidator, Field
+
+from schemas.keys import canonical
+from schemas.options import Options, option
+
+
+def _rising(value: tuple[int, int]) -> tuple[int, int]:
+    if value[0] > value[1]:
+        raise ValueError(f"the lower end comes first: [{value[1]}, {value[0]}]")
+    return value
+
+
+Quality = Annotated[int, Field(ge=1, le=100)]
+
+
+class Superresolution(Options):
+    """Downscale and upscale, blur, add noise, compress: a sharp photo becomes a soft one."""
+
+    type: Literal["superresolution"] = option("superresolution", "which degradation", stages="pairs cache")
+    blur_radius: float = option(
+        2.0, "standard deviation of the blur, in pixels of the training picture", stages="pairs cache", ge=0, le=100
+    )
+    blur_type: Literal["gaussian", "box", "both", "none"] = option(
+        "gaussian", "shape of the blur; `both`: box, then gaussian, each of 0.7 × radius", stages="pairs cache"
+    )
+    add_noise: bool = option(True, "add gaussian noise after the blur", stages="pairs cache")
+    noise_level: float = option(
+        0.02, "standard deviation of the noise on a scale of 0 to 1", stages="pairs cache", ge=0, le=1
+    )
+    jpeg_quality: Quality | None = option(None, "last, a JPEG round trip of this quality", stages="pairs cache")
+    downscale_factor: float | None = option(
+        None, "first, scale down by this factor and up again, bilinear", stages="pairs cache", ge=1, le=64
+    )
+
+
+class JpegArtifacts(Options):
+    """Compress as JPEG, once or several times."""
+
+    type: Literal["jpeg_artifacts"] = option("jpeg_artifacts", "which degradation", stages="pairs cache")
+    quality_mode: Literal["fixed", "range", "random"] = option(
+        "fixed",
+        "where a round's quality comes from: `quality`, `quality_range` or `quality_list`",
+        stages="pairs cache",
+    )
+    quality: Quality = option(25, "JPEG quality under `fixed`", stages="pairs cache")
+    quality_range: Annotated[tuple[Quality, Quality], AfterValidator(_rising)] = option(
+        (10, 50), "ends of the draw under `range`, both included", stages="pairs cache"
+    )
+    quality_list: Annotated[tuple[Quality, ...], Field(min_length=1)] = option(
+        (10, 20, 30, 40), "choices of the draw under `random`", stages="pairs cache"
+    )
+    compression_rounds: int = option(1, "how often the picture is compressed", stages="pairs cache", ge=1, le=50)
+    round_quality_decay: float = option(
+        0.9, "round i compresses at quality × decay^i", stages="pairs cache", gt=0, le=1
+    )
+    subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] | None = option(
+        None, "chroma subsampling; null is the encoder's own, 4:2:0", stages="pairs cache"
+    )
+    pre_blur: bool = option(False, "blur before the first round", stages="pairs cache")
+    pre_blur_radius: float = option(
+        0.5, "standard deviation of that blur, in pixels", stages="pairs cache", ge=0, le=100
+    )
+    add_noise: bool = option(False, "add gaussian noise before the first round", stages="pairs cache")
+    noise_level: float = option(0.01, "its standard deviation, 0 to 1", stages="pairs cache", ge=0, le=1)
+    enhance_blocks: bool = option(
+        False, "after the last round, add noise along the edges of the 8×8 blocks", stages="pairs cache"
+    )
+    block_noise_level: float = option(0.02, "its standard deviation, 0 to 1", stages="pairs cache", ge=0, le=1)
+    optimize: bool = option(
+        False, "smaller files", stages="", no_effect="pixels are the same with and without; nothing is stored as JPEG"
+    )
+    progressive: bool = option(
+        False,
+        "progressive files",
+        stages="",
+        no_effect="pixels are the same with and without; nothing is stored as JPEG",
+    )
+
+
+Recipe: TypeAlias = Superresolution | JpegArtifacts
+
+RECIPES: Mapping[str, type[Superresolution] | type[JpegArtifacts]] = {
+    "superresolution": Superresolution,
+    "jpeg_artifacts": JpegArtifacts,
+}
+RECIPE_ALIASES = {
+    "super_resolution": "superresolution",
+    "lowres": "superresolution",
+    "jpeg": "jpeg_artifacts",
+    "compression": "jpeg_artifacts",
+}
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """Spell a recipe as the canonical JSON that rows carry and keys hash; what has no effect is left out."""
+    values = recipe.model_dump(mode="json")
+    return canonical({name: value for name, value in values.items() if name not in ("optimize", "progressive")})
+
+
+def parse_recipe(text: str) -> Recipe:
+    """Read a recipe back from a row."""
+    values = json.loads(text)
+    return RECIPES[values["type"]].model_validate(values)

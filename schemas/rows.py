@@ -1,0 +1,207 @@
+"""The rows the stages hand on: one frozen dataclass per table, its Arrow schema derived from the annotations.
+
+A new column is a field here, with a comment that says its unit; `X | None` makes it nullable.
+"""
+
+import types
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, NewType, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import pyarrow as pa
+
+RowT = TypeVar("RowT")
+UInt64 = NewType("UInt64", int)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How an oriented image becomes a training picture: resize to the intermediary size, then crop the target box."""
+
+    target_width: int  # pixels
+    target_height: int
+    intermediary_width: int  # pixels after the resize, before the crop
+    intermediary_height: int
+    crop_top: int  # of the target box inside the intermediary image
+    crop_left: int
+
+    @property
+    def bucket(self) -> str:
+        """Name the bucket, `WxH` of the target."""
+        return f"{self.target_width}x{self.target_height}"
+
+    def as_key(self) -> tuple[int, ...]:
+        """Return the six numbers in the order that keys hash them."""
+        return (
+            self.target_width,
+            self.target_height,
+            self.intermediary_width,
+            self.intermediary_height,
+            self.crop_top,
+            self.crop_left,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRow:
+    """One file that `prep scan` saw; a rejected one keeps its row and says why."""
+
+    dataset_id: str
+    path: str  # relative to the dataset's folder, POSIX
+    stem: str
+    image_id: str | None  # hash of the file's bytes; null if it could not be read
+    size_bytes: int
+    mtime_ns: int
+    width: int | None  # pixels, after EXIF orientation
+    height: int | None
+    orientation: int | None  # EXIF, 1 to 8; 1 is upright
+    format: str | None  # as Pillow names it
+    mode: str | None  # as Pillow names it
+    captions: list[str]
+    caption_source: str | None  # textfile, filename, instanceprompt
+    bucket: str | None  # "WxH"
+    target_width: int | None
+    target_height: int | None
+    intermediary_width: int | None
+    intermediary_height: int | None
+    crop_top: int | None
+    crop_left: int | None
+    reject: str | None  # a sentence; null means kept
+
+    @property
+    def geometry(self) -> Geometry:
+        """Return the geometry of a kept row; a rejected row has none and raises ValueError."""
+        numbers = (
+            self.target_width,
+            self.target_height,
+            self.intermediary_width,
+            self.intermediary_height,
+            self.crop_top,
+            self.crop_left,
+        )
+        whole = [number for number in numbers if number is not None]
+        if len(whole) != len(numbers):
+            raise ValueError(f"{self.dataset_id}/{self.path} was rejected and has no geometry")
+        return Geometry(*whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """One reference image of a pair: a file of its own, or the target's file degraded by a recipe."""
+
+    dataset_id: str
+    image_id: str
+    path: str  # relative to the folder of its dataset; of the target's dataset if degraded
+    recipe: str | None  # canonical JSON of the degradation; null for a file of its own
+    seed: int | None  # of the degradation's draws
+    bucket: str
+    geometry: Geometry
+    prompts: list[str]  # instead of the sample's, while this one of several references is shown; often empty
+
+
+@dataclass(frozen=True, slots=True)
+class PairRow:
+    """One training sample: a target, its references (none: plain text-to-image) and the prompts it may be shown."""
+
+    sample_id: str
+    dataset_id: str
+    target_image_id: str
+    target_path: str  # relative to the dataset's folder
+    geometry: Geometry  # of the target
+    references: list[Reference]
+    prompts: list[str]
+    bucket: str
+    repeats: int  # extra showings per epoch; 0 is shown once
+    reject: str | None  # a sentence; null means kept
+
+
+@dataclass(frozen=True, slots=True)
+class LatentRow:
+    """One encoded image of a latent shard; every row of a shard has the same shape."""
+
+    key: str
+    latent: bytes  # bfloat16, C×H×W, little-endian, already normalised
+    checksum: UInt64  # xxh3-64 of the latent's bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TextRow:
+    """One encoded prompt of a text shard; every row of a shard has the same shape."""
+
+    key: str
+    prompt: str
+    embed: bytes  # bfloat16, tokens×width, little-endian
+    pooled: bytes | None  # bfloat16, width; null for families without one
+    num_tokens: int  # real tokens before padding
+    checksum: UInt64  # xxh3-64 of embed followed by pooled
+
+
+@dataclass(frozen=True, slots=True)
+class RejectRow:
+    """One image that could not be encoded; found again by its key, so that it is not tried twice."""
+
+    key: str
+    reject: str
+
+
+_SCALARS: dict[object, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int64(),
+    UInt64: pa.uint64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    bytes: pa.binary(),
+}
+
+
+@cache
+def arrow_schema(row_type: type) -> pa.Schema:
+    """Derive the Arrow schema of a row type from its annotations."""
+    return pa.schema(_arrow_fields(row_type))
+
+
+def _arrow_fields(row_type: type) -> list[pa.Field]:
+    hints = get_type_hints(row_type)
+    return [pa.field(field.name, *_arrow_type(hints[field.name])) for field in fields(row_type)]
+
+
+def _arrow_type(hint: Any) -> tuple[pa.DataType, bool]:
+    """Return (Arrow type, nullable) of one annotation."""
+    if get_origin(hint) in (Union, types.UnionType):
+        [inner] = [part for part in get_args(hint) if part is not types.NoneType]
+        return _arrow_type(inner)[0], True
+    if get_origin(hint) is list:
+        inner, nullable = _arrow_type(get_args(hint)[0])
+        return pa.list_(pa.field("item", inner, nullable)), False
+    if is_dataclass(hint):
+        return pa.struct(_arrow_fields(hint)), False  # type: ignore[arg-type]
+    return _SCALARS[hint], False
+
+
+def as_columns(rows: list[Any], row_type: type) -> pa.Table:
+    """Turn rows into an Arrow table of their schema."""
+    schema = arrow_schema(row_type)
+    columns = {field.name: [_plain(getattr(row, field.name)) for row in rows] for field in fields(row_type)}
+    return pa.table({name: pa.array(columns[name], schema.field(name).type) for name in columns}, schema=schema)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def from_columns(table: pa.Table, row_type: type[RowT]) -> list[RowT]:
+    """Turn an Arrow table back into rows."""
+    return [_build(record, row_type) for record in table.to_pylist()]
+
+
+def _build(record: dict[str, Any], row_type: type[RowT]) -> RowT:
+    values = {name: _value(record[name], hint) for name, hint in get_type_hints(row_type).items()}
+    return row_type(**values)
+
+
+def _value(value: Any, hint: Any) -> Any:
+    if get_origin(hint) is list:
+        return [_value(item, get_args(hint)[0]) for item in value]
+    return _build(value, hint) if isinstance(hint, type) and is_dataclass(hint) else value

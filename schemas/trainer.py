@@ -1,0 +1,172 @@
+"""The options of `config.json`: model, LoRA, optimiser, time and guidance, run folder, and defaults for datasets.
+
+Names are SimpleTuner's. An option is declared here and nowhere else; docs/options.md and the JSON Schema follow.
+"""
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from schemas.options import Options, option
+
+Precision: TypeAlias = Literal["no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto"]
+ResolutionType: TypeAlias = Literal["pixel", "area", "pixel_area"]
+CaptionStrategy: TypeAlias = Literal["textfile", "filename", "instanceprompt", "parquet", "csv", "huggingface"]
+ALIGNMENTS = (8, 16, 24, 32, 64)
+
+_SAMPLING = "no pictures are sampled inside the run; sample with diffusers from the saved LoRA"
+_TEXT_PRECISION = "text encoders are loaded in bf16, one after the other, and freed"
+
+
+class Route(Options):
+    """One span of layers that some tokens skip."""
+
+    selection_ratio: float = option(..., "fraction of the target's tokens that skip the span", ge=0, lt=1)
+    start_layer_idx: int = option(..., "first layer of the span")
+    end_layer_idx: int = option(..., "last layer of the span; negative counts from the end")
+
+
+class Tread(Options):
+    """Token routing: some tokens skip some layers during training."""
+
+    routes: tuple[Route, ...] = option(..., "spans of layers", min_length=1)
+
+
+def _as_text(value: object) -> object:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class TrainerConfig(Options):
+    """Everything `config.json` may say."""
+
+    # Model
+    model_family: str = option("flux", "model family", stages="scan cache train")
+    model_flavour: str | None = option(None, "flavour of the family; null is the family's own", stages="cache train")
+    model_type: Literal["lora"] = option("lora", "what is trained")
+    pretrained_model_name_or_path: str | None = option(
+        None,
+        "checkpoint in the Hub layout: a folder, a hub id, or `tiny`, a small random one built in the workspace; "
+        "null is the flavour's hub id",
+        stages="cache train",
+    )
+    base_model_precision: Precision = option("no_change", "quantisation of the frozen weights (optimum-quanto)")
+    base_model_default_dtype: Literal["bf16", "fp32"] = option(
+        "bf16", "dtype of the frozen weights under `mixed_precision: bf16`; `no` keeps them in float32"
+    )
+    mixed_precision: Literal["bf16", "no"] = option(
+        "bf16", "`bf16` computes in bfloat16 with LoRA weights in float32; `no` computes in float32"
+    )
+    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass: less memory, slower")
+    fuse_qkv_projections: bool = option(
+        False,
+        "one product for q, k and v",
+        no_effect="q, k and v stay apart, so that the LoRA file loads into every pipeline",
+    )
+    text_encoder_1_precision: Precision = option(
+        "no_change", "quantisation of the first text encoder", no_effect=_TEXT_PRECISION
+    )
+    text_encoder_2_precision: Precision = option(
+        "no_change", "quantisation of the second text encoder", no_effect=_TEXT_PRECISION
+    )
+
+    # LoRA
+    lora_type: Literal["standard"] = option("standard", "kind of adapter")
+    lora_rank: int = option(16, "rank", ge=1, le=1024)
+    lora_alpha: float | None = option(None, "strength is alpha / rank; null is the rank, strength 1", gt=0)
+    lora_dropout: float = option(0.0, "dropout on the adapter's input", ge=0, lt=1)
+    flux_lora_target: str | None = option(None, "preset of wrapped layers; null is the family's own")
+
+    # Optimiser
+    learning_rate: float = option(1e-4, "peak learning rate", gt=0)
+    optimizer: Literal["adamw", "adamw_bf16", "optimi-adamw", "optimi-lion"] = option(
+        "adamw", "optimiser; LoRA weights are float32, so `adamw_bf16` is plain AdamW"
+    )
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial"
+    ] = option("constant", "learning-rate schedule")
+    lr_warmup_steps: int = option(0, "steps of linear warm-up, for every schedule but `constant`", ge=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 does not clip", ge=0)
+    train_batch_size: int = option(1, "samples per forward pass", ge=1)
+    gradient_accumulation_steps: int = option(1, "forward passes per step", ge=1)
+    max_train_steps: int = option(1000, "optimiser steps; 0 counts `num_train_epochs` instead", ge=0)
+    num_train_epochs: int = option(1, "epochs, when `max_train_steps` is 0", ge=1)
+    seed: int = option(42, "of training: order of samples, noise, times, dropout, LoRA initialisation", ge=0)
+
+    # Time, guidance, conditioning
+    flow_schedule_auto_shift: bool = option(True, "shift times by the number of target tokens, as FLUX was trained")
+    flow_schedule_shift: float = option(3.0, "fixed shift, when the automatic one is off; 1 is none", gt=0)
+    flow_sigmoid_scale: float = option(1.0, "times are drawn as sigmoid(scale × normal)", gt=0)
+    flow_use_uniform_schedule: bool = option(False, "draw times uniformly instead")
+    flux_guidance_mode: Literal["constant", "random-range"] = option(
+        "constant", "guidance that the model is told, for flavours that take one"
+    )
+    flux_guidance_value: float = option(1.0, "guidance under `constant`", ge=0)
+    flux_guidance_min: float = option(0.0, "lower end under `random-range`", ge=0)
+    flux_guidance_max: float = option(4.0, "upper end under `random-range`", ge=0)
+    caption_dropout_probability: float = option(0.0, "share of samples trained on the empty prompt", ge=0, le=1)
+    conditioning_multidataset_sampling: Literal["random", "combined"] = option(
+        "random", "with several reference sets: one drawn per showing, or all together", stages="pairs train"
+    )
+    tread_config: Tread | None = option(None, "token routing", no_effect="every token passes every layer")
+
+    # Run folder
+    data_backend_config: str = option("multidatabackend.json", "the dataset file, beside this one", stages="")
+    output_dir: str | None = option(None, "run folder; null is `runs/<tracker_run_name>` in the workspace")
+    tracker_run_name: str = option("default", "name of the run", pattern=r"^[\w][\w .-]*$")
+    checkpointing_steps: int = option(
+        500, "steps between checkpoints; 0 writes only the last", ge=0, alias="checkpoint_step_interval"
+    )
+    checkpoints_total_limit: int = option(5, "checkpoints kept; 0 keeps all", ge=0)
+    resume_from_checkpoint: str | None = option(
+        "latest", "`latest`, a checkpoint folder, or null to refuse a run folder that holds one"
+    )
+
+    # Cache
+    vae_dtype: Literal["bf16", "fp32"] = option(
+        "bf16", "dtype the VAE computes in; latents are stored as bfloat16", stages="cache train"
+    )
+    vae_batch_size: int = option(4, "images per VAE batch", stages="cache", ge=1)
+    text_encoder_batch_size: int = option(1, "prompts per text-encoder batch", stages="cache", ge=1)
+    prep_seed: int = option(
+        42,
+        "of data preparation: random crops and degradations; apart from `seed`, so that another training seed "
+        "reuses the cache",
+        stages="scan pairs",
+        ge=0,
+    )
+
+    # Defaults for datasets
+    resolution: float = option(1024, "default for datasets", stages="scan", gt=0)
+    resolution_type: ResolutionType = option("pixel_area", "default for datasets", stages="scan")
+    minimum_image_size: float | None = option(None, "default for datasets", stages="scan", gt=0)
+    maximum_image_size: float | None = option(None, "default for datasets", stages="scan", gt=0)
+    target_downsample_size: float | None = option(None, "default for datasets", stages="scan", gt=0)
+    caption_strategy: CaptionStrategy | None = option("filename", "default for datasets", stages="scan")
+    aspect_bucket_alignment: Literal[ALIGNMENTS] | None = option(  # type: ignore[valid-type]
+        None, "pixels that target sides are multiples of; null is the family's own", stages="scan"
+    )
+    aspect_bucket_rounding: int = option(2, "decimals of an aspect ratio", stages="scan", ge=1, le=9)
+
+    # Validation
+    user_prompt_library: str | None = option(
+        None, "JSON file of {name: prompt}; these prompts are cached with the captions", stages="cache"
+    )
+    eval_dataset_id: str | None = option(None, "dataset held out of training", stages="train")
+    validation_guidance: float = option(3.5, "guidance of sampled pictures", ge=0, no_effect=_SAMPLING)
+    validation_resolution: Annotated[str, BeforeValidator(_as_text), Field(pattern=r"^\d+([xX]\d+)?$")] = option(
+        "1024x1024", "size of sampled pictures", no_effect=_SAMPLING
+    )
+    validation_num_inference_steps: int = option(28, "denoising steps of sampled pictures", ge=1, no_effect=_SAMPLING)
+
+    @model_validator(mode="after")
+    def _guidance_range(self) -> "TrainerConfig":
+        if self.flux_guidance_min > self.flux_guidance_max:
+            raise ValueError(
+                f"flux_guidance_min {self.flux_guidance_min} is above flux_guidance_max {self.flux_guidance_max}"
+            )
+        return self
+
+    @property
+    def strength(self) -> float:
+        """LoRA alpha, the rank where none is given."""
+        return self.lora_alpha if self.lora_alpha is not None else float(self.lora_rank)
