@@ -150,7 +150,11 @@ class TrainSummary:
         if self.dry_run:
             yield f"would train {steps} steps{resumed} on {self.samples} samples into {self.run_folder}"
             return
-        pace = f", {self.seconds / steps:.2f} s/step" if steps else ""
+        if steps == 0:
+            yield f"nothing to do: all {self.last_step} steps are done"
+            yield f"LoRA {self.lora}"
+            return
+        pace = f", {self.seconds / steps:.2f} s/step"
         loss = f", loss {self.loss:.4f}" if self.loss is not None else ""
         yield (
             f"{steps} steps{resumed} on {self.samples} samples ({self.device}): "

@@ -1,0 +1,58 @@
+"""The `train` command: a thin wrapper over `train.loop.run`, imported late so that `--help` answers at once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from schemas.console import report, reporting
+
+app = typer.Typer(
+    name="train",
+    help="Train a LoRA from cached pairs.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Train a LoRA from cached pairs."""
+
+
+@app.command(epilog="Example:  train run my-project --set learning_rate=2e-4 --set tracker_run_name=higher-rate")
+def run(
+    project: Annotated[
+        Path, typer.Argument(metavar="PROJECT", help="Folder that holds config.json, or the path of such a file.")
+    ],
+    workspace: Annotated[Path | None, typer.Option(help="Folder of prep's products.  [default: PROJECT/work]")] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder that relative paths start from.  [default: the folder of config.json]")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace an option of config.json; repeatable."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON summary on stdout.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after N steps of this run.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads on a CPU.")] = None,
+) -> None:
+    """Train; the same command resumes a run that was stopped."""
+    with reporting():
+        from families import open_project
+        from train.loop import run as train
+
+        opened = open_project(project, root=root, workspace=workspace, overrides=settings or ())
+        report(train(opened, limit=limit, workers=workers, dry_run=dry_run), json)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="train")
+
+
+if __name__ == "__main__":
+    main()

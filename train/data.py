@@ -1,0 +1,181 @@
+"""From pair tables and shards to batches: what is shown when, and the tensors of it.
+
+The order is a function of (seed, epoch) alone. Opening a `Shelf` checks before the first step that every latent and
+embed is there; `batches` plans; `Shelf.load` reads.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from families.protocol import TextEmbeds
+from schemas.datasets import DatasetConfig
+from schemas.errors import UserError
+from schemas.freshness import read_pairs
+from schemas.keys import latent_key, seed_of, text_key
+from schemas.project import Project
+from schemas.rows import PairRow, Reference
+from schemas.shards import Array, ShardIndex
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A latent's key and the store that holds it."""
+
+    store: str  # dataset whose store it is
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One showing of a sample: what the model gets to see."""
+
+    sample_id: str
+    target: Image
+    references: tuple[Image, ...]
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tensors of one forward pass; every sample has the same shapes."""
+
+    sample_ids: tuple[str, ...]
+    latents: Tensor  # B × C × H × W, float32
+    references: tuple[Tensor, ...]  # each B × C × h × w
+    text: TextEmbeds
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row of a pair table, ready to be shown."""
+
+    sample_id: str
+    target: Image
+    references: tuple[tuple[Image, tuple[str, ...]], ...]  # with the prompts that go with each
+    prompts: tuple[str, ...]
+    repeats: int
+
+
+class Shelf:
+    """The stores of a project, opened, and the samples that can be read from them."""
+
+    def __init__(self, project: Project, image_encoder: str, text_encoder: str) -> None:
+        self._project, self._image_encoder, self._text_encoder = project, image_encoder, text_encoder
+        folders = {dataset.id: project.latent_store(dataset) / image_encoder for dataset in project.datasets}
+        opened = {folder: ShardIndex(folder) for folder in set(folders.values())}
+        self._latents = {dataset_id: opened[folder] for dataset_id, folder in folders.items()}
+        self._text = ShardIndex(project.text_store / text_encoder)
+        self.samples: list[Sample] = []
+        self.skipped = 0  # samples whose image could not be encoded
+        missing: list[str] = []
+        for target in training_sets(project):
+            for row in read_pairs(project, target):
+                if row.reject is None:
+                    self._place(row, missing)
+        if missing:
+            raise UserError(
+                f"{len(missing)} latents or text embeds are not cached for this checkpoint and these settings, "
+                f"first {missing[0]}; run: prep cache {project.config_path.parent}"
+            )
+        if not self.samples:
+            raise UserError("no sample is left to train on; prep pairs and prep cache say why each was rejected")
+
+    def _place(self, row: PairRow, missing: list[str]) -> None:
+        """Take a row in, or note what it lacks."""
+        target = Image(row.dataset_id, latent_key(self._image_encoder, row.target_image_id, row.geometry.as_key()))
+        references = tuple((self._reference(row, one), tuple(one.prompts)) for one in row.references)
+        images = [target, *(image for image, _ in references)]
+        if any(image.key in self._latents[image.store].rejects for image in images):
+            self.skipped += 1
+            return
+        prompts = tuple(row.prompts) or ("",)
+        every = {*prompts, *(text for _, texts in references for text in texts), ""}
+        missing += [
+            f"image {image.key} of {row.dataset_id}/{row.target_path}"
+            for image in images
+            if image.key not in self._latents[image.store]
+        ]
+        missing += [f"prompt {text!r}" for text in every if text_key(self._text_encoder, text) not in self._text]
+        self.samples.append(Sample(row.sample_id, target, references, prompts, row.repeats))
+
+    def _reference(self, row: PairRow, reference: Reference) -> Image:
+        geometry = reference.geometry.as_key()
+        key = latent_key(self._image_encoder, reference.image_id, geometry, reference.recipe, reference.seed)
+        return Image(row.dataset_id if reference.recipe is not None else reference.dataset_id, key)
+
+    def shape(self, image: Image) -> tuple[int, ...]:
+        """Return the shape C × H × W of a latent."""
+        return self._latents[image.store].header_of(image.key).shapes["latent"]
+
+    def load(self, showings: Sequence[Shown], device: torch.device) -> Batch:
+        """Read one batch; raises UserError if a shard is damaged."""
+        texts = [self._text.read(text_key(self._text_encoder, one.prompt)) for one in showings]
+        pooled = [_tensor([text["pooled"]]) for text in texts if text["pooled"] is not None]
+        places = zip(*(one.references for one in showings), strict=True)
+        return Batch(
+            sample_ids=tuple(one.sample_id for one in showings),
+            latents=self._images([one.target for one in showings]).to(device),
+            references=tuple(self._images(images).to(device) for images in places),
+            text=TextEmbeds(
+                embed=_tensor([text["embed"] for text in texts]).to(device),
+                pooled=torch.cat(pooled).to(device) if pooled else None,
+                num_tokens=tuple(text["num_tokens"] for text in texts),
+            ),
+        )
+
+    def _images(self, images: Sequence[Image]) -> Tensor:
+        return _tensor([self._latents[image.store].read(image.key)["latent"] for image in images])
+
+
+def training_sets(project: Project) -> tuple[DatasetConfig, ...]:
+    """Return the sets of targets that are trained on: all but those held out for evaluation."""
+    held_out = project.trainer.eval_dataset_id
+    sets = tuple(one for one in project.targets if one.dataset_type != "eval" and one.id != held_out)
+    if not sets:
+        raise UserError("no dataset is left to train on: every one is held out for evaluation")
+    return sets
+
+
+def batches(project: Project, shelf: Shelf) -> Iterator[tuple[int, list[Shown]]]:
+    """Yield (epoch, showings of one batch) for ever; the same project gives the same stream."""
+    epoch = 0
+    while True:
+        for showings in epoch_batches(project, shelf, epoch):
+            yield epoch, showings
+        epoch += 1
+
+
+def epoch_batches(project: Project, shelf: Shelf, epoch: int) -> list[list[Shown]]:
+    """Plan one epoch: every sample once and its repeats, in batches of equal shapes, shuffled. None is dropped."""
+    seed, size = project.trainer.seed, project.trainer.train_batch_size
+    turns = [(sample, turn) for sample in shelf.samples for turn in range(sample.repeats + 1)]
+    turns.sort(key=lambda item: seed_of(seed, "order", epoch, item[0].sample_id, item[1]))
+    alike: dict[tuple[tuple[int, ...], ...], list[Shown]] = {}
+    for sample, turn in turns:
+        showing = _show(project, sample, (seed, "show", epoch, sample.sample_id, turn))
+        shapes = tuple(shelf.shape(image) for image in (showing.target, *showing.references))
+        alike.setdefault(shapes, []).append(showing)
+    planned = [group[first : first + size] for group in alike.values() for first in range(0, len(group), size)]
+    planned.sort(key=lambda batch: seed_of(seed, "batch", epoch, [one.sample_id for one in batch], batch[0].prompt))
+    return planned
+
+
+def _show(project: Project, sample: Sample, name: tuple[object, ...]) -> Shown:
+    """Draw what one showing of a sample consists of: reference, prompt, dropout."""
+    chosen = sample.references
+    if len(chosen) > 1 and project.trainer.conditioning_multidataset_sampling == "random":
+        chosen = (chosen[seed_of(*name, "reference") % len(chosen)],)
+    prompts = chosen[0][1] if len(chosen) == 1 and chosen[0][1] else sample.prompts
+    prompt = prompts[seed_of(*name, "prompt") % len(prompts)]
+    if seed_of(*name, "dropout") / 2**63 < project.trainer.caption_dropout_probability:
+        prompt = ""
+    return Shown(sample.sample_id, sample.target, tuple(image for image, _ in chosen), prompt)
+
+
+def _tensor(rows: Sequence[Array]) -> Tensor:
+    """Stack bfloat16 bit patterns into a float32 tensor."""
+    return torch.from_numpy(np.stack(rows)).view(torch.bfloat16).float()
