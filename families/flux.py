@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from families.protocol import TextEmbeds
@@ -60,16 +60,15 @@ def encode_prompts(encoders: FluxKontextPipeline, prompts: Sequence[str], settin
     return TextEmbeds(embed, pooled, tuple(len(ids) for ids in tokens))
 
 
-def load_denoiser(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_denoiser(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> FluxTransformer2DModel:
     """Load the transformer."""
     transformer = FluxTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer", dtype=dtype)
-    loaded: nn.Module = transformer.to(device)
-    return loaded
+    return transformer.to(device)
 
 
-def takes_guidance(denoiser: nn.Module) -> bool:
+def takes_guidance(denoiser: FluxTransformer2DModel) -> bool:
     """Tell dev and Kontext, which embed a guidance scale, from schnell."""
-    return bool(denoiser.config.guidance_embeds)  # type: ignore[union-attr]
+    return bool(denoiser.config.guidance_embeds)
 
 
 def num_tokens(latent_shape: Sequence[int]) -> int:
@@ -78,25 +77,28 @@ def num_tokens(latent_shape: Sequence[int]) -> int:
 
 
 def velocity(
-    denoiser: nn.Module,
+    denoiser: FluxTransformer2DModel,
     noisy: Tensor,
     references: Sequence[Tensor],
     text: TextEmbeds,
     sigma: Tensor,
     guidance: Tensor | None,
 ) -> Tensor:
-    """Run the transformer on target and reference tokens together and keep the target's rows."""
-    images = [noisy, *references]
-    tokens = torch.cat([pack(image) for image in images], dim=1)  # batch × all tokens × 64
+    """Run the transformer on target and reference tokens together and keep the target's rows.
+
+    Inputs take the dtype of its weights, as in the pipelines.
+    """
+    dtype = denoiser.x_embedder.weight.dtype
+    tokens = torch.cat([pack(image) for image in (noisy, *references)], dim=1).to(dtype)  # batch × all tokens × 64
     ids = torch.cat([target_ids(noisy), *reference_ids(references)])
     predicted = denoiser(
         hidden_states=tokens,
-        timestep=sigma.to(tokens.dtype),
+        timestep=sigma.to(dtype),
         guidance=guidance,
-        pooled_projections=text.pooled,
-        encoder_hidden_states=text.embed,
-        txt_ids=torch.zeros(text.embed.shape[1], 3, device=tokens.device, dtype=tokens.dtype),
-        img_ids=ids.to(tokens.dtype),
+        pooled_projections=None if text.pooled is None else text.pooled.to(dtype),
+        encoder_hidden_states=text.embed.to(dtype),
+        txt_ids=torch.zeros(text.embed.shape[1], 3, device=tokens.device, dtype=dtype),
+        img_ids=ids.to(dtype),
         return_dict=False,
     )[0]
     return unpack(predicted[:, : num_tokens(noisy.shape)], noisy.shape[-2], noisy.shape[-1])

@@ -29,6 +29,15 @@ def dtype_of(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+def choose_attention() -> None:
+    """Keep cuDNN's attention out of training.
+
+    PyTorch 2.11 prefers it on Hopper, and its backward reads out of bounds when the incoming gradient is a narrowed
+    view, as Flux's single blocks produce it. Flash attention is the next choice.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def quiet() -> None:
     """Keep the libraries' own progress bars and hints out of a command's output."""
     for library in (diffusers_logging, transformers_logging):

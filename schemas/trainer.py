@@ -51,10 +51,10 @@ class TrainerConfig(Options):
     )
     base_model_precision: Precision = option("no_change", "quantisation of the frozen weights (optimum-quanto)")
     base_model_default_dtype: Literal["bf16", "fp32"] = option(
-        "bf16", "dtype of the frozen weights under `mixed_precision: bf16`; `no` keeps them in float32"
+        "bf16", "dtype of the frozen weights and so of the computation, under `mixed_precision: bf16`"
     )
     mixed_precision: Literal["bf16", "no"] = option(
-        "bf16", "`bf16` computes in bfloat16 with LoRA weights in float32; `no` computes in float32"
+        "bf16", "`bf16` computes in bfloat16, `no` in float32; LoRA weights are float32 in both"
     )
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass: less memory, slower")
     fuse_qkv_projections: bool = option(

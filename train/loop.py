@@ -7,7 +7,6 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from families import Source, open_project
 from families.checkpoints import image_encoder_key, locate, text_encoder_key
 from families.protocol import Family
-from families.runtime import default_device, dtype_of, family_of, quiet
+from families.runtime import choose_attention, default_device, dtype_of, family_of, quiet
 from schemas.console import progress
 from schemas.errors import UserError
 from schemas.keys import digest, seed_of
@@ -55,9 +54,9 @@ def run(
     project = open_project(project)
     config, device = project.trainer, default_device()
     quiet()
+    choose_attention()
     family = family_of(project)
-    if workers is not None:
-        torch.set_num_threads(workers)
+    torch.set_num_threads(workers or torch.get_num_threads())
 
     # What is trained on: every latent and embed is there, or the run ends here.
     folder = locate(project, (*project.family.denoiser, *project.family.image_encoder, *project.family.text_encoders))
@@ -97,7 +96,6 @@ def run(
                     checkpoint.save(project.run_folder, state, step, settings, config.checkpoints_total_limit)
         family.save_lora(project.run_folder, lora_layers(state.denoiser), lora_metadata(state.denoiser))
 
-    tail = losses[-max(1, len(losses) // 10) :]
     return TrainSummary(
         run_folder=str(project.run_folder),
         lora=None if dry_run else str(project.run_folder / "pytorch_lora_weights.safetensors"),
@@ -105,7 +103,7 @@ def run(
         skipped=shelf.skipped,
         first_step=first,
         last_step=last,
-        loss=fmean(tail) if tail else None,
+        loss=fmean(losses[-max(1, len(losses) // 10) :]) if losses else None,
         trainable_parameters=sum(parameter.numel() for parameter in state.parameters),
         device=str(device),
         seconds=time.monotonic() - start,
@@ -180,8 +178,10 @@ def _base_dtype(config: TrainerConfig) -> torch.dtype:
     return dtype_of(config.base_model_default_dtype) if config.mixed_precision == "bf16" else torch.float32
 
 
-def _autocast(config: TrainerConfig, device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16) if config.mixed_precision == "bf16" else nullcontext()
+def _autocast(config: TrainerConfig, device: torch.device) -> torch.autocast:
+    """Run the float32 adapters in bfloat16; layers of four bits and less take only bfloat16 and refuse its norms."""
+    half = config.mixed_precision == "bf16" and config.base_model_precision not in ("int4-quanto", "int2-quanto")
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 def _steps(project: Project, shelf: Shelf) -> int:

@@ -1,0 +1,301 @@
+"""Write what follows from the models: docs/options.md, docs/formats.md and the JSON Schemas of both files.
+
+Run `make docs` after changing an option, a row or a recipe; a test compares what is checked in with `documents()`.
+"""
+
+import ast
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from families import FAMILIES
+from schemas import rows, shards
+from schemas.datasets import CompositeImage, DatasetConfig, Generator, HuggingFace
+from schemas.options import Options, facts_of
+from schemas.recipes import RECIPE_ALIASES, RECIPES
+from schemas.simpletuner import DATASET_KEYS, TRAINER_KEYS
+from schemas.trainer import TrainerConfig
+
+ROOT = Path(__file__).parent.parent
+MADE = "<!-- Made by docs/generate.py from the models in schemas/; `make docs` writes it anew. -->\n"
+
+
+def documents() -> dict[Path, str]:
+    """Return every generated file and its text."""
+    return {
+        ROOT / "docs" / "options.md": options_page(),
+        ROOT / "docs" / "formats.md": formats_page(),
+        ROOT / "schemas" / "json" / "config.schema.json": _json(trainer_schema()),
+        ROOT / "schemas" / "json" / "multidatabackend.schema.json": _json(datasets_schema()),
+    }
+
+
+def options_page() -> str:
+    """Tell every option: type, default, meaning, and the commands that read it."""
+    parts = [
+        MADE,
+        "# Options\n",
+        "A project is a folder with SimpleTuner's two files: `config.json` holds the options of the trainer and the "
+        "defaults of the datasets, `multidatabackend.json` (or whatever `data_backend_config` names) the list of "
+        "datasets. Both are JSON; comments (`//`, `/* */`) and trailing commas are fine, and keys may carry "
+        "SimpleTuner's leading `--`. Relative paths start from the folder of `config.json`, or from `--root DIR`.\n",
+        "*Read by* names the commands whose results depend on an option: change it, and these have work to do. Options "
+        "marked † are checked but have no effect; the note says what happens instead.\n",
+        "For completion and checks in an editor, point `$schema` of your editor's settings to "
+        "`schemas/json/config.schema.json` and `schemas/json/multidatabackend.schema.json`.\n",
+        "## config.json\n",
+        _options_table(TrainerConfig),
+        "### Families\n",
+        _families_table(),
+        "## multidatabackend.json\n",
+        "A list of objects. `resolution`, `resolution_type`, the three image-size options and `caption_strategy` "
+        "default to the value in `config.json`; references have no captions unless they say so. An entry with "
+        "`conditioning_type` and no `dataset_type` is a set of references.\n",
+        _options_table(DatasetConfig),
+        "### huggingface\n",
+        _options_table(HuggingFace),
+        "### huggingface.composite_image_config\n",
+        _options_table(CompositeImage),
+        "### conditioning\n",
+        "Each entry of `conditioning` makes one set of references, named `<id>_conditioning_<type>`. Its `type` says "
+        "how, the parameters of the type stand beside it:\n",
+        _options_table(Generator, leave_out={"recipe"}),
+    ]
+    for name, recipe in RECIPES.items():
+        also = ", ".join(f"`{alias}`" for alias, kind in RECIPE_ALIASES.items() if kind == name)
+        doc = inspect.getdoc(recipe)
+        parts += [f"#### type: {name}\n", f"{doc} Also spelled {also}.\n", _options_table(recipe, leave_out={"type"})]
+    parts += [
+        "## SimpleTuner's other keys\n",
+        "These are known and not acted on: each gives a warning that says what happens instead. Anything else is an "
+        "error that names the nearest known key.\n",
+        "### In config.json\n",
+        _unneeded(TRAINER_KEYS),
+        "### In multidatabackend.json\n",
+        _unneeded(DATASET_KEYS),
+    ]
+    return "\n".join(parts)
+
+
+def formats_page() -> str:
+    """Tell every table and shard: columns, Arrow types, metadata."""
+    comments = _field_comments(rows)
+    tables = [
+        ("ImageRow", "manifests/&lt;dataset id&gt;.parquet", rows.ImageRow),
+        ("PairRow", "pairs/&lt;dataset id&gt;.parquet", rows.PairRow),
+        ("Reference", "an element of `references`", rows.Reference),
+        ("Geometry", "a `geometry`", rows.Geometry),
+        ("LatentRow", "&lt;store&gt;/&lt;encoder key&gt;/&lt;W&gt;x&lt;H&gt;/*.parquet", rows.LatentRow),
+        ("TextRow", "&lt;store&gt;/&lt;encoder key&gt;/*.parquet", rows.TextRow),
+        ("RejectRow", "&lt;store&gt;/&lt;encoder key&gt;/rejects/*.parquet", rows.RejectRow),
+    ]
+    parts = [MADE, "# Files\n", _WORKSPACE, _READING]
+    for name, where, row_type in tables:
+        parts += [f"## {name}: {where}\n", f"{inspect.getdoc(row_type)}\n"]
+        lines = ["| column | type | null | |", "|---|---|---|---|"]
+        for field in rows.arrow_schema(row_type):
+            note = comments[name].get(field.name, "")
+            lines.append(f"| `{field.name}` | {_arrow(field.type)} | {'yes' if field.nullable else ''} | {note} |")
+        parts.append("\n".join(lines) + "\n")
+    header = _field_comments(shards)["ShardHeader"]
+    lines = ["| field | |", "|---|---|"]
+    lines += [f"| `{field.name}` | {header.get(field.name, '')} |" for field in fields(shards.ShardHeader)]
+    parts += ["## Metadata\n", _METADATA, "\n".join(lines) + "\n", _KEYS]
+    return "\n".join(parts)
+
+
+_WORKSPACE = """Everything is Parquet; any reader opens it. The workspace is `work/` in the project's folder, or
+`--workspace DIR`.
+
+```
+manifests/<dataset id>.parquet                  ImageRow    one per image file seen, rejected ones included
+pairs/<dataset id>.parquet                      PairRow     one per training sample of that set of targets
+pairs/<dataset id>.preview.png                  contact sheet of prep pairs --preview
+references/<key>/<key>.png                      generated references (storage: files), lossless, named by content
+cache/latents/<encoder key>/<W>x<H>/*.parquet   LatentRow   one bucket per shard
+cache/latents/<encoder key>/rejects/*.parquet   RejectRow   images that cannot be encoded, and why
+cache/text/<encoder key>/*.parquet              TextRow     one per distinct prompt
+models/                                         built-in tiny checkpoints; remembered hashes of weight files
+runs/<run name>/                                what train writes: checkpoints, metrics.jsonl, the LoRA
+```
+
+A dataset's `cache_dir_vae` replaces `cache/latents`, the text set's `cache_dir` replaces `cache/text`; several datasets
+and projects may share one. No file holds an absolute path: a store can be moved or copied as it is.
+"""
+
+_READING = """```python
+import numpy as np, pyarrow.parquet as pq, torch
+
+table = pq.read_table("work/cache/latents/0fb04f60f3dfe10a/320x192")  # one bucket
+bits = np.frombuffer(table["latent"][0].as_py(), np.uint16).reshape(16, 24, 40)  # shapes: see Metadata
+latent = torch.from_numpy(bits.copy()).view(torch.bfloat16)
+```
+"""
+
+_METADATA = """Manifests and pair tables carry `pairline.format`, `pairline.row`, `pairline.config` (hash of the
+settings they depend on) and `pairline.inputs` (hash of the data that went in). A stage compares the two hashes with
+those of a run now: equal means there is nothing to do.
+
+Shards carry one JSON object under `pairline.shard`:
+"""
+
+_KEYS = """## Keys
+
+All hashes are xxh3-128 of canonical JSON or of a file's bytes (`schemas/keys.py`).
+
+- `image_id`: the file's bytes.
+- encoder key: weights and configuration of the encoder's parts, never their path; the dtype it computes in; for text
+  the tokenizers and lengths.
+- latent key: encoder key, `image_id`, colour policy, geometry, and for a generated reference recipe and seed.
+- text key: encoder key and prompt.
+
+Names, paths, captions, dataset ids, repeats and options of the trainer enter no key of a shard.
+"""
+
+
+def trainer_schema() -> dict[str, Any]:
+    """Return the JSON Schema of config.json."""
+    schema = TrainerConfig.model_json_schema()
+    return _closed(schema, TrainerConfig, TRAINER_KEYS, "pairline: config.json")
+
+
+def datasets_schema() -> dict[str, Any]:
+    """Return the JSON Schema of multidatabackend.json, with the parameters of generators flat as users write them."""
+    schema = DatasetConfig.model_json_schema()
+    definitions = schema.pop("$defs")
+    generator = definitions.pop("Generator")
+    shared = {name: value for name, value in generator["properties"].items() if name != "recipe"}
+    kinds = []
+    for name, recipe in RECIPES.items():
+        own = definitions.pop(recipe.__name__)
+        names = [name, *(alias for alias, kind in RECIPE_ALIASES.items() if kind == name)]
+        own["properties"] = own["properties"] | {"type": {"enum": names}} | shared
+        own["required"] = ["type"]
+        definitions[recipe.__name__] = own
+        kinds.append({"$ref": f"#/$defs/{recipe.__name__}"})
+    schema["properties"]["conditioning"]["items"] = {"anyOf": kinds}
+    entry = _closed(schema, DatasetConfig, DATASET_KEYS, "dataset")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "pairline: multidatabackend.json",
+        "type": "array",
+        "minItems": 1,
+        "items": entry,
+        "$defs": definitions,
+    }
+
+
+def _closed(schema: dict[str, Any], model: type[Options], unneeded: Mapping[str, str], title: str) -> dict[str, Any]:
+    """Allow, besides the options, their second spellings, SimpleTuner's other keys, and a leading `--`."""
+    aliases = [extra["alias"] for _, extra in facts_of(model) if extra["alias"]]
+    known = "|".join([*unneeded, *aliases])
+    dashed = "|".join(schema["properties"])
+    return schema | {
+        "title": title,
+        "patternProperties": {f"^(--)?({known})$": {}, f"^--({dashed})$": {}},
+        "additionalProperties": False,
+    }
+
+
+def _options_table(model: type[Options], leave_out: Iterable[str] = ()) -> str:
+    properties = model.model_json_schema()["properties"]
+    lines = ["| option | type | default | meaning | read by |", "|---|---|---|---|---|"]
+    for name, facts in facts_of(model):
+        if name in leave_out:
+            continue
+        field = model.model_fields[name]
+        default = "required" if field.is_required() else f"`{json.dumps(field.get_default(), default=list)}`"
+        mark = " †" if facts["no_effect"] else ""
+        alias = f" Also `{facts['alias']}`." if facts["alias"] else ""
+        note = f" † {facts['no_effect']}." if facts["no_effect"] else ""
+        stages = ", ".join(facts["stages"]) if not facts["no_effect"] else ""
+        meaning = f"{field.description}.{alias}{note}"
+        lines.append(f"| `{name}`{mark} | {_json_type(properties[name])} | {default} | {meaning} | {stages} |")
+    return "\n".join(lines) + "\n"
+
+
+def _families_table() -> str:
+    lines = ["| `model_family` | `model_flavour` | checkpoint by default | alignment | `flux_lora_target` |"]
+    lines.append("|---|---|---|---|---|")
+    for name, spec in FAMILIES.items():
+        presets = ", ".join(
+            f"`{one}`" + (" (default)" * (one == spec.default_lora_target)) for one in spec.lora_targets
+        )
+        for flavour, hub_id in spec.flavours.items():
+            chosen = " (default)" if flavour == spec.default_flavour else ""
+            lines.append(f"| `{name}` | `{flavour}`{chosen} | `{hub_id}` | {spec.alignment} px | {presets} |")
+    return "\n".join(lines) + "\n"
+
+
+def _unneeded(keys: Mapping[str, str]) -> str:
+    """Group keys by what happens instead."""
+    groups: dict[str, list[str]] = {}
+    for key, message in keys.items():
+        groups.setdefault(message, []).append(f"`{key}`")
+    return "\n".join(f"- {message}: {', '.join(names)}" for message, names in groups.items()) + "\n"
+
+
+def _json_type(schema: Mapping[str, Any]) -> str:
+    """Spell a JSON Schema in words."""
+    if "anyOf" in schema:
+        return " or ".join(_json_type(one) for one in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if schema.get("type") == "array":
+        inner = schema.get("items") or {"anyOf": schema.get("prefixItems", [])}
+        return "list" if not inner else f"list of {'/'.join(dict.fromkeys(_json_type(inner).split(' or ')))}"
+    if "$ref" in schema or "oneOf" in schema:
+        return "object"
+    limits = [
+        f"{sign} {schema[key]:g}"
+        for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
+        if key in schema
+    ]
+    names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true, false", "null": "null"}
+    return " ".join([names[schema["type"]], ", ".join(limits)]).strip()
+
+
+def _arrow(kind: Any) -> str:
+    """Spell an Arrow type, with structs by name."""
+    text = str(kind)
+    if text.startswith("list<item: struct"):
+        return "list of Reference"
+    return "Geometry" if text.startswith("struct") else text.replace("<item: ", " of ").replace(" not null>", "")
+
+
+def _field_comments(module: Any) -> dict[str, dict[str, str]]:
+    """Collect the comments behind the fields of a module's classes."""
+    source = inspect.getsource(module)
+    lines = source.splitlines()
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = {
+                one.target.id: lines[one.lineno - 1].partition("  # ")[2]
+                for one in node.body
+                if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
+            }
+    return found
+
+
+def _json(schema: dict[str, Any]) -> str:
+    return json.dumps(_without_facts(schema), indent=2, ensure_ascii=False) + "\n"
+
+
+def _without_facts(value: Any) -> Any:
+    """Leave out what only our own code reads of an option."""
+    if isinstance(value, dict):
+        own = ("stages", "no_effect", "alias") if "stages" in value and "description" in value else ()
+        return {key: _without_facts(one) for key, one in value.items() if key not in own}
+    return [_without_facts(one) for one in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    for path, text in documents().items():
+        path.write_text(text)
+        print(path.relative_to(ROOT))

@@ -1,0 +1,56 @@
+"""Shared ground: a small project on real photographs, and the tiny checkpoint built once."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+DEMO = Path(__file__).parent.parent / "datasets_demo"
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace's `models` folder that holds tiny Kontext."""
+    from families import open_project
+    from families.checkpoints import locate
+
+    folder = tmp_path_factory.mktemp("tiny")
+    project = open_project(DEMO / "edits", workspace=folder)
+    locate(project, project.family.denoiser)
+    return folder / "models"
+
+
+@pytest.fixture
+def make_project(tmp_path: Path, tiny_models: Path) -> Callable[..., Path]:
+    """Copy a demo project with at most six of its photographs, at 128 px; keywords replace trainer options."""
+
+    def make(name: str = "edits", photos: int = 6, **options: object) -> Path:
+        from schemas.config_file import read_json
+
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        for pictures in ("photos",) if name != "edits" else ("edits/target", "edits/reference"):
+            kept = folder / pictures.removeprefix("edits/")
+            kept.mkdir()
+            for picture in sorted((DEMO / pictures).glob("*.jpg"))[:photos]:
+                for file in (picture, picture.with_suffix(".txt")):
+                    if file.exists():
+                        shutil.copy2(file, kept)
+        datasets = read_json(DEMO / name / "multidatabackend.json")
+        for dataset in datasets:
+            if "instance_data_dir" in dataset:
+                dataset["instance_data_dir"] = dataset["instance_data_dir"].removeprefix("../")
+                dataset["resolution"] = 128
+        small = {"max_train_steps": 12, "checkpointing_steps": 4}
+        config = read_json(DEMO / name / "config.json") | small | options
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "multidatabackend.json").write_text(json.dumps(datasets))
+        shutil.copytree(tiny_models, folder / "work" / "models")
+        return folder
+
+    return make

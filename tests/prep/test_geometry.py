@@ -1,0 +1,181 @@
+"""Buckets, resizes and crops; `bucket_vectors.json` holds what SimpleTuner makes of the same sizes and settings."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from prep.geometry import Policy, fit, rounded
+from schemas.rows import Geometry
+
+KNOWN = json.loads((Path(__file__).parent / "bucket_vectors.json").read_text())
+
+
+def supported(vector):
+    config = vector["config"]
+    cropped_as_here = not config["crop"] or config["crop_aspect"] in ("square", "preserve")
+    return cropped_as_here and not vector["id"].startswith("anomaly")
+
+
+VECTORS = [vector for vector in KNOWN["vectors"] if supported(vector)]
+
+
+def policy_of(vector):
+    config = vector["config"]
+    return Policy(
+        config["resolution"],
+        config["resolution_type"],
+        vector["alignment"],
+        vector["rounding"],
+        square=config["crop"] and config["crop_aspect"] == "square",
+        crop_style=config["crop_style"],
+        downsample=config.get("target_downsample_size")
+        if config["crop"] and config.get("maximum_image_size")
+        else None,
+    )
+
+
+def test_most_vectors_are_of_settings_that_are_supported():
+    assert len(VECTORS) == 262
+    assert sum(policy_of(vector).downsample is not None for vector in VECTORS) > 10
+    assert {policy_of(vector).alignment for vector in VECTORS} == {8, 16, 32, 64}
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["id"])
+def test_sizes_and_crops_equal_simpletuners(vector):
+    policy = policy_of(vector)
+    geometry = fit((vector["width"], vector["height"]), policy, {}, ())
+    assert isinstance(geometry, Geometry)
+    assert [geometry.target_width, geometry.target_height] == vector["target_size"]
+    assert [geometry.crop_top, geometry.crop_left] == vector["crop_coordinates"]
+    if policy.downsample is None:  # with it, the vectors give the intermediary size before a second resize
+        assert [geometry.intermediary_width, geometry.intermediary_height] == vector["intermediary_size"]
+
+
+@pytest.mark.parametrize("case", KNOWN["order_dependence"], ids=lambda case: f"{case['order']} at {case['alignment']}")
+def test_the_first_image_of_a_bucket_decides_its_target_size(case):
+    policy, targets = Policy(case["megapixels"], "area", case["alignment"], crop_style="center"), {}
+    for result in case["results"]:
+        geometry = fit(tuple(result["original"]), policy, targets, ())
+        assert [geometry.target_width, geometry.target_height] == result["target"]
+        assert [geometry.intermediary_width, geometry.intermediary_height] == result["intermediary"]
+
+
+@pytest.mark.parametrize(
+    ("length", "alignment", "expected"),
+    [(100, 64, 128), (96, 64, 128), (160, 64, 128), (1, 64, 64), (0, 8, 8), (1024, 64, 1024), (84, 8, 80), (92, 8, 96)],
+)
+def test_lengths_are_rounded_half_to_even_and_never_to_nothing(length, alignment, expected):
+    assert rounded(length, alignment) == expected
+
+
+# Properties of any image under any settings
+
+sides = st.integers(16, 6000)
+policies = st.one_of(
+    st.tuples(st.just("pixel"), st.integers(64, 2048)),
+    st.tuples(st.just("pixel_area"), st.integers(64, 2048)),
+    st.tuples(st.just("area"), st.floats(0.05, 4.0)),
+).flatmap(
+    lambda kind: st.builds(
+        Policy,
+        resolution=st.just(kind[1]),
+        resolution_type=st.just(kind[0]),
+        alignment=st.sampled_from([8, 16, 24, 32, 64]),
+        rounding=st.integers(1, 3),
+        square=st.booleans(),
+        crop_style=st.sampled_from(["random", "center", "centre", "corner"]),
+        downsample=st.none() | st.sampled_from([0.5, 0.75, 1, 1.5, 2]).map(lambda factor: kind[1] * factor),
+    )
+)
+
+
+@given(sizes=st.lists(st.tuples(sides, sides), min_size=1, max_size=3), policy=policies, seed=st.integers(0, 99))
+@example(sizes=[(3000, 2000), (2000, 3000)], policy=Policy(1024, "pixel_area", 64), seed=0)
+@example(sizes=[(1140, 2000), (1120, 2000)], policy=Policy(1024, "pixel_area", 16), seed=0)
+@settings(deadline=None, max_examples=500)
+def test_targets_are_aligned_and_lie_inside_a_resized_image_of_the_images_own_aspect(sizes, policy, seed):
+    targets = {}
+    for size in sizes:
+        assume(1 / 20 <= size[0] / size[1] <= 20)
+        geometry = fit(size, policy, targets, (seed,))
+        assume(isinstance(geometry, Geometry))  # an aspect that rounds to 0 is a reason, below
+
+        target, resized = geometry.as_key()[:2], geometry.as_key()[2:4]
+        assert target[0] % policy.alignment == target[1] % policy.alignment == 0
+        assert min(target) >= policy.alignment
+        assert resized[0] >= target[0] and resized[1] >= target[1]
+        assert 0 <= geometry.crop_left <= resized[0] - target[0]
+        assert 0 <= geometry.crop_top <= resized[1] - target[1]
+        if policy.square:
+            assert target[0] == target[1]
+
+        # How many pixels either side may be off from the image's own aspect.
+        true, loss = size[0] / size[1], 1
+        if policy.downsample is not None:  # rounded at half the size or more, then enlarged up to 2√20 times to cover
+            loss = 12
+        if target == resized and target[0] == target[1]:  # all aspects of one bucket of squares
+            loss = 3 * policy.alignment
+        assert (resized[0] - loss) / (resized[1] + loss) <= true
+        assert resized[1] <= loss or true <= (resized[0] + loss) / (resized[1] - loss)
+
+
+@given(size=st.tuples(sides, sides), policy=policies)
+@settings(deadline=None)
+def test_geometry_is_a_function_of_size_settings_and_seed(size, policy):
+    assert fit(size, policy, {}, (1, "a")) == fit(size, policy, {}, (1, "a"))
+
+
+def test_an_image_too_narrow_for_a_bucket_is_a_reason():
+    assert fit((4, 1000), Policy(512, "pixel_area", 64), {}, ()) == "too narrow: 4x1000, its aspect ratio rounds to 0"
+    assert isinstance(fit((6, 1000), Policy(512, "pixel_area", 64), {}, ()), Geometry)
+
+
+# Crops
+
+# A square of 64 pixels out of an image resized to 96 × 128: room in both directions.
+ROOM = {"resolution": 64, "resolution_type": "pixel", "alignment": 32, "square": True, "downsample": 96}
+
+
+@pytest.mark.parametrize(("style", "place"), [("center", (32, 16)), ("centre", (32, 16)), ("corner", (0, 0))])
+def test_fixed_crops_lie_where_they_are_told(style, place):
+    geometry = fit((300, 400), Policy(**ROOM, crop_style=style), {}, ("unused",))
+    assert geometry == Geometry(64, 64, 96, 128, *place)
+
+
+def test_random_crops_are_drawn_once_per_seed_and_lie_inside():
+    policy = Policy(**ROOM, crop_style="random")
+    first = [fit((300, 400), policy, {}, (42, "crop", "photos", f"{n}.jpg")) for n in range(200)]
+    again = [fit((300, 400), policy, {}, (42, "crop", "photos", f"{n}.jpg")) for n in range(200)]
+    other = [fit((300, 400), policy, {}, (43, "crop", "photos", f"{n}.jpg")) for n in range(200)]
+    assert first == again
+    assert sum(a == b for a, b in zip(first, other, strict=True)) < 10
+    assert all(0 <= one.crop_top <= 64 and 0 <= one.crop_left <= 32 for one in first)
+
+
+def test_random_crops_cover_the_whole_range_and_their_axes_are_independent():
+    policy = Policy(**ROOM, crop_style="random")
+    count = 6000
+    crops = [fit((300, 400), policy, {}, (n,)) for n in range(count)]
+    top, left = np.array([(one.crop_top, one.crop_left) for one in crops]).T
+
+    # 65 × 33 places. Each axis is uniform: a chi-square of k degrees stays below k + 5·√(2k).
+    for axis, places in ((top, 65), (left, 33)):
+        seen = np.bincount(axis, minlength=places)
+        assert len(seen) == places
+        chi_square = ((seen - count / places) ** 2 / (count / places)).sum()
+        assert chi_square < (places - 1) + 5 * np.sqrt(2 * (places - 1))
+    # Independent: a correlation of n pairs has a standard error of 1/√n; and thirds of one do not predict the other's.
+    assert abs(np.corrcoef(top, left)[0, 1]) < 5 / np.sqrt(count)
+    table = np.histogram2d(top % 11, left % 11, bins=11)[0]
+    chi_square = ((table - count / 121) ** 2 / (count / 121)).sum()
+    assert chi_square < 120 + 5 * np.sqrt(240)
+
+
+def test_images_at_the_resolution_already_are_not_scaled_before_the_crop():
+    policy = Policy(**ROOM, crop_style="center")
+    assert fit((64, 64), policy, {}, ()) == Geometry(64, 64, 64, 64, 0, 0)
+    assert fit((65, 65), policy, {}, ()) == Geometry(64, 64, 96, 96, 16, 16)

@@ -1,0 +1,207 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from schemas.errors import UserError
+from schemas.keys import checksum
+from schemas.rows import RejectRow
+from schemas.shards import ShardHeader, ShardIndex, latent_row, text_row, write_rejects, write_shard
+
+HEADER = ShardHeader(row="LatentRow", encoder="e1", shapes={"latent": (16, 3, 5)})
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 2**16, shape, np.uint16)
+
+
+def test_latents_come_back_by_their_key_in_their_shape(tmp_path):
+    latents = {f"key{number}": numbers(16, 3, 5, seed=number) for number in range(5)}
+    path = write_shard(tmp_path / "3x5", HEADER, [latent_row(key, latent) for key, latent in latents.items()])
+
+    index = ShardIndex(tmp_path)
+
+    assert len(index) == 5 and "key3" in index and "key9" not in index
+    assert index.headers == {path: HEADER}
+    assert index.header_of("key3") == HEADER
+    for key, latent in latents.items():
+        row = index.read(key)
+        assert row["key"] == key and row["latent"].dtype == np.uint16
+        assert np.array_equal(row["latent"], latent)
+    with pytest.raises(KeyError):
+        index.read("key9")
+
+
+def test_prompts_come_back_with_and_without_a_pooled_embed(tmp_path):
+    both = ShardHeader("TextRow", "e1", {"embed": (7, 4), "pooled": (6,)})
+    alone = ShardHeader("TextRow", "e1", {"embed": (7, 4)})
+    embed, pooled = numbers(7, 4), numbers(6, seed=1)
+    write_shard(tmp_path, both, [text_row("k1", "ein Foto, schärfer", embed, pooled, 3)])
+    write_shard(tmp_path, alone, [text_row("k2", "", embed, None, 0)])
+
+    index = ShardIndex(tmp_path)
+
+    first, second = index.read("k1"), index.read("k2")
+    assert (first["prompt"], first["num_tokens"]) == ("ein Foto, schärfer", 3)
+    assert np.array_equal(first["embed"], embed) and np.array_equal(first["pooled"], pooled)
+    assert (second["prompt"], second["num_tokens"], second["pooled"]) == ("", 0, None)
+    assert np.array_equal(second["embed"], embed)
+
+
+def test_what_is_read_can_be_written_to_without_touching_the_file(tmp_path):
+    path = write_shard(tmp_path, HEADER, [latent_row("key", numbers(16, 3, 5))])
+    before = path.read_bytes()
+    index = ShardIndex(tmp_path)
+    index.read("key")["latent"][:] = 0
+    assert index.read("key")["latent"].any() and path.read_bytes() == before
+
+
+def test_any_parquet_reader_finds_fixed_size_columns_row_by_row_and_the_header(tmp_path):
+    latents = [numbers(16, 3, 5, seed=number) for number in range(3)]
+    path = write_shard(tmp_path, HEADER, [latent_row(f"key{number}", one) for number, one in enumerate(latents)])
+
+    file = pq.ParquetFile(path)
+
+    assert file.schema_arrow.field("key") == pa.field("key", pa.string(), False)
+    assert file.schema_arrow.field("latent") == pa.field("latent", pa.binary(16 * 3 * 5 * 2), False)
+    assert file.schema_arrow.field("checksum") == pa.field("checksum", pa.uint64(), False)
+    assert json.loads(file.schema_arrow.metadata[b"pairline.shard"]) == {
+        "row": "LatentRow",
+        "encoder": "e1",
+        "shapes": {"latent": [16, 3, 5]},
+        "dtype": "bfloat16",
+        "normalised": True,
+        "format": 1,
+    }
+    assert file.num_row_groups == 3
+    assert {file.metadata.row_group(0).column(place).compression for place in range(3)} == {"UNCOMPRESSED"}
+    [second] = file.read_row_group(1).to_pylist()
+    assert second == {"key": "key1", "latent": latents[1].tobytes(), "checksum": checksum(latents[1].tobytes())}
+
+
+def test_a_text_shard_has_two_fixed_size_columns_and_one_sum_over_both(tmp_path):
+    header = ShardHeader("TextRow", "e1", {"embed": (7, 4), "pooled": (6,)})
+    embed, pooled = numbers(7, 4), numbers(6, seed=1)
+    path = write_shard(tmp_path, header, [text_row("k1", "a", embed, pooled, 3)])
+    table = pq.read_table(path)
+    assert (table.schema.field("embed").type, table.schema.field("pooled").type) == (pa.binary(56), pa.binary(12))
+    assert table.column("checksum").to_pylist() == [checksum(embed.tobytes() + pooled.tobytes())]
+
+
+def test_a_row_of_another_shape_is_not_written(tmp_path):
+    with pytest.raises(pa.ArrowInvalid):
+        write_shard(tmp_path, HEADER, [latent_row("key", numbers(16, 3, 4))])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_is_named_by_its_keys(tmp_path):
+    def shard(*keys):
+        return write_shard(tmp_path, HEADER, [latent_row(key, numbers(16, 3, 5)) for key in keys])
+
+    assert shard("a", "b") == shard("a", "b")
+    assert len({shard("a", "b"), shard("b", "a"), shard("a")}) == 3
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_shards_of_all_buckets_below_a_folder_are_one_index(tmp_path):
+    other = ShardHeader("LatentRow", "e1", {"latent": (16, 2, 2)})
+    write_shard(tmp_path / "3x5", HEADER, [latent_row("wide", numbers(16, 3, 5))])
+    write_shard(tmp_path / "2x2", other, [latent_row("square", numbers(16, 2, 2))])
+    index = ShardIndex(tmp_path)
+    assert (index.header_of("wide"), index.header_of("square")) == (HEADER, other)
+    assert index.read("square")["latent"].shape == (16, 2, 2)
+
+
+def test_a_folder_that_does_not_exist_is_an_empty_index(tmp_path):
+    index = ShardIndex(tmp_path / "missing")
+    assert len(index) == 0 and "key" not in index and index.rejects == {}
+
+
+def test_rejected_images_are_remembered_apart_from_latents(tmp_path):
+    write_shard(tmp_path / "3x5", HEADER, [latent_row("good", numbers(16, 3, 5))])
+    write_rejects(tmp_path, [RejectRow("bad", "unreadable: broken"), RejectRow("worse", "too large: bomb")])
+    index = ShardIndex(tmp_path)
+    assert index.rejects == {"bad": "unreadable: broken", "worse": "too large: bomb"}
+    assert len(index) == 1 and "bad" not in index
+
+
+def test_leftovers_of_an_interrupted_write_are_not_read(tmp_path):
+    path = write_shard(tmp_path, HEADER, [latent_row("key", numbers(16, 3, 5))])
+    path.rename(tmp_path / f"{path.name}.tmp.123.abc.parquet")
+    assert len(ShardIndex(tmp_path)) == 0
+
+
+@pytest.mark.parametrize("bit", [0, 7])
+@pytest.mark.parametrize("place", [0, 200, 479])
+def test_one_flipped_bit_of_a_latent_is_told_with_its_file_and_spares_the_other_rows(place, bit, tmp_path):
+    latents = {f"key{number}": numbers(16, 3, 5, seed=number) for number in range(3)}
+    path = write_shard(tmp_path, HEADER, [latent_row(key, one) for key, one in latents.items()])
+    data = bytearray(path.read_bytes())
+    assert data.count(latents["key1"].tobytes()) == 1
+    data[data.index(latents["key1"].tobytes()) + place] ^= 1 << bit
+    path.write_bytes(bytes(data))
+
+    index = ShardIndex(tmp_path)
+
+    with pytest.raises(UserError, match="damaged, its checksum differs; delete this file and run prep cache") as caught:
+        index.read("key1")
+    assert str(path) in str(caught.value) and "row 1 (key1)" in str(caught.value)
+    assert np.array_equal(index.read("key0")["latent"], latents["key0"])
+    assert np.array_equal(index.read("key2")["latent"], latents["key2"])
+
+
+def test_one_flipped_bit_of_a_pooled_embed_is_noticed_too(tmp_path):
+    header = ShardHeader("TextRow", "e1", {"embed": (7, 4), "pooled": (6,)})
+    pooled = numbers(6, seed=1)
+    path = write_shard(tmp_path, header, [text_row("k1", "a", numbers(7, 4), pooled, 3)])
+    data = bytearray(path.read_bytes())
+    data[data.index(pooled.tobytes())] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="its checksum differs"):
+        ShardIndex(tmp_path).read("k1")
+
+
+def test_a_key_that_went_bad_on_disk_is_told_with_its_file(tmp_path):
+    path = write_shard(tmp_path, HEADER, [latent_row("0123456789abcdef", numbers(16, 3, 5))])
+    data = bytearray(path.read_bytes())
+    data[data.index(b"0123456789abcdef")] ^= 0x80  # no longer UTF-8
+    path.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="damaged") as caught:
+        ShardIndex(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_shard_cut_off_anywhere_is_told_with_its_file(tmp_path):
+    path = write_shard(tmp_path, HEADER, [latent_row("key", numbers(16, 3, 5))])
+    data = path.read_bytes()
+    for size in range(0, len(data), 41):
+        path.write_bytes(data[:size])
+        with pytest.raises(UserError, match="damaged") as caught:
+            ShardIndex(tmp_path)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"pairline.shard": "no JSON"},
+        {"pairline.shard": "{}"},
+        {"pairline.shard": '{"shapes": {"latent": [1]}}'},
+    ],
+)
+def test_a_parquet_file_of_somebody_elses_is_told_by_name(metadata, tmp_path):
+    table = pa.table({"key": ["a"], "latent": [b"ab"], "checksum": [1]})
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "foreign.parquet")
+    with pytest.raises(UserError, match=r"foreign\.parquet: damaged"):
+        ShardIndex(tmp_path)
+
+
+def test_a_shard_of_another_format_names_both_formats_and_what_to_delete(tmp_path):
+    header = ShardHeader(row="LatentRow", encoder="e1", shapes={"latent": (16, 3, 5)}, format=2)
+    write_shard(tmp_path / "3x5", header, [latent_row("key", numbers(16, 3, 5))])
+    with pytest.raises(UserError, match="shard format 2, this version reads 1") as caught:
+        ShardIndex(tmp_path)
+    assert f"delete {tmp_path / '3x5'} and run prep cache again" in str(caught.value)

@@ -1,0 +1,415 @@
+"""The four stages together on real photographs and real classes, at toy size."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxKontextPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from families import flux, open_project
+from families.checkpoints import image_encoder_key, locate, text_encoder_key
+from prep.cache import cache
+from prep.pairs import pairs
+from prep.scan import scan
+from schemas.errors import UserError
+from schemas.freshness import read_pairs
+from schemas.project import Project
+from schemas.rows import ImageRow
+from schemas.summaries import CacheSummary
+from schemas.tables import read_table
+from train.data import Shelf, epoch_batches
+from train.loop import run, step_loss
+from train.lora import add_lora, load_lora
+
+MakeProject = Callable[..., Path]
+CPU = torch.device("cpu")
+
+
+def _prepare(folder: Path, workers: int = 1) -> tuple[Project, CacheSummary]:
+    project = open_project(folder)
+    scan(project, workers=workers)
+    pairs(project, workers=workers)
+    return project, cache(project, workers=workers)
+
+
+def _shelf(project: Project) -> Shelf:
+    folder = locate(project, project.family.denoiser)
+    return Shelf(project, image_encoder_key(project, folder), text_encoder_key(project, folder))
+
+
+def _tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _loss_on_fixed_noise(project: Project, lora: dict[str, torch.Tensor] | None) -> float:
+    """Average the loss over all samples at fixed noise and times."""
+    shelf = _shelf(project)
+    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), torch.float32, CPU)
+    add_lora(denoiser, project)
+    if lora is not None:
+        load_lora(denoiser, lora)
+    with torch.no_grad():
+        losses = [
+            step_loss(flux, denoiser, shelf.load(batch, CPU), torch.Generator().manual_seed(n), project.trainer).item()
+            for n in range(4)
+            for batch in epoch_batches(project, shelf, 0)
+        ]
+    return float(np.mean(losses))
+
+
+def _trained(project: Project) -> dict[str, torch.Tensor]:
+    """Read the trained LoRA by peft's names."""
+    stored = load_file(project.run_folder / "pytorch_lora_weights.safetensors")
+    return {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+
+
+def test_training_lowers_the_loss_on_fixed_noise(make_project: MakeProject) -> None:
+    project, _ = _prepare(make_project("deblur", max_train_steps=80, learning_rate=3e-3, lora_rank=16))
+    before = _loss_on_fixed_noise(project, None)
+    summary = run(project)
+    after = _loss_on_fixed_noise(project, _trained(project))
+    assert summary.last_step == 80
+    assert after < 0.97 * before
+
+
+def test_two_runs_are_equal_to_the_bit(make_project: MakeProject) -> None:
+    folder = make_project("deblur", caption_dropout_probability=0.3, lora_dropout=0.1, gradient_accumulation_steps=2)
+    _prepare(folder)
+    first, second = (open_project(folder, overrides=[f"tracker_run_name={name}"]) for name in ("first", "second"))
+    run(first)
+    torch.manual_seed(1234)  # nothing may depend on the global generator
+    run(second)
+    assert _equal(_trained(first), _trained(second))
+    other = open_project(folder, overrides=["tracker_run_name=third", "seed=43"])
+    run(other)
+    assert not _equal(_trained(first), _trained(other))
+
+
+def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "optimi-lion"])
+def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(make_project: MakeProject, optimizer: str) -> None:
+    options = {"optimizer": optimizer, "lr_scheduler": "cosine", "lora_dropout": 0.1, "max_train_steps": 10}
+    folder = make_project("edits", **options)
+    _prepare(folder)
+    whole, parts = (open_project(folder, overrides=[f"tracker_run_name={name}"]) for name in ("whole", "parts"))
+    run(whole)
+    assert run(parts, limit=3).last_step == 3
+    resumed = run(parts)
+    assert (resumed.first_step, resumed.last_step) == (3, 10)
+    assert _equal(_trained(whole), _trained(parts))
+    lines = [(project.run_folder / "metrics.jsonl").read_text().splitlines() for project in (whole, parts)]
+    kept = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in one] for one in lines]
+    assert kept[0] == kept[1]
+    again = run(parts)
+    assert (again.first_step, again.last_step) == (10, 10)
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(make_project: MakeProject) -> None:
+    folder = make_project("edits", max_train_steps=40, checkpointing_steps=2, checkpoints_total_limit=2)
+    _prepare(folder)
+    whole = open_project(folder, overrides=["tracker_run_name=whole"])
+    run(whole)
+    command = [sys.executable, "-m", "train.cli", "run", str(folder), "--set", "tracker_run_name=killed"]
+    killed = open_project(folder, overrides=["tracker_run_name=killed"])
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (killed.run_folder / "metrics.jsonl").exists() or len(_lines(killed)) < 5:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    summary = run(killed)
+    assert 0 < summary.first_step < 40
+    assert _equal(_trained(whole), _trained(killed))
+    assert [json.loads(line)["step"] for line in _lines(killed)] == list(range(1, 41))
+    assert not list(killed.run_folder.glob("*.tmp.*"))
+
+
+def _lines(project: Project) -> list[str]:
+    return (project.run_folder / "metrics.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_the_saved_lora_gives_the_pipeline_the_trained_model(make_project: MakeProject, alpha: float | None) -> None:
+    folder = make_project("edits", lora_alpha=alpha, max_train_steps=6, learning_rate=1e-2)
+    project, _ = _prepare(folder)
+    run(project)
+    checkpoint = locate(project, project.family.denoiser)
+    denoiser = flux.load_denoiser(checkpoint, torch.float32, CPU)
+    add_lora(denoiser, project)
+    load_lora(denoiser, _trained(project))
+    pipeline = FluxKontextPipeline.from_pretrained(checkpoint)
+    bare = FluxKontextPipeline.from_pretrained(checkpoint)
+    pipeline.load_lora_weights(project.run_folder)
+
+    picture = Image.open(next((folder / "reference").glob("*.jpg"))).resize((96, 96))
+    arguments = {"image": picture, "prompt": "colorize", "height": 64, "width": 64, "max_area": 64 * 64}
+    arguments |= {"num_inference_steps": 3, "output_type": "latent", "guidance_scale": 1.0}
+
+    def sample(model: FluxKontextPipeline) -> torch.Tensor:
+        return model(**arguments, generator=torch.Generator().manual_seed(0)).images
+
+    loaded, untrained = sample(pipeline), sample(bare)
+    pipeline.unload_lora_weights()
+    pipeline.transformer = denoiser.eval()
+    assert torch.equal(loaded, sample(pipeline))
+    assert not torch.equal(loaded, untrained)
+
+
+def test_a_second_pass_over_everything_writes_nothing(make_project: MakeProject) -> None:
+    folder = make_project("deblur")
+    _prepare(folder)
+    run(open_project(folder))
+    before = _tree(folder)
+    _, summary = _prepare(folder)
+    assert [store.encoded for store in summary.stores] == [0, 0]
+    assert _tree(folder) == before
+    run(open_project(folder, overrides=["learning_rate=1e-4", "output_dir=elsewhere"]))
+    after = {name: kept for name, kept in _tree(folder).items() if not name.startswith("elsewhere/")}
+    assert after == before
+
+
+def test_a_changed_caption_encodes_that_text_alone(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    _prepare(folder)
+    caption = next((folder / "target").glob("*.txt"))
+    caption.write_text("colorize this photograph, but differently")
+    _, summary = _prepare(folder)
+    assert [(store.kind, store.encoded) for store in summary.stores] == [("latents", 0), ("text", 1)]
+
+
+def test_a_replaced_image_changes_its_own_rows_and_latents_alone(make_project: MakeProject) -> None:
+    folder = make_project("deblur")
+    project, _ = _prepare(folder)
+    manifest, shards = project.manifest("photos"), folder / "work" / "cache"
+    rows = {row.path: row for row in read_table(manifest, ImageRow)}
+    before = _tree(shards)
+    name = sorted(rows)[0]
+    Image.open(folder / "photos" / name).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "photos" / name)
+
+    project = open_project(folder)
+    assert scan(project).datasets[0].read == 1
+    assert pairs(project).datasets[0].generated == 1
+    summary = cache(project)
+    assert [(store.kind, store.encoded) for store in summary.stores] == [("latents", 2), ("text", 0)]
+    changed = {row.path for row in read_table(manifest, ImageRow) if row != rows[row.path]}
+    assert changed == {name}
+    assert before.items() <= _tree(shards).items()
+
+
+def test_another_vae_is_noticed_and_the_same_vae_elsewhere_is_not(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    project, _ = _prepare(folder)
+    tiny = locate(project, project.family.image_encoder)
+    copy = folder / "copy"
+    shutil.copytree(tiny, copy)
+    moved = open_project(folder, overrides=[f"pretrained_model_name_or_path={copy}"])
+    assert [store.encoded for store in cache(moved).stores] == [0, 0]
+    vae = flux.load_image_encoder(copy, torch.float32, CPU)
+    with torch.no_grad():
+        next(vae.parameters()).add_(0.1)
+    vae.save_pretrained(copy / "vae")
+    summary = cache(open_project(folder, overrides=[f"pretrained_model_name_or_path={copy}"]))
+    assert [(store.kind, store.encoded) for store in summary.stores] == [("latents", 12), ("text", 0)]
+
+
+def test_schnell_and_dev_share_latents_with_kontext(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    _prepare(folder)
+    encoded = {
+        flavour: [store.encoded for store in cache(open_project(folder, overrides=[f"model_flavour={flavour}"])).stores]
+        for flavour in ("dev", "schnell")
+    }
+    assert encoded == {"dev": [0, 0], "schnell": [0, 7]}  # schnell pads T5 to another length
+
+
+@pytest.mark.parametrize("flavour", ["dev", "schnell"])
+def test_other_flavours_train_too(make_project: MakeProject, flavour: str) -> None:
+    project, _ = _prepare(make_project("edits", model_flavour=flavour, max_train_steps=2))
+    assert run(project).last_step == 2
+
+
+def test_one_and_three_workers_write_the_same_bytes(make_project: MakeProject) -> None:
+    folder = make_project("deblur", photos=9)
+    trees = []
+    for workers in (1, 3):
+        workspace = folder / f"work-{workers}"
+        project = open_project(folder, workspace=workspace)
+        shutil.copytree(folder / "work" / "models", workspace / "models")
+        scan(project, workers=workers), pairs(project, workers=workers), cache(project, workers=workers)
+        trees.append({name: data for name, (_, data) in _tree(workspace).items() if not name.startswith("models")})
+    assert trees[0] == trees[1]
+
+
+def test_references_on_demand_give_the_same_latents_as_files(make_project: MakeProject) -> None:
+    folder = make_project("deblur")
+    _prepare(folder)
+    datasets = json.loads((folder / "multidatabackend.json").read_text())
+    datasets[0]["conditioning"][0]["storage"] = "ondemand"
+    (folder / "multidatabackend.json").write_text(json.dumps(datasets))
+    shutil.rmtree(folder / "work" / "references")
+    project, summary = _prepare(folder)
+    assert [store.encoded for store in summary.stores] == [0, 0]
+    shutil.rmtree(folder / "work" / "cache" / "latents")
+    before = _tree(folder)
+    _prepare(folder)
+    assert not project.pixel_store.exists()
+    kept = {name: data for name, (_, data) in before.items() if "latents" in name}
+    assert all(_tree(folder)[name][1] == data for name, data in kept.items())
+
+
+def test_several_reference_sets_and_plain_images_train_together(make_project: MakeProject) -> None:
+    folder = make_project("edits", max_train_steps=12)
+    datasets = json.loads((folder / "multidatabackend.json").read_text())
+    shutil.copytree(folder / "reference", folder / "second")
+    for text in ("recolour the photograph", "make it colourful"):
+        for picture in (folder / "second").glob("*.jpg"):
+            picture.with_suffix(".txt").write_text(text)
+    shutil.copytree(folder / "target", folder / "plain")
+    datasets[0]["conditioning_data"] = ["gray", "second"]
+    datasets.append(datasets[1] | {"id": "second", "instance_data_dir": "second", "caption_strategy": "textfile"})
+    datasets[-1] |= {"conditioning_type": "reference_loose", "crop": True}
+    datasets.append(
+        {"id": "plain", "instance_data_dir": "plain", "resolution": 128, "caption_strategy": "textfile", "repeats": 1}
+    )
+    (folder / "multidatabackend.json").write_text(json.dumps(datasets))
+    project, _ = _prepare(folder)
+    shelf = _shelf(project)
+    showings = [one for epoch in range(6) for batch in epoch_batches(project, shelf, epoch) for one in batch]
+    edits = [one for one in showings if one.references]
+    assert len(edits) == 6 * 6
+    assert len(showings) - len(edits) == 6 * 6 * 2
+    assert {len(one.references) for one in edits} == {1}
+    assert {one.references[0].store for one in edits} == {"gray", "second"}
+    assert all((one.prompt == "make it colourful") == (one.references[0].store == "second") for one in edits)
+    assert run(project).last_step == 12
+
+    datasets[2]["caption_strategy"] = None
+    (folder / "multidatabackend.json").write_text(json.dumps(datasets))
+    combined = open_project(folder, overrides=["conditioning_multidataset_sampling=combined"])
+    scan(combined), pairs(combined), cache(combined)
+    shelf = _shelf(combined)
+    counts = {len(one.references) for batch in epoch_batches(combined, shelf, 0) for one in batch}
+    assert counts == {0, 2}
+    assert (
+        run(
+            open_project(
+                folder,
+                overrides=[
+                    "conditioning_multidataset_sampling=combined",
+                    "tracker_run_name=combined",
+                    "train_batch_size=3",
+                ],
+            )
+        ).last_step
+        == 12
+    )
+
+
+def test_an_unreadable_image_is_rejected_once_and_left_out_of_training(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    broken = sorted((folder / "target").glob("*.jpg"))[0]
+    broken.write_bytes(broken.read_bytes()[:2000])  # the header is whole, the picture is not
+    project, summary = _prepare(folder)
+    [latents, _] = summary.stores
+    assert (latents.needed, latents.encoded) == (12, 11)
+    [(name, reason)] = latents.rejected.items()
+    assert name.endswith(broken.name)
+    assert reason.startswith("unreadable")
+    again = cache(open_project(folder)).stores[0]
+    assert (again.encoded, again.reused, list(again.rejected)) == (0, 11, [name])
+    trained = run(project, limit=2)
+    assert (trained.samples, trained.skipped) == (5, 1)
+
+
+def test_an_image_changed_after_the_scan_asks_for_another_scan(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    project = open_project(folder)
+    scan(project), pairs(project)
+    changed = sorted((folder / "target").glob("*.jpg"))[0]
+    Image.open(changed).rotate(180).save(changed)
+    with pytest.raises(UserError, match=r"(?s)1 images could not be used.*changed since prep scan"):
+        cache(project)
+    _, summary = _prepare(folder)
+    assert summary.stores[0].reused == 11
+
+
+def test_training_refuses_what_is_not_there_before_it_starts(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    with pytest.raises(UserError, match=r"not paired yet.*prep pairs"):
+        run(folder)
+    project, _ = _prepare(folder)
+    with pytest.raises(UserError, match=r"not cached for this checkpoint.*prep cache"):
+        run(open_project(folder, overrides=["vae_dtype=bf16"]))
+    datasets = json.loads((folder / "multidatabackend.json").read_text())
+    datasets[0]["resolution"] = 192
+    (folder / "multidatabackend.json").write_text(json.dumps(datasets))
+    with pytest.raises(UserError, match=r"settings.*changed since it was paired"):
+        run(folder)
+    assert not project.run_folder.exists()
+
+
+def test_a_damaged_shard_stops_the_run_and_names_the_file(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    _prepare(folder)
+    shard = next((folder / "work" / "cache" / "latents").glob("*/1*/*.parquet"))
+    data = bytearray(shard.read_bytes())
+    data[200] ^= 1  # inside the first latent
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=f"{shard.name}.*damaged.*prep cache"):
+        run(open_project(folder))
+
+
+def test_a_run_folder_of_other_settings_is_refused(make_project: MakeProject) -> None:
+    folder = make_project("edits", max_train_steps=2)
+    _prepare(folder)
+    run(folder)
+    with pytest.raises(UserError, match=r"learning_rate 0.002 -> 0.001.*output_dir"):
+        run(open_project(folder, overrides=["learning_rate=1e-3"]))
+    with pytest.raises(UserError, match="holds a run already"):
+        run(open_project(folder, overrides=["resume_from_checkpoint=null"]))
+    assert run(open_project(folder, overrides=["max_train_steps=4"])).first_step == 2
+
+
+@pytest.mark.parametrize("precision", ["int8-quanto", "int4-quanto", "fp8-quanto"])
+def test_a_quantised_base_trains_every_adapter(make_project: MakeProject, precision: str) -> None:
+    options = {"base_model_precision": precision, "mixed_precision": "bf16", "flux_lora_target": "all+ffs"}
+    project, _ = _prepare(make_project("edits", max_train_steps=2, **options))
+    summary = run(project)
+    assert summary.loss is not None and np.isfinite(summary.loss)
+    assert all(torch.isfinite(tensor).all() for tensor in _trained(project).values())
+    assert all(tensor.abs().sum() > 0 for name, tensor in _trained(project).items() if "lora_B" in name)
+
+
+def test_a_held_out_dataset_is_not_trained_on(make_project: MakeProject) -> None:
+    folder = make_project("edits", eval_dataset_id="colour")
+    _prepare(folder)
+    with pytest.raises(UserError, match="held out"):
+        run(folder)
+
+
+def test_pairs_of_a_set_without_references_are_plain_text_to_image(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    datasets = json.loads((folder / "multidatabackend.json").read_text())
+    del datasets[0]["conditioning_data"], datasets[1]
+    (folder / "multidatabackend.json").write_text(json.dumps(datasets))
+    project, _ = _prepare(folder)
+    assert {len(row.references) for row in read_pairs(project, project.targets[0])} == {0}
+    assert run(project, limit=2).last_step == 2

@@ -1,0 +1,72 @@
+"""What only a GPU shows: the same step on it as on the CPU, and attention's backward at real shapes."""
+
+import numpy as np
+import pytest
+import torch
+
+from families import flux, open_project
+from families.checkpoints import locate
+from families.protocol import TextEmbeds
+from families.runtime import choose_attention
+from prep.cache import cache
+from prep.pairs import pairs
+from prep.scan import scan
+from train.data import Batch
+from train.loop import run, step_loss
+from train.lora import add_lora
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def _step(project: object, device: str, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+    choose_attention()
+    place = torch.device(device)
+    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), dtype, place)
+    denoiser.requires_grad_(False)
+    add_lora(denoiser, project)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(3)
+        for name, parameter in denoiser.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    generator = torch.Generator().manual_seed(1)
+    latents, reference = (torch.randn(2, 16, *size, generator=generator) for size in ((32, 48), (48, 32)))
+    text = torch.randn(2, 512, 64, generator=generator), torch.randn(2, 32, generator=generator)
+    embeds = TextEmbeds(text[0].to(place), text[1].to(place), (5, 5))
+    batch = Batch(("a", "b"), latents.to(place), (reference.to(place),), embeds)
+    loss = step_loss(flux, denoiser, batch, torch.Generator().manual_seed(2), project.trainer)
+    loss.backward()
+    named = denoiser.named_parameters()
+    return loss.item(), {name: one.grad.float().cpu() for name, one in named if one.grad is not None}
+
+
+def _error(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Return the relative error of all gradients together."""
+    error = sum((gradients[name] - expected[name]).square().sum() for name in expected)
+    return float((error / sum(one.square().sum() for one in expected.values())).sqrt())
+
+
+def test_loss_and_gradients_on_the_gpu_agree_with_the_cpu(make_project: object) -> None:
+    exact = open_project(make_project())
+    expected, gradients = _step(exact, "cpu", torch.float32)
+    loss, others = _step(exact, "cuda", torch.float32)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert others.keys() == gradients.keys()
+    assert _error(others, gradients) < 1e-4
+
+    half = open_project(exact.config_path.parent, overrides=["mixed_precision=bf16"])
+    rounding = _error(_step(half, "cpu", torch.bfloat16)[1], gradients)
+    loss, others = _step(half, "cuda", torch.bfloat16)
+    assert loss == pytest.approx(expected, rel=1e-2)
+    assert _error(others, gradients) < 2 * rounding
+
+
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "fp8-quanto"])
+def test_all_stages_run_on_the_gpu_in_bfloat16(make_project: object, precision: str) -> None:
+    options = {"mixed_precision": "bf16", "vae_dtype": "bf16", "base_model_precision": precision}
+    project = open_project(make_project(**options))
+    scan(project), pairs(project), cache(project)
+    summary = run(project)
+    assert summary.device.startswith("cuda")
+    assert summary.last_step == 12
+    assert summary.loss is not None and np.isfinite(summary.loss)
