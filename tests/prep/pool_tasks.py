@@ -1,0 +1,47 @@
+"""Tasks for the tests of the pool: worker processes import them by name from here."""
+
+import os
+import signal
+import time
+
+
+def double(number):
+    return 2 * number
+
+
+def double_slowly_at_first(number):
+    time.sleep(0.3 if number == 0 else 0)
+    return 2 * number
+
+
+def process_of(number):
+    time.sleep(0.02)
+    return os.getpid()
+
+
+def double_or_exit(number):
+    if number < 0:
+        os._exit(-number)
+    return 2 * number
+
+
+def double_or_be_killed(number):
+    if number < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 2 * number
+
+
+def double_or_fail(number):
+    if number < 0:
+        raise ValueError(f"cannot double {number}")
+    return 2 * number
+
+
+def no_pickle(number):
+    return lambda: iter([number]), (part for part in ())
+
+
+def note(place):
+    folder, number = place
+    (folder / str(number)).touch()
+    return number

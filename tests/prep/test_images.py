@@ -1,0 +1,285 @@
+import io
+import random
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from prep.images import EXTENSIONS, Header, decode, frame, read_header
+from schemas.rows import Geometry
+
+ORIENTATION = 0x0112
+
+
+def noise(height=7, width=13, channels=3):
+    """Make a picture in which every turn and flip shows."""
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
+
+
+def smooth(height=24, width=40):
+    """Make a picture in which every turn and flip shows after lossy compression too."""
+    down, across = np.mgrid[0:height, 0:width]
+    return np.stack([down * 255 // height, across * 255 // width, (down + across) * 255 // (height + width)], 2).astype(
+        np.uint8
+    )
+
+
+def laid(upright, orientation):
+    """Lay pixels as a camera stores them that writes this orientation: EXIF's table, row 0 and column 0 by side."""
+    turned = upright.swapaxes(0, 1)
+    return {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: turned,
+        6: turned[::-1],
+        7: turned[::-1, ::-1],
+        8: turned[:, ::-1],
+    }[orientation]
+
+
+def encoded(pixels, kind, orientation=None, **options):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[ORIENTATION] = orientation
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
+    file = io.BytesIO()
+    image.save(file, format=kind, **({"exif": exif} if orientation is not None else {}), **options)
+    return file.getvalue()
+
+
+def header_of(data, tmp_path, name="picture"):
+    (tmp_path / name).write_bytes(data)
+    return read_header(tmp_path / name)
+
+
+def pixels_of(data):
+    picture = decode(data)
+    assert isinstance(picture, Image.Image), picture
+    assert picture.mode == "RGB"
+    return np.asarray(picture)
+
+
+# Orientation
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})], ids=str)
+def test_lossless_pictures_stand_upright_whatever_their_orientation(kind, options, orientation, tmp_path):
+    upright = noise()
+    data = encoded(laid(upright, orientation), kind, orientation, **options)
+    header = header_of(data, tmp_path)
+    assert isinstance(header, Header)
+    assert (header.width, header.height, header.format) == (13, 7, kind)
+    assert np.array_equal(pixels_of(data), upright)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_stand_upright_whatever_their_orientation(orientation, tmp_path):
+    upright = smooth()
+    data = encoded(laid(upright, orientation), "JPEG", orientation, quality=95, subsampling=0)
+    assert header_of(data, tmp_path) == Header(40, 24, orientation, "JPEG", "RGB")
+    assert np.abs(pixels_of(data).astype(int) - upright).max() <= 16
+
+
+@pytest.mark.parametrize("orientation", [None, 0, 9, 300])
+def test_an_orientation_that_is_none_of_the_eight_counts_as_upright(orientation, tmp_path):
+    data = encoded(noise(), "PNG", orientation)
+    assert header_of(data, tmp_path) == Header(13, 7, 1, "PNG", "RGB")
+    assert np.array_equal(pixels_of(data), noise())
+
+
+# Colour
+
+
+def test_alpha_is_laid_over_white():
+    colours = np.zeros((2, 3, 4), np.uint8)
+    colours[..., 0] = 200
+    colours[:, 0, 3], colours[:, 1, 3], colours[:, 2, 3] = 0, 51, 255  # 51 is a fifth
+    pixels = pixels_of(encoded(colours, "PNG"))
+    assert pixels[0].tolist() == [[255, 255, 255], [244, 204, 204], [200, 0, 0]]
+
+
+def test_gray_with_alpha_is_laid_over_white():
+    alpha = Image.fromarray(np.array([[0, 51, 255]], np.uint8))
+    image = Image.merge("LA", [Image.new("L", (3, 1), 0), alpha])
+    assert pixels_of(encoded(image, "PNG"))[0].tolist() == [[255] * 3, [204] * 3, [0] * 3]
+
+
+def test_a_transparent_colour_of_a_palette_becomes_white():
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    assert pixels_of(encoded(image, "PNG"))[0].tolist() == [[255, 0, 0], [0, 0, 255]]
+    assert pixels_of(encoded(image, "PNG", transparency=0))[0].tolist() == [[255, 255, 255], [0, 0, 255]]
+    assert pixels_of(encoded(image, "PNG", transparency=b"\xff\x33"))[0].tolist() == [[255, 0, 0], [204, 204, 255]]
+
+
+def test_a_transparent_colour_of_an_rgb_picture_becomes_white():
+    data = encoded(np.array([[[9, 9, 9], [8, 8, 8]]], np.uint8), "PNG", transparency=(9, 9, 9))
+    assert pixels_of(data)[0].tolist() == [[255, 255, 255], [8, 8, 8]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_the_upper_eight_of_16_bits_count(kind, tmp_path):
+    values = np.array([[0, 255, 256, 257, 32768, 65279, 65535]], np.uint16)
+    data = encoded(values, kind)
+    assert header_of(data, tmp_path).mode.startswith("I")
+    assert pixels_of(data)[0].tolist() == [[value] * 3 for value in (0, 0, 1, 1, 128, 254, 255)]
+
+
+def test_whole_numbers_of_32_bits_are_read_as_16_and_clipped():
+    values = np.array([[-5, 0, 32768, 65535, 10**6]], np.int32)
+    assert pixels_of(encoded(values, "TIFF"))[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+def test_floating_point_pictures_go_up_to_1_or_to_255(scale):
+    values = np.array([[0, 0.2, 0.6, 1]], np.float32) * np.float32(scale)
+    assert np.abs(pixels_of(encoded(values, "TIFF"))[0, :, 0].astype(int) - [0, 51, 153, 255]).max() <= 1
+
+
+def test_what_is_no_number_in_a_floating_point_picture_is_black_or_clipped():
+    values = np.array([[np.nan, -np.inf, np.inf, 7]], np.float32)
+    assert pixels_of(encoded(values, "TIFF"))[0, :, 0].tolist() == [0, 0, 255, 7]
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("CMYK", (255, 0, 0, 0), [0, 255, 255]),
+        ("CMYK", (0, 0, 0, 255), [0, 0, 0]),
+        ("CMYK", (0, 0, 0, 0), [255, 255, 255]),
+        ("L", 77, [77, 77, 77]),
+        ("1", 1, [255, 255, 255]),
+        ("1", 0, [0, 0, 0]),
+        ("YCbCr", (128, 128, 128), [128, 128, 128]),
+    ],
+)
+def test_other_modes_become_rgb(mode, colour, expected):
+    pixels = pixels_of(encoded(Image.new(mode, (9, 5), colour), "TIFF"))
+    assert pixels.shape == (5, 9, 3)
+    assert (pixels == expected).all()
+
+
+def test_a_cmyk_photo_keeps_its_colours():
+    data = encoded(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG")
+    assert np.abs(pixels_of(data).astype(int) - [0, 255, 255]).max() <= 2
+
+
+def test_the_first_frame_of_an_animation_counts(tmp_path):
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "green", "blue")]
+    for kind in ("GIF", "WEBP", "PNG", "TIFF"):
+        lossless = {"lossless": True} if kind == "WEBP" else {}
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **lossless)
+        assert header_of(data, tmp_path).width == 6
+        assert pixels_of(data)[0, 0].tolist() == [255, 0, 0]
+
+
+# Files that are not what they seem
+
+
+def test_the_content_tells_the_format_not_the_name(tmp_path):
+    assert header_of(encoded(noise(), "PNG"), tmp_path, "photo.jpg") == Header(13, 7, 1, "PNG", "RGB")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"<!DOCTYPE html><html>404</html>", b"\x00" * 500, b"\xff\xd8\xff"])
+def test_what_is_no_image_is_a_reason(content, tmp_path):
+    assert header_of(content, tmp_path, "photo.jpg") == "unreadable: no known image format"
+    assert decode(content) == "unreadable: no known image format"
+
+
+def test_a_file_that_cannot_be_opened_is_a_reason(tmp_path):
+    assert (
+        read_header(tmp_path / "missing.png")
+        == "unreadable: [Errno 2] No such file or directory: '" + str(tmp_path / "missing.png") + "'"
+    )
+    assert str(read_header(tmp_path)).startswith("unreadable: ")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_truncated_file_is_a_reason_when_it_is_decoded(kind):
+    data = encoded(np.kron(noise(), np.ones((8, 8, 1), np.uint8)), kind)
+    for share in (0.1, 0.5, 0.9):
+        reason = decode(data[: int(len(data) * share)])
+        assert isinstance(reason, str) and reason.startswith("unreadable: ") and "\n" not in reason
+
+
+KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000", "MPO")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")  # Pillow's own, about the damage
+def test_no_damage_to_a_file_raises(kind, tmp_path):
+    data, draw = encoded(smooth(), kind, 6 if kind not in ("BMP", "GIF", "PPM", "TGA") else None), random.Random(kind)
+    for _ in range(150):
+        damaged = bytearray(data[: draw.randrange(len(data))] if draw.random() < 0.25 else data)
+        for _ in range(min(draw.choice([0, 1, 3, 20]), len(damaged))):
+            damaged[draw.randrange(min(len(damaged), draw.choice([64, 300, 10**6])))] = draw.randrange(256)
+        assert isinstance(header_of(bytes(damaged), tmp_path), Header | str)
+        assert isinstance(decode(bytes(damaged)), Image.Image | str)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+def test_damage_to_an_avif_file_is_a_reason():
+    data = bytearray(encoded(smooth(), "AVIF"))
+    assert isinstance(decode(bytes(data)), Image.Image)
+    data[data.index(b"mdat") + 4 : data.index(b"mdat") + 12] = bytes(8)
+    reason = decode(bytes(data))
+    assert isinstance(reason, str) and reason.startswith("unreadable: ")
+
+
+@pytest.mark.parametrize("limit", [99, 40])  # Pillow warns above its limit and raises above twice that
+def test_a_decompression_bomb_is_a_reason(limit, tmp_path, monkeypatch):
+    data = encoded(noise(10, 10), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert isinstance(header_of(data, tmp_path), Header)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    header, picture = header_of(data, tmp_path), decode(data)
+    assert header == picture and header.startswith("too large: ") and "(100 pixels)" in header
+
+
+def test_a_header_is_read_without_decoding_a_pixel(tmp_path):
+    data = encoded(np.kron(noise(), np.ones((20, 20, 1), np.uint8)), "PNG")
+    half = data[: len(data) // 2]
+    assert header_of(half, tmp_path) == header_of(data, tmp_path)
+    assert isinstance(decode(half), str)
+
+
+def test_reading_changes_no_settings_of_the_process(tmp_path):
+    before = (list(warnings.filters), Image.MAX_IMAGE_PIXELS)
+    header_of(encoded(noise(), "PNG"), tmp_path)
+    decode(encoded(noise(), "PNG"))
+    assert (list(warnings.filters), Image.MAX_IMAGE_PIXELS) == before
+
+
+def test_extensions_are_lower_case_and_begin_with_a_dot():
+    assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"} <= EXTENSIONS
+    assert all(name == name.lower() and name.startswith(".") for name in EXTENSIONS)
+
+
+# Resize and crop
+
+
+def test_a_picture_that_fits_is_only_cropped():
+    pixels = noise(20, 30)
+    framed = frame(Image.fromarray(pixels), Geometry(16, 8, 30, 20, 3, 5))
+    assert np.array_equal(framed, pixels[3:11, 5:21])
+
+
+def test_a_resize_is_antialiased_and_keeps_flat_colours():
+    lines = np.zeros((64, 64, 3), np.uint8)
+    lines[:, ::2] = 255  # one pixel wide: without antialiasing, black or white would be left
+    framed = frame(Image.fromarray(lines), Geometry(16, 16, 16, 16, 0, 0))
+    assert np.abs(framed[:, 2:-2].astype(int) - 128).max() <= 2
+    flat = frame(Image.new("RGB", (50, 40), (9, 99, 199)), Geometry(16, 8, 20, 16, 4, 2))
+    assert flat.shape == (8, 16, 3) and (flat == (9, 99, 199)).all()
+
+
+def test_the_crop_is_taken_from_the_resized_picture():
+    left_half_white = np.zeros((40, 40, 3), np.uint8)
+    left_half_white[:, :20] = 255
+    framed = frame(Image.fromarray(left_half_white), Geometry(8, 8, 80, 80, 0, 36))
+    assert (framed[:, :1] > 230).all() and (framed[:, -1:] < 25).all()

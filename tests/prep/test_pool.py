@@ -1,0 +1,93 @@
+import importlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from prep.pool import Crash, each
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    """Make pool_tasks.py importable, here and in the workers, which are given this process's path."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    return importlib.import_module("pool_tasks")
+
+
+def test_results_come_in_the_order_of_the_items_though_a_later_one_is_done_first(tasks):
+    assert list(each(tasks.double_slowly_at_first, range(12), 2)) == [(number, 2 * number) for number in range(12)]
+
+
+def test_one_worker_and_several_give_the_same(tasks):
+    items = [7, 1, 1, 9, 3]
+    assert list(each(tasks.double, items, 1)) == list(each(tasks.double, items, 3)) == [(n, 2 * n) for n in items]
+
+
+def test_several_workers_are_several_processes_and_one_is_this_one(tasks):
+    here = {process for _, process in each(tasks.process_of, range(20), 1)}
+    apart = {process for _, process in each(tasks.process_of, range(20), 2)}
+    assert here == {os.getpid()}
+    assert len(apart) == 2 and os.getpid() not in apart
+
+
+def test_there_are_never_more_workers_than_items(tasks):
+    assert len({process for _, process in each(tasks.process_of, range(2), 16)}) <= 2
+    assert list(each(tasks.process_of, [0], 16)) == [(0, os.getpid())]
+    assert list(each(tasks.process_of, [], 16)) == []
+
+
+@pytest.mark.parametrize(("task", "bad", "status"), [("double_or_exit", -3, 3), ("double_or_be_killed", -1, -9)])
+def test_a_worker_that_dies_costs_one_item_and_the_rest_goes_on(task, bad, status, tasks):
+    items = [1, 2, bad, 3, 4, bad, 5]
+    results = list(each(getattr(tasks, task), items, 2))
+    died = Crash(f"its worker process died with exit status {status}")
+    assert results == [(item, died if item == bad else 2 * item) for item in items]
+
+
+def test_every_item_may_cost_its_worker(tasks):
+    results = list(each(tasks.double_or_exit, [-1, -2, -3], 2))
+    assert [result.reason[-1] for _, result in results] == ["1", "2", "3"]
+
+
+def test_an_exception_in_a_worker_is_raised_here_with_its_traceback(tasks):
+    with pytest.raises(RuntimeError) as caught:
+        list(each(tasks.double_or_fail, [1, -5, 2], 2))
+    text = str(caught.value)
+    assert "a worker process failed on -5" in text
+    assert "ValueError: cannot double -5" in text and 'pool_tasks.py", line' in text
+
+
+def test_an_exception_in_this_process_stays_what_it_is(tasks):
+    with pytest.raises(ValueError, match="cannot double -5"):
+        list(each(tasks.double_or_fail, [1, -5, 2], 1))
+
+
+def test_a_result_that_cannot_be_sent_is_an_exception_not_a_hang(tasks):
+    with pytest.raises(RuntimeError, match="a worker process failed on 1"):
+        list(each(tasks.no_pickle, [1, 2], 2))
+
+
+def test_results_before_an_exception_have_been_given(tasks):
+    seen = []
+    with pytest.raises(RuntimeError):
+        for item, result in each(tasks.double_or_fail, [1, 2, 3, -1], 2):
+            seen.append((item, result))
+    assert seen == [(1, 2), (2, 4), (3, 6)][: len(seen)]
+
+
+def test_work_runs_ahead_of_the_reader_only_so_far(tasks, tmp_path):
+    results = each(tasks.note, [(tmp_path, number) for number in range(60)], 2)
+    next(results)
+    time.sleep(0.3)
+    assert len(list(tmp_path.iterdir())) <= 8  # four per worker: what bounds memory
+    assert [number for _, number in results] == list(range(1, 60))
+
+
+def test_who_stops_reading_ends_the_workers(tasks):
+    results = each(tasks.process_of, range(60), 2)
+    workers = {next(results)[1] for _ in range(6)}
+    results.close()
+    for process in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)

@@ -1,0 +1,144 @@
+"""What holds for the repository as a whole: contracts, documents, the surface of the commands."""
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pydantic import BaseModel
+from typer.testing import CliRunner
+
+from families import FAMILIES, open_project
+from schemas.datasets import CompositeImage, DatasetConfig, Generator, HuggingFace
+from schemas.options import facts_of
+from schemas.recipes import RECIPES
+from schemas.simpletuner import DATASET_KEYS, TRAINER_KEYS
+from schemas.trainer import TrainerConfig
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("schemas", "families", "prep", "train")
+
+
+def _python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("command", ["prep", "train"])
+def test_a_command_line_starts_without_loading_what_only_its_work_needs(command: str) -> None:
+    heavy = "{'torch', 'diffusers', 'transformers', 'cv2', 'PIL', 'pyarrow', 'numpy'}"
+    assert _python(f"import sys, {command}.cli; print({heavy} & set(sys.modules))") == "set()"
+
+
+def test_scanning_and_pairing_load_no_tensor_library() -> None:
+    code = "import sys, prep.scan, prep.pairs, prep.cache; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    assert _python(code) == "set()"
+
+
+def test_imports_keep_the_contracts() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "0 broken" in done.stdout
+
+
+def test_no_core_module_names_a_family_or_flavour() -> None:
+    names = {*FAMILIES, *(flavour for spec in FAMILIES.values() for flavour in spec.flavours)}
+    for package in ("prep", "train"):
+        for path in (ROOT / package).glob("*.py"):
+            words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+            assert not words & names, f"{path.name} names {words & names}"
+
+
+def test_generated_documents_are_current() -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for path, text in module.documents().items():
+        assert path.read_text() == text, f"{path.relative_to(ROOT)} is stale: run make docs"
+
+
+@pytest.mark.parametrize(
+    "model", [TrainerConfig, DatasetConfig, Generator, HuggingFace, CompositeImage, *RECIPES.values()]
+)
+def test_every_option_is_documented_and_either_acted_on_or_said_to_have_no_effect(model: type[BaseModel]) -> None:
+    source = "\n".join(path.read_text() for package in PACKAGES for path in (ROOT / package).glob("*.py"))
+    page = (ROOT / "docs" / "options.md").read_text()
+    not_read_yet = {HuggingFace, CompositeImage}  # columns of a kind of dataset that is refused as a whole
+    for name, facts in facts_of(model):
+        assert name in ("recipe", "type") or f"`{name}`" in page
+        assert model.model_fields[name].description
+        one_choice = len(get_args(model.model_fields[name].annotation)) == 1
+        if facts["no_effect"] is None and model not in not_read_yet and not one_choice:
+            assert re.search(rf'\.{name}\b|"{name}"', source), f"nothing reads {name}"
+
+
+def test_no_key_is_both_an_option_and_not_needed() -> None:
+    assert not TRAINER_KEYS.keys() & TrainerConfig.model_fields.keys()
+    assert not DATASET_KEYS.keys() & DatasetConfig.model_fields.keys()
+
+
+def test_json_schemas_accept_what_the_demo_projects_say() -> None:
+    from schemas.config_file import read_json
+
+    for name, schema_name in (("config.json", "config"), ("multidatabackend.json", "multidatabackend")):
+        schema = json.loads((ROOT / "schemas" / "json" / f"{schema_name}.schema.json").read_text())
+        known = schema["properties"] if schema_name == "config" else schema["items"]["properties"]
+        for project in ("deblur", "jpeg", "edits"):
+            values = read_json(ROOT / "datasets_demo" / project / name)
+            for entry in values if isinstance(values, list) else [values]:
+                assert entry.keys() <= known.keys()
+
+
+@pytest.mark.parametrize("name", ["deblur", "jpeg", "edits"])
+def test_the_demo_projects_are_sound(name: str, tmp_path: Path) -> None:
+    project = open_project(ROOT / "datasets_demo" / name, workspace=tmp_path, need_images=True)
+    assert project.warnings == ()
+
+
+def test_the_demo_photographs_are_small_attributed_and_captioned() -> None:
+    files = [path for path in (ROOT / "datasets_demo").rglob("*") if path.suffix in (".jpg", ".txt")]
+    assert sum(path.stat().st_size for path in files) < 8_000_000
+    photos = [path for path in files if path.suffix == ".jpg" and "photos" in path.parts]
+    assert 24 <= len(photos) <= 32
+    attribution = (ROOT / "datasets_demo" / "ATTRIBUTION.md").read_text()
+    for path in files:
+        if path.suffix == ".jpg":
+            assert path.stem in attribution, f"{path.name} is not attributed"
+            assert "reference" in path.parts or path.with_suffix(".txt").read_text().strip()
+
+
+@pytest.mark.parametrize(("command", "stages"), [("prep", ["scan", "pairs", "cache"]), ("train", ["run"])])
+def test_every_command_has_the_same_options_help_with_an_example_and_a_place_in_the_readme(
+    command: str, stages: list[str]
+) -> None:
+    module = importlib.import_module(f"{command}.cli")
+    readme = (ROOT / "README.md").read_text()
+    for stage in stages:
+        shown = CliRunner().invoke(module.app, [stage, "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0
+        for option in ("--json", "--dry-run", "--limit", "--workers", "--workspace", "--root", "--set"):
+            assert option in shown.stdout
+        assert "Example:" in shown.stdout
+        assert f"{command} {stage}" in readme
+
+
+def test_public_functions_have_docstrings_and_annotations() -> None:
+    for package in PACKAGES:
+        for path in (ROOT / package).glob("*.py"):
+            tree = ast.parse(path.read_text())
+            assert ast.get_docstring(tree), f"{path} says nothing of itself"
+            for node in tree.body:
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                    assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
