@@ -123,7 +123,7 @@ runs/<run name>/                                what train writes: checkpoints, 
 ```
 
 A dataset's `cache_dir_vae` replaces `cache/latents`, the text set's `cache_dir` replaces `cache/text`; several datasets
-and projects may share one. No file holds an absolute path: a store can be moved or copied as it is.
+and projects may share one. No table or shard holds an absolute path: they can be moved or copied as they are.
 """
 
 _READING = """```python

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -161,7 +167,7 @@ def save_lora(folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any])
 def build_tiny(folder: Path, flavour: str) -> None:
     """Write a small random checkpoint; VAE and text encoders are those of every flavour."""
     clip, t5 = clip_tokenizer(), t5_tokenizer()
-    pipeline = FluxKontextPipeline(
+    pipeline = (FluxKontextPipeline if flavour == "kontext" else FluxPipeline)(
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
         ),

@@ -4,7 +4,9 @@ The colour policy lives here and in `schemas.keys.COLOUR_POLICY`: orientation ap
 """
 
 import io
+import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ EXTENSIONS = frozenset(
 Pixels = npt.NDArray[np.uint8]  # height × width × 3, RGB
 
 _ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT_ALREADY = ("TIFF",)  # formats whose size and pixels Pillow turns itself
 _TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,6 +35,13 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+# What Pillow's readers raise on damaged files; UnidentifiedImageError is an OSError.
+_FAULTS = (
+    *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, ArithmeticError, LookupError, TypeError),
+    *(AttributeError, MemoryError, struct.error, zlib.error),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +62,7 @@ def read_header(path: Path) -> Header | str:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             orientation = _orientation(image)
             width, height = image.size
-            turned = orientation in _TURNED
+            turned = orientation in _TURNED and image.format not in _UPRIGHT_ALREADY
             return Header(
                 width=height if turned else width,
                 height=width if turned else height,
@@ -60,10 +70,10 @@ def read_header(path: Path) -> Header | str:
                 format=image.format or "",
                 mode=image.mode,
             )
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as fault:
-        return f"unreadable: {_reason(fault)}"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as fault:
         return f"too large: {fault}"
+    except _FAULTS as fault:
+        return f"unreadable: {_reason(fault)}"
 
 
 def decode(data: bytes) -> Image.Image | str:
@@ -71,13 +81,13 @@ def decode(data: bytes) -> Image.Image | str:
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            orientation = _orientation(image)
+            orientation = 1 if image.format in _UPRIGHT_ALREADY else _orientation(image)
             image.load()
             picture = _as_rgb(image)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as fault:
-        return f"unreadable: {_reason(fault)}"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as fault:
         return f"too large: {fault}"
+    except _FAULTS as fault:
+        return f"unreadable: {_reason(fault)}"
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import json5
 from pydantic import ValidationError
 
+from schemas.datasets import Generator
 from schemas.errors import Fault, UserError
 from schemas.options import Options, facts, facts_of
 from schemas.recipes import RECIPE_ALIASES, RECIPES
@@ -75,12 +76,20 @@ def normalise(
 def validate(
     values: Mapping[str, Any], model: type[OptionsT], where: tuple[str, str], found: Findings
 ) -> OptionsT | None:
-    """Check values against a model; None if there are faults."""
+    """Check values against a model. With faults, return what the sound options say, so that checking can go on.
+
+    None if even that cannot be, because a required option is missing or faulty.
+    """
     file, prefix = where
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        found.faults += [_fault(file, prefix, dict(detail)) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+    found.faults += [_fault(file, prefix, dict(detail)) for detail in details]
+    faulty = {detail["loc"][0] for detail in details if detail["loc"]}
+    try:
+        return model.model_validate({key: value for key, value in values.items() if key not in faulty})
+    except ValidationError:
         return None
 
 
@@ -91,10 +100,18 @@ def split_generator(entry: Any, where: tuple[str, str], found: Findings) -> Any:
         kinds = ", ".join(RECIPES)
         found.faults.append(Fault(file, key, "must be an object with a 'type'", shown(entry), f"known types: {kinds}"))
         return None
-    flat = {**entry.get("params", {}), **{key: value for key, value in entry.items() if key != "params"}}
+    params = entry.get("params", {})
+    if not isinstance(params, dict):
+        found.faults.append(Fault(where[0], f"{where[1]}.params", "must be an object", shown(params)))
+        return None
+    flat = {**params, **{key: value for key, value in entry.items() if key != "params"}}
     kind = RECIPE_ALIASES.get(flat["type"], flat["type"])
-    own = {"captions", "conditioning_type", "storage", "instance_data_dir", "cache_dir_vae"}
+    own = Generator.model_fields.keys() - {"recipe"}
     recipe = {key: value for key, value in flat.items() if key not in own}
+    for model in (Generator, RECIPES.get(kind)):
+        for name, extra in facts_of(model) if model is not None else ():
+            if name in flat and extra["no_effect"]:
+                found.warnings.append(f"{where[0]}: {where[1]}.{name} has no effect: {extra['no_effect']}")
     return {**{key: flat[key] for key in own if key in flat}, "recipe": {**recipe, "type": kind}}
 
 

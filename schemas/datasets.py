@@ -12,7 +12,9 @@ from schemas.recipes import JpegArtifacts, Superresolution
 from schemas.trainer import CaptionStrategy, ResolutionType
 
 Text: TypeAlias = Annotated[str, StringConstraints(min_length=1)]
-DatasetId: TypeAlias = Annotated[str, StringConstraints(pattern=r'^[^/\\:*?"<>|\x00-\x1f.][^/\\:*?"<>|\x00-\x1f]*$')]
+DatasetId: TypeAlias = Annotated[
+    str, StringConstraints(max_length=200, pattern=r'^[^/\\:*?"<>|\x00-\x1f.][^/\\:*?"<>|\x00-\x1f]*$')
+]
 
 
 def _as_list(value: object) -> object:

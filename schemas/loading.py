@@ -45,16 +45,15 @@ def load_project(
     base = (Path(root) if root is not None else config_path.parent).resolve()
     found = Findings()
     trainer = _trainer(config_path, overrides, found)
-    defaults = trainer if trainer is not None else TrainerConfig()
-    family = _family(defaults, families, config_path, found)
-    datasets_path = base / Path(defaults.data_backend_config).expanduser()
-    datasets = _datasets(datasets_path, config_path, defaults, base, found)
-    library = _prompt_library(base, defaults, found)
+    family = _family(trainer, families, config_path, found)
+    datasets_path = base / Path(trainer.data_backend_config).expanduser()
+    datasets = _datasets(datasets_path, config_path, trainer, base, found)
+    library = _prompt_library(base, trainer, found)
     project = Project(
         config_path=config_path,
         root=base,
         workspace=(Path(workspace) if workspace is not None else config_path.parent / "work").resolve(),
-        trainer=defaults,
+        trainer=trainer,
         datasets=tuple(datasets),
         prompt_library=library,
         family=family,
@@ -83,19 +82,17 @@ def _config_path(path: Path) -> Path:
     return config.resolve()
 
 
-def _trainer(path: Path, overrides: Sequence[str], found: Findings) -> TrainerConfig | None:
+def _trainer(path: Path, overrides: Sequence[str], found: Findings) -> TrainerConfig:
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must be an object of options, found {shown(raw)}")
-    faults = len(found.faults)
     values = normalise(raw, TrainerConfig, TRAINER_KEYS, (path.name, ""), found)
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: must be key=value, for example --set learning_rate=2e-4")
         values |= normalise({key: _literal(value)}, TrainerConfig, TRAINER_KEYS, ("--set", ""), found)
-    config = validate(values, TrainerConfig, (path.name, ""), found)
-    return config if len(found.faults) == faults else None
+    return validate(values, TrainerConfig, (path.name, ""), found) or TrainerConfig()
 
 
 def _literal(text: str) -> Any:

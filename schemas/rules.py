@@ -56,7 +56,9 @@ def _rule_links(project: Project, file: str, found: Findings) -> None:
             if name not in by_id:
                 hint = f"datasets: {', '.join(by_id)}"
                 found.faults.append(Fault(file, f'"{dataset.id}" {key}', "no such dataset", shown(name), hint))
-            elif (key == "conditioning_data") == by_id[name].is_target:
+            elif by_id[name].dataset_type not in (
+                ("conditioning",) if key == "conditioning_data" else ("image", "eval")
+            ):
                 kind = "a set of references" if key == "conditioning_data" else "a set of targets"
                 hint = 'references have "dataset_type": "conditioning"'
                 found.faults.append(Fault(file, f'"{dataset.id}" {key}', f"must name {kind}", shown(name), hint))

@@ -99,12 +99,11 @@ class ShardIndex:
             if is_aside(path):
                 continue
             if path.parent.name == REJECTS:
-                for record in _read(path, None, ["key", "reject"]).to_pylist():
-                    self.rejects[record["key"]] = record["reject"]
+                self.rejects |= {record["key"]: record["reject"] for record in _records(path, None, ["key", "reject"])}
                 continue
             self.headers[path] = _header(path)
-            for row, key in enumerate(_read(path, None, ["key"]).column("key").to_pylist()):
-                self._places[key] = _Place(path, row)
+            for row, record in enumerate(_records(path, None, ["key"])):
+                self._places[record["key"]] = _Place(path, row)
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -120,7 +119,7 @@ class ShardIndex:
         """Fetch one row: binary columns as bfloat16 bit patterns in their shape; raises UserError if damaged."""
         place = self._places[key]
         header = self.headers[place.path]
-        [record] = _read(place.path, place.row, None).to_pylist()
+        [record] = _records(place.path, place.row, None)
         payload = b"".join(record[column] or b"" for column in header.shapes)
         if checksum(payload) != record["checksum"]:
             raise UserError(
@@ -148,12 +147,14 @@ def _header(path: Path) -> ShardHeader:
     return header
 
 
-def _read(path: Path, row_group: int | None, columns: list[str] | None) -> pa.Table:
+def _records(path: Path, row_group: int | None, columns: list[str] | None) -> list[dict[str, Any]]:
     try:
         file = pq.ParquetFile(path)
-        return file.read(columns) if row_group is None else file.read_row_group(row_group, columns)
-    except (pa.ArrowException, OSError) as fault:
+        table = file.read(columns) if row_group is None else file.read_row_group(row_group, columns)
+        records: list[dict[str, Any]] = table.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as fault:
         raise _damaged(path, fault) from fault
+    return records
 
 
 def _damaged(path: Path, fault: Exception) -> UserError:

@@ -135,7 +135,8 @@ class TrainSummary:
     skipped: int  # samples whose image could not be encoded
     first_step: int  # steps that were done before
     last_step: int
-    loss: float | None  # mean of the last tenth of this run's steps
+    first_loss: float | None  # mean of the first tenth of this run's steps
+    loss: float | None  # mean of the last tenth
     trainable_parameters: int
     device: str
     seconds: float
@@ -155,7 +156,7 @@ class TrainSummary:
             yield f"LoRA {self.lora}"
             return
         pace = f", {self.seconds / steps:.2f} s/step"
-        loss = f", loss {self.loss:.4f}" if self.loss is not None else ""
+        loss = f", loss {self.first_loss:.4f} to {self.loss:.4f}"
         yield (
             f"{steps} steps{resumed} on {self.samples} samples ({self.device}): "
             f"{self.trainable_parameters:,} parameters{loss}{pace}"

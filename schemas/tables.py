@@ -53,7 +53,7 @@ def read_table(path: Path, row_type: type[RowT]) -> list[RowT]:
     _metadata(path, file, row_type)
     try:
         return from_columns(file.read(), row_type)
-    except (pa.ArrowException, OSError) as fault:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as fault:
         raise _damaged(path, fault) from fault
 
 
@@ -73,8 +73,10 @@ def _damaged(path: Path, fault: Exception) -> UserError:
 def _metadata(path: Path, file: pq.ParquetFile, row_type: type) -> dict[str, str]:
     metadata = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
     kind, version = metadata.get("pairline.row"), metadata.get("pairline.format")
+    said = {f"pairline.{name}" for name in ("config", "inputs")} <= metadata.keys()
     if (
-        kind != row_type.__name__
+        not said
+        or kind != row_type.__name__
         or version != TABLE_FORMAT
         or set(file.schema_arrow.names) != set(arrow_schema(row_type).names)
     ):

@@ -67,9 +67,10 @@ def load(folder: Path, state: State, settings: dict[str, Any]) -> int:
         raise UserError(f"{folder}: damaged ({fault}); delete it to resume from the one before") from fault
     changed = [key for key in settings if settings[key] != stored["settings"].get(key)]
     if changed:
-        listed = ", ".join(f"{key} {stored['settings'].get(key)!r} -> {settings[key]!r}" for key in changed)
+        listed = [f"{key} {stored['settings'].get(key)!r} -> {settings[key]!r}" for key in changed if key != "samples"]
+        listed += ["the pairs themselves"] if "samples" in changed else []
         raise UserError(
-            f"{folder}: written under other settings ({listed}); "
+            f"{folder}: written under other settings ({', '.join(listed)}); "
             "give the new run another output_dir or tracker_run_name"
         )
     load_lora(state.denoiser, layers)

@@ -96,6 +96,7 @@ def run(
                     checkpoint.save(project.run_folder, state, step, settings, config.checkpoints_total_limit)
         family.save_lora(project.run_folder, lora_layers(state.denoiser), lora_metadata(state.denoiser))
 
+    tenth = max(1, len(losses) // 10)
     return TrainSummary(
         run_folder=str(project.run_folder),
         lora=None if dry_run else str(project.run_folder / "pytorch_lora_weights.safetensors"),
@@ -103,7 +104,8 @@ def run(
         skipped=shelf.skipped,
         first_step=first,
         last_step=last,
-        loss=fmean(losses[-max(1, len(losses) // 10) :]) if losses else None,
+        first_loss=fmean(losses[:tenth]) if losses else None,
+        loss=fmean(losses[-tenth:]) if losses else None,
         trainable_parameters=sum(parameter.numel() for parameter in state.parameters),
         device=str(device),
         seconds=time.monotonic() - start,

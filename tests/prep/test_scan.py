@@ -1,0 +1,419 @@
+import json
+import logging
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from families import open_project
+from prep.scan import scan
+from schemas.console import log
+from schemas.errors import ConfigError
+from schemas.keys import file_id
+from schemas.rows import ImageRow
+from schemas.summaries import as_json
+from schemas.tables import read_table
+
+CONFIG = {"resolution": 64, "aspect_bucket_alignment": 16}
+
+
+def project(folder, *datasets, **config):
+    """Write a project's files; without datasets, of one set `photos`, captioned by file name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "photos").mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    entries = datasets or [{"id": "photos", "instance_data_dir": "photos"}]
+    (folder / "multidatabackend.json").write_text(json.dumps(entries))
+    return folder
+
+
+def draw(path, width=96, height=64, seed=0, **options):
+    """Draw a small picture of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng((seed, width, height)).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def rows_of(folder, dataset="photos"):
+    """Return the rows of a manifest by path."""
+    return {row.path: row for row in read_table(folder / "work" / "manifests" / f"{dataset}.parquet", ImageRow)}
+
+
+def state(folder):
+    """Return what would show that a manifest was written again."""
+    stat = (folder / "work" / "manifests" / "photos.parquet").stat()
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def changed(before, after):
+    """Return the paths whose rows differ, are new or are gone."""
+    return {path for path in before | after if before.get(path) != after.get(path)}
+
+
+# What a row says
+
+
+def test_a_row_says_all_that_is_known_of_an_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = draw(project(tmp_path) / "photos" / "day one" / "a_red car.JPG", 96, 64, exif=exif)
+
+    [summary] = scan(tmp_path, workers=1).datasets
+
+    [row] = rows_of(tmp_path).values()
+    assert row == ImageRow(
+        dataset_id="photos",
+        path="day one/a_red car.JPG",
+        stem="a_red car",
+        image_id=file_id(path),
+        size_bytes=path.stat().st_size,
+        mtime_ns=path.stat().st_mtime_ns,
+        width=64,
+        height=96,
+        orientation=6,
+        format="JPEG",
+        mode="RGB",
+        captions=["a red car"],
+        caption_source="filename",
+        bucket="48x80",
+        target_width=48,
+        target_height=80,
+        intermediary_width=53,
+        intermediary_height=80,
+        crop_top=0,
+        crop_left=row.crop_left,
+        reject=None,
+    )
+    assert 0 <= row.crop_left <= 5
+    assert (summary.seen, summary.kept, summary.read, summary.captions) == (1, 1, 1, 1)
+    assert (summary.buckets, summary.rejected, summary.written) == ({"48x80": 1}, {}, True)
+    assert summary.manifest == str(tmp_path / "work" / "manifests" / "photos.parquet")
+
+
+def test_every_image_below_the_folder_has_a_row_in_the_order_of_paths(tmp_path):
+    for name in ("b.png", "a/z.webp", "a/b/c.bmp", "C.TIFF", "a.gif", "a-b/d.jpeg"):
+        draw(project(tmp_path) / "photos" / name)
+    scan(tmp_path, workers=1)
+    assert list(rows_of(tmp_path)) == ["C.TIFF", "a/b/c.bmp", "a/z.webp", "a-b/d.jpeg", "a.gif", "b.png"]
+
+
+def test_hidden_files_captions_and_other_files_are_no_images(tmp_path):
+    photos = project(tmp_path) / "photos"
+    for name in ("a.png", ".hidden.png", ".hidden/b.png", "sub/.trash/c.png"):
+        draw(photos / name)
+    for name in ("a.txt", "notes.md", "sub/archive.zip", "Thumbs.db"):
+        (photos / name).write_bytes(b"")
+    (photos / "folder.png").mkdir()
+    [summary] = scan(tmp_path, workers=1).datasets
+    assert list(rows_of(tmp_path)) == ["a.png"]
+    assert summary.ignored_files == 4  # the three others and the hidden file; hidden folders are not looked into
+
+
+def test_products_in_the_folder_of_images_are_not_scanned(tmp_path):
+    entry = {"id": "photos", "instance_data_dir": "."}
+    draw(project(tmp_path, entry) / "a.png")
+    draw(tmp_path / "work" / "references" / "made.png")
+    scan(tmp_path, workers=1)
+    assert list(rows_of(tmp_path)) == ["a.png"]
+
+
+def test_unusable_images_keep_their_row_with_a_reason(tmp_path):
+    photos = (
+        project(tmp_path, {"id": "photos", "instance_data_dir": "photos", "caption_strategy": "textfile"}) / "photos"
+    )
+    (photos / "empty.png").write_bytes(b"")
+    (photos / "page.jpg").write_text("<html>not found</html>")
+    (photos / "link.png").symlink_to(tmp_path / "nowhere.png")
+    draw(photos / "narrow.png", 2, 900)
+    draw(photos / "no-text.png")
+    draw(photos / "good.png")
+    for name in ("empty", "page", "link", "narrow", "good"):
+        (photos / f"{name}.txt").write_text("a photo\na picture")
+
+    [summary] = scan(tmp_path, workers=1).datasets
+
+    assert {path: row.reject for path, row in rows_of(tmp_path).items()} == {
+        "empty.png": "unreadable: the file is empty",
+        "good.png": None,
+        "link.png": "unreadable: No such file or directory",
+        "narrow.png": "too narrow: 2x900, its aspect ratio rounds to 0",
+        "no-text.png": "no caption: no-text.txt is missing",
+        "page.jpg": "unreadable: no known image format",
+    }
+    assert (summary.seen, summary.kept, summary.captions) == (6, 1, 2)
+    assert summary.rejected == {"unreadable": 3, "too narrow": 1, "no caption": 1}
+    for row in rows_of(tmp_path).values():
+        assert (row.bucket is None) == (row.crop_left is None) == (row.reject is not None)
+    page, narrow = rows_of(tmp_path)["page.jpg"], rows_of(tmp_path)["narrow.png"]
+    assert page.image_id == file_id(photos / "page.jpg") and page.width is None
+    assert (narrow.width, narrow.height) == (2, 900)
+
+
+def test_references_need_no_captions_and_no_least_size(tmp_path):
+    targets = {"id": "photos", "instance_data_dir": "photos", "minimum_image_size": 128, "conditioning_data": "refs"}
+    references = {**targets, "id": "refs", "dataset_type": "conditioning", "caption_strategy": "textfile"}
+    references.pop("conditioning_data")
+    draw(project(tmp_path, targets, references) / "photos" / "a.png")
+    scan(tmp_path, workers=1)
+    assert rows_of(tmp_path)["a.png"].reject == "too small: 96x64, need an area of 128x128"
+    assert rows_of(tmp_path, "refs")["a.png"].reject is None
+
+
+def test_a_name_that_is_not_utf_8_does_not_stop_the_scan(tmp_path):
+    draw(project(tmp_path) / "photos" / "good.png")
+    draw(tmp_path / "photos" / "b.png").rename(tmp_path / "photos" / os.fsdecode(b"caf\xe9.png"))
+    [summary] = scan(tmp_path, workers=1).datasets
+    assert summary.seen == len(rows_of(tmp_path)) == 2
+    assert rows_of(tmp_path)["good.png"].reject is None
+
+
+def test_no_usable_image_is_a_warning(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="pairline"):
+        [summary] = scan(project(tmp_path), workers=1).datasets
+    assert caplog.messages == [f"photos: no usable image below {tmp_path / 'photos'}"]
+    assert (summary.seen, rows_of(tmp_path)) == (0, {})
+
+
+def test_a_missing_folder_is_refused_before_anything_is_written(tmp_path):
+    (project(tmp_path) / "photos").rmdir()
+    with pytest.raises(ConfigError, match="no such folder"):
+        scan(tmp_path, workers=1)
+    assert not (tmp_path / "work").exists()
+
+
+KNOWN = json.loads((Path(__file__).parent / "bucket_vectors.json").read_text())["minimum_size_filter"]
+
+
+def test_the_least_size_rejects_what_simpletuner_leaves_out(tmp_path):
+    keys = ("resolution_type", "minimum_image_size", "crop", "crop_aspect")
+    settings = sorted({tuple(case[key] for key in keys) for case in KNOWN})
+    entries = [
+        {"id": f"set{number}", "instance_data_dir": "photos", **dict(zip(keys, one, strict=True))}
+        for number, one in enumerate(settings)
+    ]
+    folder = project(tmp_path, *entries)
+    for width, height in {(case["width"], case["height"]) for case in KNOWN}:
+        Image.new("1", (width, height)).save(folder / "photos" / f"{width}x{height}.png")
+
+    scan(folder, workers=1)
+
+    for number, one in enumerate(settings):
+        rows = rows_of(folder, f"set{number}")
+        for case in KNOWN:
+            if tuple(case[key] for key in keys) == one:
+                reject = rows[f"{case['width']}x{case['height']}.png"].reject
+                assert (reject is None) == case["kept"], (case, reject)
+                assert reject is None or reject.startswith(f"too small: {case['width']}x{case['height']}, need ")
+
+
+# Scanning again
+
+
+def test_a_second_scan_reads_nothing_and_writes_nothing(tmp_path):
+    for number in range(5):
+        draw(project(tmp_path) / "photos" / f"{number}.png", 64 + 16 * number)
+    [first] = scan(tmp_path, workers=1).datasets
+    before = state(tmp_path)
+    [second] = scan(tmp_path, workers=1).datasets
+    assert (first.read, first.written) == (5, True)
+    assert (second.read, second.written, second.seen, second.kept) == (0, False, 5, 5)
+    assert state(tmp_path) == before
+
+
+@pytest.fixture
+def scanned(tmp_path):
+    """A scanned project of four captioned photos."""
+    folder = project(tmp_path, {"id": "photos", "instance_data_dir": "photos", "caption_strategy": "textfile"})
+    for number in range(4):
+        draw(folder / "photos" / f"{number}.png", seed=number)
+        (folder / "photos" / f"{number}.txt").write_text(f"photo {number}")
+    scan(folder, workers=1)
+    return folder
+
+
+def test_a_new_caption_changes_its_row_alone_and_no_image_is_read(scanned):
+    before = rows_of(scanned)
+    (scanned / "photos" / "2.txt").write_text("another")
+    [summary] = scan(scanned, workers=1).datasets
+    assert (summary.read, summary.written) == (0, True)
+    assert changed(before, rows_of(scanned)) == {"2.png"}
+    assert rows_of(scanned)["2.png"] == replace(before["2.png"], captions=["another"])
+
+
+def test_a_replaced_image_changes_its_row_alone(scanned):
+    before = rows_of(scanned)
+    draw(scanned / "photos" / "2.png", 64, 96, seed=9)
+    [summary] = scan(scanned, workers=1).datasets
+    after = rows_of(scanned)
+    assert (summary.read, summary.written, summary.removed) == (1, True, 0)
+    assert changed(before, after) == {"2.png"}
+    assert (after["2.png"].width, after["2.png"].bucket) == (64, "48x80")
+    assert after["2.png"].image_id == file_id(scanned / "photos" / "2.png") != before["2.png"].image_id
+
+
+def test_an_image_replaced_by_one_of_the_same_size_and_name_is_noticed_by_its_time(tmp_path):
+    path = draw(project(tmp_path) / "photos" / "a.bmp", seed=1)
+    scan(tmp_path, workers=1)
+    before = rows_of(tmp_path)["a.bmp"]
+    draw(path, seed=2)
+    os.utime(path, ns=(0, before.mtime_ns + 1))
+    [summary] = scan(tmp_path, workers=1).datasets
+    after = rows_of(tmp_path)["a.bmp"]
+    assert summary.read == 1
+    assert after.size_bytes == before.size_bytes and after.image_id != before.image_id
+
+
+def test_a_touched_image_is_read_again_and_only_its_time_changes(scanned):
+    before = rows_of(scanned)
+    os.utime(scanned / "photos" / "2.png", ns=(0, 10**18))
+    [summary] = scan(scanned, workers=1).datasets
+    assert summary.read == 1
+    assert changed(before, rows_of(scanned)) == {"2.png"}
+    assert rows_of(scanned)["2.png"] == replace(before["2.png"], mtime_ns=10**18)
+
+
+def test_added_removed_and_renamed_images_change_exactly_their_rows(scanned):
+    before = rows_of(scanned)
+    photos = scanned / "photos"
+    draw(photos / "new.png")
+    (photos / "new.txt").write_text("new")
+    (photos / "1.png").unlink()
+    (photos / "2.png").rename(photos / "two.png")
+    (photos / "2.txt").rename(photos / "two.txt")
+    [summary] = scan(scanned, workers=1).datasets
+    after = rows_of(scanned)
+    assert (summary.seen, summary.read, summary.removed, summary.written) == (4, 2, 2, True)
+    assert changed(before, after) == {"new.png", "1.png", "2.png", "two.png"}
+    assert after["two.png"].image_id == before["2.png"].image_id
+
+
+def test_a_mended_image_is_read_again(tmp_path):
+    photos = project(tmp_path) / "photos"
+    (photos / "a.png").write_bytes(b"")
+    scan(tmp_path, workers=1)
+    assert rows_of(tmp_path)["a.png"].reject == "unreadable: the file is empty"
+    draw(photos / "a.png")
+    scan(tmp_path, workers=1)
+    assert rows_of(tmp_path)["a.png"].reject is None
+
+
+def test_other_settings_give_other_buckets_and_read_no_image(scanned):
+    before = rows_of(scanned)
+    again = open_project(scanned, overrides=["resolution=128"])
+    [summary] = scan(again, workers=1).datasets
+    after = rows_of(scanned)
+    assert (summary.read, summary.written) == (0, True)
+    assert {row.bucket for row in before.values()} != {row.bucket for row in after.values()} == {"160x112"}
+    assert [row.image_id for row in before.values()] == [row.image_id for row in after.values()]
+
+
+def test_settings_that_change_no_row_are_recorded_all_the_same(scanned):
+    before, where = rows_of(scanned), state(scanned)
+    entries = [{"id": "photos", "instance_data_dir": "photos", "caption_strategy": "textfile", "instance_prompt": "x"}]
+    project(scanned, *entries)
+    [summary] = scan(scanned, workers=1).datasets
+    assert summary.written and state(scanned) != where and rows_of(scanned) == before
+    assert not scan(scanned, workers=1).datasets[0].written
+
+
+def test_a_damaged_manifest_is_made_anew(scanned):
+    before = rows_of(scanned)
+    manifest = scanned / "work" / "manifests" / "photos.parquet"
+    manifest.write_bytes(manifest.read_bytes()[:-100])
+    [summary] = scan(scanned, workers=1).datasets
+    assert (summary.read, summary.written) == (4, True)
+    assert rows_of(scanned) == before
+
+
+# Workers, limits, seeds
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
+    folder = project(tmp_path, aspect_bucket_alignment=16, resolution=96)
+    for number in range(300):  # more than one worker takes at a time
+        Image.new("L", (40 + number % 60, 40 + number % 7), number % 256).save(folder / "photos" / f"{number}.png")
+    (folder / "photos" / "17.png").write_bytes(b"broken")
+    for workers in (1, 3):
+        opened = open_project(folder, workspace=tmp_path / f"by{workers}")
+        [summary] = scan(opened, workers=workers).datasets
+        assert (summary.read, summary.kept) == (300, 299)
+    one, three = ((tmp_path / name / "manifests" / "photos.parquet").read_bytes() for name in ("by1", "by3"))
+    assert one == three
+
+
+def test_a_limit_scans_the_first_files_of_each_set(scanned):
+    entries = [{"id": name, "instance_data_dir": "photos"} for name in ("photos", "again")]
+    project(scanned, *entries)
+    first, second = scan(scanned, workers=1, limit=2).datasets
+    assert (first.seen, second.seen) == (2, 2)
+    assert list(rows_of(scanned)) == list(rows_of(scanned, "again")) == ["0.png", "1.png"]
+
+
+def test_files_beyond_a_limit_are_not_gone(scanned):
+    [summary] = scan(scanned, workers=1, limit=2).datasets
+    assert summary.removed == 0
+
+
+def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path):
+    draw(project(tmp_path) / "photos" / "a.png")
+    planned = scan(tmp_path, workers=1, dry_run=True)
+    assert not (tmp_path / "work").exists()
+    done = scan(tmp_path, workers=1)
+    assert planned.dry_run and not done.dry_run
+    assert planned.datasets == done.datasets
+    assert "would write" in "\n".join(planned.lines()) and "would" not in "\n".join(done.lines())
+
+
+def test_a_dry_run_leaves_an_old_manifest_alone(scanned):
+    before = state(scanned)
+    draw(scanned / "photos" / "new.png")
+    [summary] = scan(scanned, workers=1, dry_run=True).datasets
+    assert (summary.seen, summary.read, summary.written) == (5, 1, True)
+    assert state(scanned) == before
+
+
+def test_random_crops_depend_on_seed_set_and_path_alone(tmp_path):
+    crop = {"crop": True, "crop_style": "random"}
+    entries = [{"id": name, "instance_data_dir": "photos", **crop} for name in ("photos", "again")]
+    folder = project(tmp_path, *entries)
+    for number in range(12):
+        draw(folder / "photos" / f"{number}.png", 400, 64)
+
+    def crops(dataset="photos", **config):
+        scan(project(folder, *entries, **config), workers=1)
+        return {path: row.crop_left for path, row in rows_of(folder, dataset).items()}
+
+    first = crops()
+    assert first == crops() and len(set(first.values())) > 6
+    assert first != crops("again") and first != crops(prep_seed=7) and first == crops(seed=7)
+    (folder / "photos" / "0.png").unlink()
+    assert crops() == {path: left for path, left in first.items() if path != "0.png"}
+
+
+def test_the_first_path_of_a_bucket_decides_its_size_whatever_was_read_first(tmp_path):
+    entry = {"id": "photos", "instance_data_dir": "photos", "resolution": 1024, "crop_style": "center"}
+    for name, size in (("a.png", (1120, 2000)), ("b.png", (1140, 2000))):
+        Image.new("1", size).save(project(tmp_path, entry) / "photos" / name)
+    scan(tmp_path, workers=1)
+    whole = rows_of(tmp_path)
+    (tmp_path / "photos" / "b.png").touch()
+    scan(tmp_path, workers=1)
+    assert {path: row.bucket for path, row in rows_of(tmp_path).items()} == {
+        path: row.bucket for path, row in whole.items()
+    }
+    assert {row.bucket for row in whole.values()} == {"768x1376"}
+
+
+def test_the_summary_is_told_as_lines_and_as_json(scanned):
+    (scanned / "photos" / "3.txt").unlink()
+    summary = scan(scanned, workers=1)
+    head, reason, tail = summary.lines()
+    assert head == "photos: 4 images, 3 kept, 3 captions, 1 buckets; 0 read, 4 unchanged"
+    assert reason == "  rejected 1: no caption"
+    assert tail == f"  wrote {scanned / 'work' / 'manifests' / 'photos.parquet'}"
+    assert json.loads(as_json(summary)) == json.loads(json.dumps(asdict(summary)))
