@@ -39,7 +39,7 @@ class Images:
         self._encoder = self._family.load_image_encoder(
             checkpoint, dtype_of(project.trainer.vae_dtype), default_device()
         )
-        self._batch_size = project.trainer.vae_batch_size
+        self._batch_size = _batch_size(project.trainer.vae_batch_size)
         self.rejected: dict[str, str] = {}  # of the last store, by key
         self.unsettled: dict[str, str] = {}  # files that may work another time, and why they did not
 
@@ -105,7 +105,7 @@ def text_shards(project: Project, checkpoint: Path, folder: Path, encoder: str, 
     quiet()
     family, settings = family_of(project), project.family.text_settings[project.flavour]
     encoders = family.load_text_encoders(checkpoint, torch.bfloat16, default_device())
-    size = project.trainer.text_encoder_batch_size
+    size = _batch_size(project.trainer.text_encoder_batch_size)
     rows: list[TextRow] = []
     for first in range(0, len(todo), size):
         prompts = todo[first : first + size]
@@ -121,6 +121,11 @@ def text_shards(project: Project, checkpoint: Path, folder: Path, encoder: str, 
             path = write_shard(folder, ShardHeader("TextRow", encoder, shapes), rows)
             yield Shard(path, [row.key for row in rows])
             rows.clear()
+
+
+def _batch_size(wanted: int) -> int:
+    """Return how many go in at once. On a CPU batches gain nothing, and neighbours would change a row's last bits."""
+    return wanted if default_device().type != "cpu" else 1
 
 
 def _bits(values: torch.Tensor) -> Array:

@@ -125,8 +125,12 @@ class TrainerConfig(Options):
     vae_dtype: Literal["bf16", "fp32"] = option(
         "bf16", "dtype the VAE computes in; latents are stored as bfloat16", stages="cache train"
     )
-    vae_batch_size: int = option(4, "images per VAE batch", stages="cache", ge=1)
-    text_encoder_batch_size: int = option(1, "prompts per text-encoder batch", stages="cache", ge=1)
+    vae_batch_size: int = option(
+        4, "images per VAE batch on an accelerator; a CPU takes one at a time", stages="cache", ge=1
+    )
+    text_encoder_batch_size: int = option(
+        1, "prompts per text-encoder batch on an accelerator; a CPU takes one at a time", stages="cache", ge=1
+    )
     prep_seed: int = option(
         42,
         "of data preparation: random crops and degradations; apart from `seed`, so that another training seed "
