@@ -181,8 +181,11 @@ def _base_dtype(config: TrainerConfig) -> torch.dtype:
 
 
 def _autocast(config: TrainerConfig, device: torch.device) -> torch.autocast:
-    """Run the float32 adapters in bfloat16; layers of four bits and less take only bfloat16 and refuse its norms."""
-    half = config.mixed_precision == "bf16" and config.base_model_precision not in ("int4-quanto", "int2-quanto")
+    """Run the float32 adapters in bfloat16.
+
+    Not over quanto's kernels for float8 and four bits and less: they refuse the float32 that autocast makes of norms.
+    """
+    half = config.mixed_precision == "bf16" and config.base_model_precision in ("no_change", "int8-quanto")
     return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 

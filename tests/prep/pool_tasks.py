@@ -41,7 +41,13 @@ def no_pickle(number):
     return lambda: iter([number]), (part for part in ())
 
 
-def note(place):
+def note_slowly_at_first(place):
     folder, number = place
+    time.sleep(0.5 if number == 0 else 0)
     (folder / str(number)).touch()
     return number
+
+
+def process_then_sleep(seconds):
+    time.sleep(seconds)
+    return os.getpid()

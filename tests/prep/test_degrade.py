@@ -136,7 +136,7 @@ def test_the_gaussian_blur_has_the_standard_deviation_it_is_given(sigma):
 @pytest.mark.parametrize("level", [0.01, 0.02, 0.1])
 @pytest.mark.parametrize("recipe", ["superresolution", "jpeg_artifacts"])
 def test_noise_has_the_level_it_is_given_and_keeps_the_mean(recipe, level):
-    flat = np.full((256, 256, 3), 128, np.uint8)
+    flat = np.full((1024, 1024, 3), 128, np.uint8)
     if recipe == "superresolution":
         noisy = degrade(flat, Superresolution(blur_type="none", noise_level=level), 3)
     else:  # compressed at the highest quality, once, without loss of colour: off by a level or so

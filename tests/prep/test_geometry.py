@@ -72,6 +72,22 @@ def test_lengths_are_rounded_half_to_even_and_never_to_nothing(length, alignment
     assert rounded(length, alignment) == expected
 
 
+@pytest.mark.parametrize(
+    ("resolution", "kind", "edge"),
+    [
+        (0.21, "area", 512),
+        (0.29, "area", 512),
+        (480, "pixel_area", 512),
+        (0.19, "area", 448),
+        (0.46, "area", 768),
+        (4, "area", 2048),
+    ],
+)
+def test_areas_within_a_twentieth_of_a_customary_square_take_its_edge(resolution, kind, edge):
+    geometry = fit((1600, 900), Policy(resolution, kind, 64, square=True, crop_style="center"), {}, ())
+    assert (geometry.target_width, geometry.target_height) == (edge, edge)
+
+
 # Properties of any image under any settings
 
 sides = st.integers(16, 6000)
@@ -159,20 +175,18 @@ def test_random_crops_are_drawn_once_per_seed_and_lie_inside():
 def test_random_crops_cover_the_whole_range_and_their_axes_are_independent():
     policy = Policy(**ROOM, crop_style="random")
     count = 6000
-    crops = [fit((300, 400), policy, {}, (n,)) for n in range(count)]
+    crops = [fit((400, 400), policy, {}, (n,)) for n in range(count)]
     top, left = np.array([(one.crop_top, one.crop_left) for one in crops]).T
 
-    # 65 × 33 places. Each axis is uniform: a chi-square of k degrees stays below k + 5·√(2k).
-    for axis, places in ((top, 65), (left, 33)):
-        seen = np.bincount(axis, minlength=places)
-        assert len(seen) == places
-        chi_square = ((seen - count / places) ** 2 / (count / places)).sum()
-        assert chi_square < (places - 1) + 5 * np.sqrt(2 * (places - 1))
-    # Independent: a correlation of n pairs has a standard error of 1/√n; and thirds of one do not predict the other's.
+    # Each axis is uniform over 33 places: a chi-square of k degrees of freedom stays below k + 5·√(2k).
+    for axis in (top, left):
+        seen = np.bincount(axis, minlength=33)
+        assert len(seen) == 33
+        assert ((seen - count / 33) ** 2 / (count / 33)).sum() < 32 + 5 * np.sqrt(64)
+    # Independent: the correlation of n pairs has a standard error of 1/√n, and 11 × 11 blocks are hit alike.
     assert abs(np.corrcoef(top, left)[0, 1]) < 5 / np.sqrt(count)
-    table = np.histogram2d(top % 11, left % 11, bins=11)[0]
-    chi_square = ((table - count / 121) ** 2 / (count / 121)).sum()
-    assert chi_square < 120 + 5 * np.sqrt(240)
+    blocks = np.histogram2d(top // 3, left // 3, bins=11)[0]
+    assert ((blocks - count / 121) ** 2 / (count / 121)).sum() < 120 + 5 * np.sqrt(240)
 
 
 def test_images_at_the_resolution_already_are_not_scaled_before_the_crop():

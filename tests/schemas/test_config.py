@@ -443,7 +443,7 @@ def test_a_disabled_entry_is_dropped_whatever_it_says(tmp_path):
     datasets = [
         {"id": "photos", "instance_data_dir": "photos", "conditioning_data": "refs"},
         {"id": "refs", "disabled": True, "nonsense": 1},
-        {"id": "photos", "disable": True},
+        {"id": "photos", "disable": True, "resolution": "none"},
     ]
     [fault] = faults_of(written(tmp_path, datasets=datasets))
     assert "no such dataset" in fault
