@@ -7,8 +7,10 @@ library is loaded unless the tiny checkpoint has to be built.
 import importlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -16,10 +18,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from schemas.errors import UserError
 from schemas.keys import CACHE_VERSION, FileIds, digest
-from schemas.project import TINY, Project
+from schemas.project import TINY, Project, resolved
+from schemas.storage import write_aside
 
 _LAYOUT = ("model_index.json", "scheduler/*")
-_VARIANTS = (".fp16.", ".bf16.", ".non_ema.")  # of weight files, not loaded by default
+_VARIANT = re.compile(r"\.(fp16|bf16|non_ema)[.-]")  # weight files that are not loaded by default
+_ORIGIN = ("transformers_version", "dtype", "torch_dtype", "architectures")  # of a configuration: who saved it, and how
 
 
 def locate(project: Project, components: Sequence[str]) -> Path:
@@ -28,59 +32,141 @@ def locate(project: Project, components: Sequence[str]) -> Path:
     Raises UserError if it cannot be had or lacks one of `components`.
     """
     name = project.checkpoint
-    local = project.root / Path(name).expanduser()
+    local = resolved(project.root, name)
     if name == TINY:
         folder = _tiny(project)
     elif local.is_dir():
         folder = local
     else:
         folder = _fetch(name, components)
-    missing = [part for part in components if not (folder / part).is_dir()]
-    if missing:
-        raise UserError(f"{folder}: not a whole checkpoint, it has no {', '.join(missing)}")
+    if missing := _missing(folder, components):
+        raise UserError(f"{folder}: not a whole checkpoint, it lacks {', '.join(missing)}")
     return folder
 
 
-def image_encoder_key(project: Project, checkpoint: Path) -> str:
+def here(project: Project, components: Sequence[str]) -> Path | None:
+    """Return a checkpoint's folder if it is on this machine and has `components`; builds and fetches nothing."""
+    name = project.checkpoint
+    folder = _tiny_folder(project) if name == TINY else resolved(project.root, name)
+    if name != TINY and not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except (HFValidationError, LocalEntryNotFoundError, OSError):
+            return None
+    return None if _missing(folder, components) else folder
+
+
+def _missing(folder: Path, components: Sequence[str]) -> list[str]:
+    """Name what a checkpoint lacks. Weights must be safetensors: other files would not enter an encoder's key."""
+    missing = []
+    for part in components:
+        if not (folder / part).is_dir():
+            missing.append(part)
+        elif (folder / part / "config.json").exists() and not _weights(folder / part):
+            missing.append(f"{part}/*.safetensors")
+    return missing
+
+
+def _weights(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.glob("*.safetensors")) if not _VARIANT.search(file.name)]
+
+
+def image_encoder_key(project: Project, checkpoint: Path, *, remember: bool = True) -> str:
     """Key the image encoder: its weights, the dtype it computes in, and that it stores the posterior's mode."""
-    weights = fingerprint(project, checkpoint, project.family.image_encoder)
+    weights = fingerprint(project, checkpoint, project.family.image_encoder, remember=remember)
     return digest("image encoder", CACHE_VERSION, weights, project.trainer.vae_dtype, "mode")[:16]
 
 
-def text_encoder_key(project: Project, checkpoint: Path) -> str:
+def text_encoder_key(project: Project, checkpoint: Path, *, remember: bool = True) -> str:
     """Key the text encoders: weights, tokenizers, lengths, and the dtype they compute in."""
-    weights = fingerprint(project, checkpoint, project.family.text_encoders)
+    weights = fingerprint(project, checkpoint, project.family.text_encoders, remember=remember)
     settings = project.family.text_settings[project.flavour]
     return digest("text encoder", CACHE_VERSION, weights, settings, "bf16")[:16]
 
 
-def fingerprint(project: Project, checkpoint: Path, components: Sequence[str]) -> str:
+@dataclass(frozen=True, slots=True)
+class EncoderKeys:
+    """Which stores belong to a project's checkpoint."""
+
+    image: str
+    text: str
+
+
+def record_keys(project: Project, keys: EncoderKeys) -> None:
+    """Note the keys in the workspace, for a machine that trains without the encoders."""
+    known = _recorded(project)
+    if known.get(_record_name(project)) != asdict(keys):
+        with write_aside(_record(project)) as aside:
+            aside.write_text(json.dumps(known | {_record_name(project): asdict(keys)}, indent=1, sort_keys=True))
+
+
+def encoder_keys(project: Project) -> EncoderKeys:
+    """Return the keys of the encoders on this machine, or those that prep cache noted; raises UserError."""
+    folder = here(project, (*project.family.image_encoder, *project.family.text_encoders))
+    if folder is not None:
+        return EncoderKeys(image_encoder_key(project, folder), text_encoder_key(project, folder))
+    noted = _recorded(project).get(_record_name(project))
+    if noted is None:
+        raise UserError(
+            f"nothing is cached for checkpoint {project.checkpoint} with vae_dtype {project.trainer.vae_dtype}; "
+            f"run: {project.command('prep cache')}"
+        )
+    return EncoderKeys(**noted)
+
+
+def _record(project: Project) -> Path:
+    return project.workspace / "cache" / "encoders.json"
+
+
+def _record_name(project: Project) -> str:
+    trainer = project.trainer
+    return f"{trainer.model_family} {project.flavour} {project.checkpoint} {trainer.vae_dtype}"
+
+
+def _recorded(project: Project) -> dict[str, dict[str, str]]:
+    try:
+        noted = json.loads(_record(project).read_text())
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def fingerprint(project: Project, checkpoint: Path, components: Sequence[str], *, remember: bool = True) -> str:
     """Hash the numbers and settings of some components of a checkpoint."""
-    ids = FileIds(project.models / "fingerprints.json")
+    ids = FileIds(project.models / "fingerprints.json", remember=remember)
     parts = []
     for component in components:
         for file in sorted((checkpoint / component).iterdir()):
             if file.suffix == ".json":
                 parts.append([component, file.name, _settings(file)])
-            elif file.suffix in (".safetensors", ".model", ".txt") and not any(part in file.name for part in _VARIANTS):
+            elif file.suffix in (".safetensors", ".model", ".txt") and not _VARIANT.search(file.name):
                 parts.append([component, file.name, ids.of(file)])
     return digest(parts)
 
 
 def _settings(file: Path) -> object:
     """Read a configuration without what only tells where it came from."""
-    values = json.loads(file.read_text())
-    return {k: v for k, v in values.items() if not k.startswith("_")} if isinstance(values, dict) else values
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as fault:
+        raise UserError(f"{file}: damaged ({fault}); fetch or build the checkpoint again") from fault
+    if not isinstance(values, dict):
+        return values
+    return {name: value for name, value in values.items() if not name.startswith("_") and name not in _ORIGIN}
+
+
+def _tiny_folder(project: Project) -> Path:
+    return project.models / f"{TINY}-{project.trainer.model_family}-{project.flavour}"
 
 
 def _tiny(project: Project) -> Path:
     """Build the embedded checkpoint once; a folder that exists is whole."""
-    folder = project.models / f"{TINY}-{project.trainer.model_family}-{project.flavour}"
+    folder = _tiny_folder(project)
     if not folder.exists():
         aside = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
         shutil.rmtree(aside, ignore_errors=True)
-        importlib.import_module("families.runtime").quiet()
-        importlib.import_module(project.family.module).build_tiny(aside, project.flavour)
+        runtime = importlib.import_module("families.runtime")  # late: it loads a tensor library
+        runtime.family_of(project).build_tiny(aside, project.flavour)
         try:
             aside.rename(folder)
         except OSError:  # another process was first; both built the same

@@ -27,7 +27,7 @@ _PATCH = 2  # latent pixels of a token's side
 
 def load_image_encoder(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
     """Load the VAE."""
-    vae = AutoencoderKL.from_pretrained(checkpoint, subfolder="vae", dtype=dtype)
+    vae = AutoencoderKL.from_pretrained(checkpoint, subfolder="vae", dtype=dtype, use_safetensors=True)
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -51,7 +51,7 @@ def decode_latents(encoder: AutoencoderKL, latents: Tensor) -> Tensor:
 def load_text_encoders(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> FluxKontextPipeline:
     """Load CLIP-L and T5 with their tokenizers, as a pipeline that has nothing else."""
     nothing = {"transformer": None, "vae": None, "image_encoder": None, "feature_extractor": None}
-    pipeline = FluxKontextPipeline.from_pretrained(checkpoint, dtype=dtype, **nothing)
+    pipeline = FluxKontextPipeline.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True, **nothing)
     pipeline.text_encoder.eval()
     pipeline.text_encoder_2.eval()
     return pipeline.to(device)
@@ -62,7 +62,7 @@ def encode_prompts(encoders: FluxKontextPipeline, prompts: Sequence[str], settin
     """Encode prompts with the pipeline's own `encode_prompt`."""
     length = settings["t5_tokens"]
     embed, pooled, _ = encoders.encode_prompt(prompt=list(prompts), prompt_2=None, max_sequence_length=length)
-    tokens = encoders.tokenizer_2(list(prompts), truncation=True, max_length=length)["input_ids"]
+    tokens = encoders.tokenizer_2(list(prompts))["input_ids"]
     return TextEmbeds(embed, pooled, tuple(len(ids) for ids in tokens))
 
 

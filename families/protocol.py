@@ -18,7 +18,7 @@ class TextEmbeds:
 
     embed: Tensor  # batch × tokens × width
     pooled: Tensor | None  # batch × width
-    num_tokens: tuple[int, ...]  # real tokens of each prompt, before padding
+    num_tokens: tuple[int, ...]  # of each prompt before padding and before the cut: more than rows if it was cut
 
 
 class Family(Protocol):

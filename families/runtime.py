@@ -15,7 +15,10 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def family_of(project: Project) -> Family:
-    """Import the module of a project's family."""
+    """Import the module of a project's family, its libraries' own progress bars and hints kept out of the output."""
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity(logging.ERROR)
+        library.disable_progress_bar()
     return cast(Family, importlib.import_module(project.family.module))
 
 
@@ -36,10 +39,3 @@ def choose_attention() -> None:
     view, as Flux's single blocks produce it. Flash attention is the next choice.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def quiet() -> None:
-    """Keep the libraries' own progress bars and hints out of a command's output."""
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity(logging.ERROR)
-        library.disable_progress_bar()

@@ -3,15 +3,15 @@
 `cache` is the public function. What a store holds already, from this or any other project, is not encoded again.
 """
 
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from families import Source, open_project
-from families.checkpoints import image_encoder_key, locate, text_encoder_key
+from families.checkpoints import encoder_keys, here, image_encoder_key, locate, record_keys, text_encoder_key
 from prep.pixels import Picture, reference_picture, target_picture
+from prep.pool import default_workers
 from schemas.console import progress
 from schemas.errors import UserError
 from schemas.freshness import read_pairs
@@ -20,6 +20,8 @@ from schemas.project import Project
 from schemas.rows import PairRow
 from schemas.shards import ShardIndex
 from schemas.summaries import CacheSummary, StoreSummary
+
+_NOT_HERE = "checkpoint not on this machine"  # in place of an encoder's key, in a dry run
 
 
 @dataclass(slots=True)
@@ -42,29 +44,47 @@ def cache(
 ) -> CacheSummary:
     """Encode what the pair tables of a project need and the stores lack.
 
-    `limit` encodes at most N images per store and N prompts. Raises UserError if a table is missing or stale, or if
-    an image changed since it was scanned.
+    `limit` encodes at most N images per store and N prompts. Raises UserError if a table is missing or stale, and, when
+    all else is encoded, if images changed since they were scanned.
     """
     start = time.monotonic()
     project = open_project(project, need_images=True)
-    rows = {target.id: read_pairs(project, target) for target in project.targets}
-    kept = [row for table in rows.values() for row in table if row.reject is None]
-    if not kept:
+    tables = [read_pairs(project, target) for target in project.targets]
+    rows = [row for table in tables for row in table if row.reject is None]
+    if not rows:
         raise UserError("no pair is left to cache; prep pairs says why each was rejected")
-    processes = workers or os.cpu_count() or 1
-    latents = _cache_latents(project, kept, limit, processes, dry_run)
-    text = _cache_text(project, kept, limit, dry_run)
+    unsettled: dict[str, str] = {}
+    latents = _cache_latents(project, rows, limit, workers or default_workers(), dry_run, unsettled)
+    text = _cache_text(project, rows, limit, dry_run)
+    if not dry_run:
+        record_keys(project, encoder_keys(project))
+    if unsettled:
+        listed = "\n".join(f"  {file}: {reason}" for file, reason in sorted(unsettled.items())[:20])
+        raise UserError(
+            f"{len(unsettled)} images could not be used, all else is encoded; mend them and run prep scan, prep pairs "
+            f"and prep cache again:\n{listed}"
+        )
     return CacheSummary((*latents, text), project.warnings, time.monotonic() - start, dry_run)
 
 
+def _checkpoint(project: Project, components: Sequence[str], dry_run: bool) -> Path | None:
+    """Return the checkpoint's folder; a dry run neither builds nor fetches one."""
+    return here(project, components) if dry_run else locate(project, components)
+
+
 def _cache_latents(
-    project: Project, rows: Sequence[PairRow], limit: int | None, workers: int, dry_run: bool
+    project: Project,
+    rows: Sequence[PairRow],
+    limit: int | None,
+    workers: int,
+    dry_run: bool,
+    unsettled: dict[str, str],
 ) -> list[StoreSummary]:
-    checkpoint = locate(project, project.family.image_encoder)
-    encoder = image_encoder_key(project, checkpoint)
+    checkpoint = _checkpoint(project, project.family.image_encoder, dry_run)
+    encoder = image_encoder_key(project, checkpoint, remember=not dry_run) if checkpoint is not None else _NOT_HERE
     stores = _latent_work(project, rows, encoder)
     todo = {folder: work.missing(limit) for folder, work in stores.items()}
-    if dry_run or not any(todo.values()):
+    if dry_run or checkpoint is None or not any(todo.values()):
         return [_store_summary(folder, work, 0, 0) for folder, work in stores.items()]
 
     from prep.encode import Images  # noqa: PLC0415 - a run with nothing to encode loads no tensor library
@@ -81,12 +101,7 @@ def _cache_latents(
             bar.update(len(images.rejected))
         work.index.rejects.update(images.rejected)
         summaries.append(_store_summary(folder, work, encoded, written))
-    if images.unsettled:
-        listed = "\n".join(f"  {file}: {reason}" for file, reason in sorted(images.unsettled.items())[:20])
-        raise UserError(
-            f"{len(images.unsettled)} images could not be used, all others are encoded; mend them and run prep scan, "
-            f"prep pairs and prep cache again:\n{listed}"
-        )
+    unsettled.update(images.unsettled)
     return summaries
 
 
@@ -94,22 +109,21 @@ def _store_summary(folder: Path, work: _Work, encoded: int, written: int) -> Sto
     rejects = work.index.rejects
     rejected = {str(picture.file): rejects[key] for key, picture in work.pictures.items() if key in rejects}
     reused = sum(key in work.index for key in work.pictures)
-    return StoreSummary("latents", str(folder), len(work.pictures), reused, encoded, rejected, written)
+    return StoreSummary("latents", str(folder), len(work.pictures), reused, encoded, rejected, 0, written)
 
 
 def _latent_work(project: Project, rows: Iterable[PairRow], encoder: str) -> dict[Path, _Work]:
     """Collect the pictures that each store must hold."""
     stores: dict[Path, _Work] = {}
     for row in rows:
-        target = project.dataset(row.dataset_id)
-        pictures = [(target, target_picture(project, row))]
+        wanted = [(row.dataset_id, row.target_key(encoder), target_picture(project, row))]
         for reference in row.references:
-            own = target if reference.recipe is not None else project.dataset(reference.dataset_id)
-            pictures.append((own, reference_picture(project, row, reference)))
-        for dataset, picture in pictures:
-            folder = project.latent_store(dataset) / encoder
+            picture = reference_picture(project, row, reference)
+            wanted.append((row.store_of(reference), reference.key(encoder), picture))
+        for dataset_id, key, picture in wanted:
+            folder = project.latent_store(project.dataset(dataset_id)) / encoder
             work = stores.get(folder) or stores.setdefault(folder, _Work(ShardIndex(folder)))
-            work.pictures.setdefault(picture.key(encoder), picture)
+            work.pictures.setdefault(key, picture)
     return stores
 
 
@@ -121,20 +135,21 @@ def prompts_of(project: Project, rows: Iterable[PairRow]) -> list[str]:
 
 
 def _cache_text(project: Project, rows: Sequence[PairRow], limit: int | None, dry_run: bool) -> StoreSummary:
-    checkpoint = locate(project, project.family.text_encoders)
-    encoder = text_encoder_key(project, checkpoint)
+    checkpoint = _checkpoint(project, project.family.text_encoders, dry_run)
+    encoder = text_encoder_key(project, checkpoint, remember=not dry_run) if checkpoint is not None else _NOT_HERE
     folder = project.text_store / encoder
     index = ShardIndex(folder)
     prompts = prompts_of(project, rows)
     todo = [prompt for prompt in prompts if text_key(encoder, prompt) not in index]
     reused, todo = len(prompts) - len(todo), todo[:limit]
-    encoded = written = 0
-    if todo and not dry_run:
+    encoded = written = truncated = 0
+    if todo and checkpoint is not None and not dry_run:
         from prep.encode import text_shards  # noqa: PLC0415 - a run with nothing to encode loads no tensor library
 
         with progress("encode prompts", len(todo), "prompt") as bar:
             for shard in text_shards(project, checkpoint, folder, encoder, todo):
                 encoded += len(shard.keys)
                 written += shard.path.stat().st_size
+                truncated += shard.truncated
                 bar.update(len(shard.keys))
-    return StoreSummary("text", str(folder), len(prompts), reused, encoded, {}, written)
+    return StoreSummary("text", str(folder), len(prompts), reused, encoded, {}, truncated, written)

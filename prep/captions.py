@@ -1,5 +1,6 @@
 """Where an image's captions come from: a text file beside it, its name, or the configuration."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,5 +48,5 @@ def _textfile(path: Path) -> Captions:
         return Captions([], None, f"no caption: {path.name}: {fault.strerror}")
     except UnicodeDecodeError as fault:
         return Captions([], None, f"no caption: {path.name} is not UTF-8 (byte {fault.start})")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
     return Captions(lines, "textfile") if lines else Captions([], None, f"no caption: {path.name} is empty")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from schemas.console import report, reporting
+from schemas.console import report, reporting, warn
 
 app = typer.Typer(
     name="prep",
@@ -53,6 +53,7 @@ def scan(
         from prep.scan import scan as run
 
         opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
+        warn(opened.warnings)
         report(run(opened, limit=limit, workers=workers, dry_run=dry_run), json)
 
 
@@ -74,6 +75,7 @@ def pairs(
         from prep.pairs import pairs as run
 
         opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
+        warn(opened.warnings)
         report(run(opened, limit=limit, workers=workers, dry_run=dry_run, preview=preview), json)
 
 
@@ -94,6 +96,7 @@ def cache(
         from prep.cache import cache as run
 
         opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
+        warn(opened.warnings)
         report(run(opened, limit=limit, workers=workers, dry_run=dry_run), json)
 
 

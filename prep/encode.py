@@ -3,23 +3,27 @@
 Apart from prep/cache.py because it loads a tensor library, which a run with nothing to encode does without.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from families.runtime import default_device, dtype_of, family_of, quiet
+from families.runtime import default_device, dtype_of, family_of
 from prep.images import Pixels
 from prep.pixels import Picture, Refusal, pixels_of
 from prep.pool import Crash, each
 from schemas.keys import text_key
 from schemas.project import Project
-from schemas.rows import LatentRow, RejectRow, TextRow
+from schemas.rows import RejectRow, TextRow
 from schemas.shards import Array, ShardHeader, latent_row, text_row, write_rejects, write_shard
 
 SHARD_BYTES = 64 << 20  # of payload
+
+ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +32,20 @@ class Shard:
 
     path: Path
     keys: list[str]
+    truncated: int = 0  # prompts that were longer than the encoder takes
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    key: str
+    bucket: str
+    pixels: Pixels
 
 
 class Images:
     """The image encoder at work: pixels come from the pool, latents leave as shards."""
 
     def __init__(self, project: Project, checkpoint: Path) -> None:
-        quiet()
         self._family = family_of(project)
         self._encoder = self._family.load_image_encoder(
             checkpoint, dtype_of(project.trainer.vae_dtype), default_device()
@@ -46,81 +57,79 @@ class Images:
     def shards(self, folder: Path, encoder: str, todo: Sequence[tuple[str, Picture]], workers: int) -> Iterator[Shard]:
         """Encode pictures, sorted by bucket, and write them shard by shard; each is whole once yielded."""
         self.rejected = {}
-        waiting: list[tuple[str, Picture, Pixels]] = []
-        rows: list[LatentRow] = []
-        shape: tuple[int, ...] = ()
-
-        def close() -> Iterator[Shard]:
-            if rows:
-                header = ShardHeader("LatentRow", encoder, {"latent": shape})
-                path = write_shard(folder / bucket, header, rows)
-                yield Shard(path, [row.key for row in rows])
-                rows.clear()
-
-        bucket = ""
-        for (key, picture), pixels in self._pixels(todo, workers):
-            if picture.geometry.bucket != bucket or len(waiting) == self._batch_size:
-                shape = self._encode(waiting, rows) or shape
-            if picture.geometry.bucket != bucket or sum(len(row.latent) for row in rows) >= SHARD_BYTES:
-                yield from close()
-            bucket = picture.geometry.bucket
-            waiting.append((key, picture, pixels))
-        shape = self._encode(waiting, rows) or shape
-        yield from close()
+        for bucket, pictures in groupby(self._pixels(todo, workers), key=lambda one: one.bucket):
+            latents: list[tuple[str, Array]] = []
+            for batch in _batches(pictures, self._batch_size):
+                latents += self._encode(batch)
+                if sum(latent.nbytes for _, latent in latents) >= SHARD_BYTES:
+                    yield _write_latents(folder / bucket, encoder, latents)
+                    latents = []
+            if latents:
+                yield _write_latents(folder / bucket, encoder, latents)
         if self.rejected:
             write_rejects(folder, [RejectRow(key, reason) for key, reason in sorted(self.rejected.items())])
 
-    def _pixels(
-        self, todo: Sequence[tuple[str, Picture]], workers: int
-    ) -> Iterator[tuple[tuple[str, Picture], Pixels]]:
+    def _pixels(self, todo: Sequence[tuple[str, Picture]], workers: int) -> Iterator[_Decoded]:
         """Yield the pixels of each picture; note those that have none."""
-        for (key, picture), (_, pixels) in zip(
-            todo, each(pixels_of, [picture for _, picture in todo], workers), strict=True
-        ):
+        made = each(pixels_of, [picture for _, picture in todo], workers)
+        for (key, picture), (_, pixels) in zip(todo, made, strict=True):
             if isinstance(pixels, Crash):
                 self.unsettled[str(picture.file)] = pixels.reason
-            elif isinstance(pixels, Refusal):
-                noted = self.rejected if pixels.lasting else self.unsettled
-                noted[key if pixels.lasting else str(picture.file)] = pixels.reason
+            elif not isinstance(pixels, Refusal):
+                yield _Decoded(key, picture.geometry.bucket, pixels)
+            elif pixels.lasting:
+                self.rejected[key] = pixels.reason
             else:
-                yield (key, picture), pixels
+                self.unsettled[str(picture.file)] = pixels.reason
 
-    def _encode(self, waiting: list[tuple[str, Picture, Pixels]], rows: list[LatentRow]) -> tuple[int, ...] | None:
-        """Encode a batch into rows; returns the shape of a latent."""
-        if not waiting:
-            return None
-        pixels = torch.from_numpy(np.stack([one for _, _, one in waiting]))
-        latents = self._family.encode_images(self._encoder, pixels)
-        for (key, _, _), latent in zip(waiting, latents, strict=True):
+    def _encode(self, batch: Sequence[_Decoded]) -> list[tuple[str, Array]]:
+        """Encode a batch; a latent that is not finite is rejected."""
+        pixels = torch.from_numpy(np.stack([one.pixels for one in batch]))
+        encoded = []
+        for one, latent in zip(batch, self._family.encode_images(self._encoder, pixels), strict=True):
             if torch.isfinite(latent).all():
-                rows.append(latent_row(key, _bits(latent)))
+                encoded.append((one.key, _bits(latent)))
             else:
-                self.rejected[key] = "not encodable: the VAE gave a value that is not finite"
-        waiting.clear()
-        return tuple(latents.shape[1:])
+                self.rejected[one.key] = "not encodable: the VAE gave a value that is not finite"
+        return encoded
+
+
+def _write_latents(folder: Path, encoder: str, latents: Sequence[tuple[str, Array]]) -> Shard:
+    header = ShardHeader("LatentRow", encoder, {"latent": latents[0][1].shape})
+    path = write_shard(folder, header, [latent_row(key, latent) for key, latent in latents])
+    return Shard(path, [key for key, _ in latents])
+
+
+def _batches(items: Iterable[ItemT], size: int) -> Iterator[list[ItemT]]:
+    """Cut a stream into lists of `size`."""
+    stream = iter(items)
+    while batch := list(islice(stream, size)):
+        yield batch
 
 
 def text_shards(project: Project, checkpoint: Path, folder: Path, encoder: str, todo: Sequence[str]) -> Iterator[Shard]:
     """Encode prompts and write them shard by shard; each is whole once yielded."""
-    quiet()
     family, settings = family_of(project), project.family.text_settings[project.flavour]
     encoders = family.load_text_encoders(checkpoint, torch.bfloat16, default_device())
     size = _batch_size(project.trainer.text_encoder_batch_size)
     rows: list[TextRow] = []
+    truncated = 0
     for first in range(0, len(todo), size):
         prompts = todo[first : first + size]
         embeds = family.encode_prompts(encoders, prompts, settings)
+        length = embeds.embed.shape[1]
         shapes = {"embed": tuple(embeds.embed.shape[1:])}
         if embeds.pooled is not None:
             shapes["pooled"] = tuple(embeds.pooled.shape[1:])
         for number, prompt in enumerate(prompts):
             pooled = _bits(embeds.pooled[number]) if embeds.pooled is not None else None
             embed, tokens = _bits(embeds.embed[number]), embeds.num_tokens[number]
-            rows.append(text_row(text_key(encoder, prompt), prompt, embed, pooled, tokens))
+            rows.append(text_row(text_key(encoder, prompt), prompt, embed, pooled, min(tokens, length)))
+            truncated += tokens > length
         if sum(len(row.embed) for row in rows) >= SHARD_BYTES or first + size >= len(todo):
             path = write_shard(folder, ShardHeader("TextRow", encoder, shapes), rows)
-            yield Shard(path, [row.key for row in rows])
-            rows.clear()
+            yield Shard(path, [row.key for row in rows], truncated)
+            rows, truncated = [], 0
 
 
 def _batch_size(wanted: int) -> int:

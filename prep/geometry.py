@@ -18,6 +18,9 @@ Targets: TypeAlias = MutableMapping[float, Size]  # aspect of a bucket -> its ta
 # Areas in megapixels that stand for a customary square: within 0.05, the edge is taken from here.
 _CUSTOMARY = {0.25: 512, 0.5: 768, 1.0: 1024, 2.0: 1536, 4.0: 2048}
 
+# An image of this much off a square may be resized to one without a crop: a change of shape that nobody sees.
+_NEARLY_SQUARE = 0.0101
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -48,6 +51,8 @@ def fit(size: Size, policy: Policy, targets: Targets, random_crop: tuple[object,
     ratio = round(size[0] / size[1], policy.rounding)
     if ratio == 0:
         return f"too narrow: {size[0]}x{size[1]}, its aspect ratio rounds to 0"
+    if round(size[1] / size[0], policy.rounding) == 0:
+        return f"too wide: {size[0]}x{size[1]}, the inverse of its aspect ratio rounds to 0"
     edge = _edge(resolution, area, policy.alignment)
     if policy.square:
         target, resized = (edge, edge), _sizes(size, 1.0, resolution, area, policy, None)[1]
@@ -55,7 +60,8 @@ def fit(size: Size, policy: Policy, targets: Targets, random_crop: tuple[object,
     else:
         target, resized = _sizes(size, ratio, resolution, area, policy, targets)
         if round(target[0] / target[1], policy.rounding) == 1.0 and resized[0] < edge:
-            target = resized = (edge, edge)
+            target = (edge, edge)
+            resized = target if abs(size[0] / size[1] - 1) <= _NEARLY_SQUARE else _cover(resized, target)
     if policy.downsample is not None and not _at_size(size, target, edge, area):
         downsample, down_area = policy.by_area(policy.downsample)
         resized = _cover(_sizes(size, ratio, downsample, down_area, policy, None)[1], target)

@@ -40,7 +40,7 @@ _UPRIGHT = {
 # What Pillow's readers raise on damaged files; UnidentifiedImageError is an OSError.
 _FAULTS = (
     *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, ArithmeticError, LookupError, TypeError),
-    *(AttributeError, MemoryError, struct.error, zlib.error),
+    *(AttributeError, struct.error, zlib.error),
 )
 
 
@@ -110,17 +110,28 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 and 32 bits of whole numbers: the top 8 of 16 count
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image))
-        scale = 255.0 if values.max(initial=0) <= 1 else 1.0
-        return Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_in_eight_bits(np.asarray(image), image.mode)).convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def _in_eight_bits(values: npt.NDArray[np.generic], mode: str) -> npt.NDArray[np.uint8]:
+    """Scale whole numbers of 16 or 32 bits and floats to 0 to 255, by the range that their values show.
+
+    Files do not say what white is: up to 1 (floats), 255 and 65535 are taken for it, in this order, then the maximum.
+    """
+    exact = values.astype(np.float64)
+    largest = float(exact.max(initial=0.0, where=np.isfinite(exact)))
+    if mode.startswith("I;16"):
+        white = 65535.0
+    else:
+        customary = ([1.0] if mode == "F" else []) + [255.0, 65535.0]
+        white = next((one for one in customary if largest <= one), largest)
+    scaled = np.nan_to_num(exact * (255.0 / white), nan=0.0, posinf=255.0, neginf=0.0)
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
 def _reason(fault: Exception) -> str:

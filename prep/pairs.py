@@ -4,8 +4,8 @@
 """
 
 import math
-import os
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,10 +13,11 @@ from pathlib import Path
 
 from families import Source, open_project
 from prep.pixels import Refusal, reference_picture, store
-from prep.pool import Crash, each
+from prep.pool import Crash, default_workers, each
 from prep.sheet import contact_sheet
-from schemas.console import log, progress
+from schemas.console import log, progress, tell_rejected
 from schemas.datasets import DatasetConfig, Generator
+from schemas.errors import UserError
 from schemas.freshness import pairs_provenance, read_manifest
 from schemas.keys import digest, seed_of
 from schemas.project import Project
@@ -38,6 +39,11 @@ class _References:
     dataset: DatasetConfig
     rows: Mapping[str, ImageRow]
 
+    def like(self, path: str) -> str | None:
+        """Find a file that differs from `path` in extension, case or Unicode form alone."""
+        wanted = _folded(path)
+        return next((other for other in self.rows if _folded(other) == wanted), None)
+
     @property
     def strict(self) -> bool:
         return self.dataset.conditioning_type == "reference_strict"
@@ -58,7 +64,7 @@ def pairs(
     """
     start = time.monotonic()
     project = open_project(project, need_images=True)
-    processes = workers or os.cpu_count() or 1
+    processes = workers or default_workers()
     done, previews = [], []
     for target in project.targets:
         summary, rows = _pair_dataset(project, target, limit, processes, dry_run)
@@ -72,33 +78,44 @@ def _pair_dataset(
     project: Project, target: DatasetConfig, limit: int | None, workers: int, dry_run: bool
 ) -> tuple[DatasetPairs, list[PairRow]]:
     table = project.pair_table(target.id)
-    images = read_manifest(project, target)[:limit]
+    images = read_manifest(project, target)
+    cut = limit if limit is not None and limit < len(images) else None
+    images = images[:limit]
     references = [
         _References(dataset, {row.path: row for row in read_manifest(project, dataset)})
         for dataset in project.references_of(target)
     ]
     rows = [_pair(project, target, image, references) for image in images if image.reject is None]
     rows, generated, reused = _generate(project, target, rows, workers, dry_run)
-    provenance = pairs_provenance(project, target)
-    written = provenance != read_provenance(table, PairRow) or rows != read_table(table, PairRow)
+    provenance = replace(pairs_provenance(project, target), limit=cut)
+    written = provenance != read_provenance(table, PairRow) or rows != _known(table)
     if written and not dry_run:
         write_table(table, rows, PairRow, provenance)
     kept = [row for row in rows if row.reject is None]
     if not kept:
         log.warning("%s: no pair is left to train on", target.id)
+    tell_rejected(target.id, [(row.target_path, row.reject) for row in rows if row.reject is not None])
     asked = {row.target_path for row in rows}
     summary = DatasetPairs(
         dataset_id=target.id,
         targets=len(rows),
         pairs=len(kept),
         rejected=_reasons(rows),
-        unused_references=sum(len(set(one.rows) - asked) for one in references) if limit is None else 0,
+        unused_references=sum(len(set(one.rows) - asked) for one in references) if cut is None else 0,
         generated=generated,
         reused=reused,
         table=str(table),
         written=written,
     )
     return summary, rows
+
+
+def _known(table: Path) -> list[PairRow] | None:
+    """Read the table that is there; None if it is damaged."""
+    try:
+        return read_table(table, PairRow)
+    except UserError:
+        return None
 
 
 def _pair(project: Project, target: DatasetConfig, image: ImageRow, references: list[_References]) -> PairRow:
@@ -128,7 +145,8 @@ def _match(image: ImageRow, references: _References) -> Reference | str:
     """Find a target's file in a set of references, or return the reason why the pair cannot be."""
     name, row = references.dataset.id, references.rows.get(image.path)
     if row is None:
-        return f"no reference: {name} has no {image.path}"
+        nearest = references.like(image.path)
+        return f"no reference: {name} has no {image.path}" + (f", but {nearest}" if nearest else "")
     if row.width is None or row.height is None or row.image_id is None or (row.reject and not references.strict):
         return f"reference rejected: {name}/{row.path}: {row.reject}"
     if references.strict:
@@ -143,12 +161,16 @@ def _match(image: ImageRow, references: _References) -> Reference | str:
     return Reference(name, row.image_id, row.path, None, None, geometry.bucket, geometry, row.captions)
 
 
+def _folded(path: str) -> str:
+    return unicodedata.normalize("NFC", str(Path(path).with_suffix(""))).casefold()
+
+
 def _degraded(project: Project, target: DatasetConfig, image: ImageRow, entry: Generator) -> Reference:
     """Describe the reference that a generator makes of a target; its seed depends on image and recipe alone."""
     assert image.image_id is not None, "a kept row has been hashed"
     recipe = recipe_text(entry.recipe)
     return Reference(
-        dataset_id=f"{target.id}_conditioning_{entry.recipe.type}",
+        dataset_id=target.generated_id(entry),
         image_id=image.image_id,
         path=image.path,
         recipe=recipe,
@@ -175,19 +197,27 @@ def _generate(
         for reference in row.references
         if reference.dataset_id in stored
     }
-    missing = sorted(
-        {picture for _, picture in wanted if picture.stored is not None and not picture.stored.exists()},
-        key=lambda picture: str(picture.stored),
-    )
-    total = len({picture.stored for _, picture in wanted})
+    by_place = {picture.stored: picture for _, picture in sorted(wanted, key=lambda one: one[0], reverse=True)}
+    missing = [
+        picture
+        for place, picture in sorted(by_place.items(), key=lambda one: str(one[0]))
+        if place is not None and not place.exists()
+    ]
+    total = len(by_place)
     if dry_run:
         return rows, len(missing), total - len(missing)
     refused: dict[Path | None, str] = {}
+    unsettled: dict[str, str] = {}  # what may work another time
     with progress(f"degrade {target.id}", total, "image", done=total - len(missing)) as bar:
         for picture, fault in each(store, missing, workers):
-            if isinstance(fault, Crash | Refusal):
-                refused[picture.stored] = f"reference not made: {picture.file.name}: {fault.reason}"
+            if isinstance(fault, Crash) or (isinstance(fault, Refusal) and not fault.lasting):
+                unsettled[str(picture.file)] = fault.reason
+            elif isinstance(fault, Refusal):
+                refused[picture.stored] = f"reference not made: {fault.reason}"
             bar.update()
+    if unsettled:
+        listed = "\n".join(f"  {file}: {reason}" for file, reason in sorted(unsettled.items())[:20])
+        raise UserError(f"{len(unsettled)} references could not be made; run prep scan and prep pairs again:\n{listed}")
     rejected = {number: refused[picture.stored] for number, picture in wanted if picture.stored in refused}
     rows = [replace(row, reject=rejected.get(number, row.reject)) for number, row in enumerate(rows)]
     return rows, len(missing) - len(refused), total - len(missing)

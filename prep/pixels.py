@@ -11,7 +11,7 @@ import numpy as np
 
 from prep.degrade import degrade
 from prep.images import Pixels, decode, frame
-from schemas.keys import content_id, latent_key, pixels_key
+from schemas.keys import content_id, pixels_key
 from schemas.project import Project
 from schemas.recipes import parse_recipe
 from schemas.rows import Geometry, PairRow, Reference
@@ -28,10 +28,6 @@ class Picture:
     recipe: str | None = None
     seed: int | None = None
     stored: Path | None = None  # where prep pairs keeps it, if degraded
-
-    def key(self, encoder: str) -> str:
-        """Key its latent under an encoder."""
-        return latent_key(encoder, self.image_id, self.geometry.as_key(), self.recipe, self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +73,10 @@ def pixels_of(picture: Picture) -> Pixels | Refusal:
         return Refusal(f"cannot be read: {fault.strerror or fault}", lasting=False)
     if content_id(data) != picture.image_id:
         return Refusal("changed since prep scan", lasting=False)
-    decoded = decode(data)
+    try:
+        decoded = decode(data)
+    except MemoryError:
+        return Refusal("not enough memory to decode it", lasting=False)
     if isinstance(decoded, str):
         return Refusal(decoded, lasting=True)
     pixels = frame(decoded, picture.geometry)

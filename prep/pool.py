@@ -3,16 +3,20 @@
 `each` is the way in. Workers are spawned, so tasks are functions of a module and nothing leaks in from the parent.
 """
 
+import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import cv2
 import multiprocess
 from multiprocess.connection import wait
+
+from schemas.errors import UserError
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -27,12 +31,18 @@ class Crash:
     reason: str
 
 
+def default_workers() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def each(
     task: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int
 ) -> Iterator[tuple[ItemT, ResultT | Crash]]:
     """Yield (item, result) in the order of `items`, worked on ahead by `workers` processes; by one worker, in here.
 
-    A task reports faults in its result. An exception is a bug: it is raised here with the worker's traceback.
+    A task reports faults in its result. An exception is a bug: it is raised here with the worker's traceback. Raises
+    UserError if workers cannot be started at all.
     """
     if workers <= 1 or len(items) <= 1:
         for item in items:
@@ -55,6 +65,7 @@ class _Pool(Generic[ItemT, ResultT]):
         self._idle: list[Any] = []  # pipes
         self._busy: dict[Any, int] = {}  # pipe -> position of its item
         self._processes: dict[Any, Any] = {}
+        self._starting: set[Any] = set()  # pipes whose worker has not said anything yet
 
     def results(self) -> Iterator[tuple[ItemT, ResultT | Crash]]:
         done: dict[int, ResultT | Crash] = {}
@@ -62,8 +73,11 @@ class _Pool(Generic[ItemT, ResultT]):
             while position not in done:
                 self._hand_out(position + _AHEAD * self._workers)
                 for pipe in wait(list(self._busy)):
-                    finished = self._busy.pop(pipe)
-                    done[finished] = self._fetch(pipe, self._items[finished])
+                    if pipe in self._starting:
+                        self._welcome(pipe)
+                    else:
+                        finished = self._busy.pop(pipe)
+                        done[finished] = self._fetch(pipe, self._items[finished])
             yield item, done.pop(position)
 
     def _hand_out(self, end: int) -> None:
@@ -78,10 +92,23 @@ class _Pool(Generic[ItemT, ResultT]):
     def _start(self) -> Any:
         here, there = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(there, self._task), daemon=True)
-        process.start()
+        with _interrupts_ignored():  # the worker inherits it: the parent decides
+            process.start()
         there.close()
         self._processes[here] = process
+        self._starting.add(here)
         return here
+
+    def _welcome(self, pipe: Any) -> None:
+        """Take a worker's first word, which says that it could import what it needs."""
+        self._starting.remove(pipe)
+        try:
+            pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise UserError(
+                "worker processes cannot start; a script that calls pairline needs its calls below "
+                'if __name__ == "__main__": (or pass workers=1)'
+            ) from None
 
     def _fetch(self, pipe: Any, item: ItemT) -> ResultT | Crash:
         try:
@@ -91,6 +118,8 @@ class _Pool(Generic[ItemT, ResultT]):
             process.join()
             pipe.close()
             return Crash(f"its worker process died with exit status {process.exitcode}")
+        if isinstance(failure, UserError):
+            raise failure
         if failure is not None:
             raise RuntimeError(f"a worker process failed on {item!r}:\n{failure}")
         self._idle.append(pipe)
@@ -105,10 +134,23 @@ class _Pool(Generic[ItemT, ResultT]):
             process.join()
 
 
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C for a moment; only the main thread may set signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _serve(pipe: Any, task: Callable[[Any], Any]) -> None:
     """Run in the worker: one item in, one result out, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     cv2.setNumThreads(1)
+    pipe.send(None)
     while True:
         try:
             item = pipe.recv()
@@ -116,5 +158,7 @@ def _serve(pipe: Any, task: Callable[[Any], Any]) -> None:
             return
         try:
             pipe.send((task(item), None))
+        except UserError as fault:
+            pipe.send((None, fault))
         except Exception:  # noqa: BLE001 - carried to the parent, raised there
             pipe.send((None, traceback.format_exc()))

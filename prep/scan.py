@@ -6,20 +6,21 @@
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from families import Source, open_project
-from prep.captions import captions_of
+from prep.captions import Captions, captions_of
 from prep.geometry import Policy, Targets, fit
 from prep.images import EXTENSIONS, Header, read_header
-from prep.pool import Crash, each
-from schemas.console import log, progress
+from prep.pool import Crash, default_workers, each
+from schemas.console import log, progress, tell_rejected
 from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
 from schemas.keys import digest, file_id
 from schemas.project import Project
-from schemas.rows import Geometry, ImageRow, as_columns
+from schemas.rows import Geometry, ImageRow
 from schemas.summaries import DatasetScan, ScanSummary
 from schemas.tables import Provenance, read_provenance, read_table, write_table
 
@@ -45,7 +46,7 @@ def scan(
     """
     start = time.monotonic()
     project = open_project(project, need_images=True)
-    processes = workers or os.cpu_count() or 1
+    processes = workers or default_workers()
     scans = tuple(_scan_dataset(project, dataset, limit, processes, dry_run) for dataset in project.scanned)
     return ScanSummary(scans, project.warnings, time.monotonic() - start, dry_run)
 
@@ -54,33 +55,35 @@ def _scan_dataset(
     project: Project, dataset: DatasetConfig, limit: int | None, workers: int, dry_run: bool
 ) -> DatasetScan:
     folder, manifest = project.folder_of(dataset), project.manifest(dataset.id)
+    if project.workspace in (folder.resolve(), *folder.resolve().parents):
+        raise UserError(f"{dataset.id}: its folder {folder} lies in the workspace; give --workspace another place")
     files, ignored = _image_files(folder, project.workspace)
+    cut = limit if limit is not None and limit < len(files) else None
     files = files[:limit]
-    known = _known(manifest)
+    source = digest(dataset.type, dataset.instance_data_dir)
+    known = _known(manifest, source)
     seen = {path: _unchanged(folder / path, known.get(_posix(path))) for path in files}
     unread = [path for path, facts in seen.items() if facts is None]
-    chunks = [(folder, unread[first : first + _CHUNK]) for first in range(0, len(unread), _CHUNK)]
     with progress(f"scan {dataset.id}", len(files), "image", done=len(files) - len(unread)) as bar:
-        for (_, paths), facts in each(_read_files, chunks, workers):
-            if isinstance(facts, Crash):
-                raise UserError(f"{dataset.id}: a chunk of {len(paths)} files was lost, {facts.reason}")
+        for paths, facts in _read(folder, unread, workers):
             seen.update(zip(paths, facts, strict=True))
             bar.update(len(paths))
     rows = _rows(project, dataset, {path: facts for path, facts in seen.items() if facts is not None})
-    provenance = Provenance(project.scan_settings(dataset), digest(as_columns(rows, ImageRow).to_pylist()))
-    written = provenance != read_provenance(manifest, ImageRow)
+    provenance = Provenance(project.scan_settings(dataset), digest([_content(row) for row in rows]), cut, source)
+    written = provenance != read_provenance(manifest, ImageRow) or rows != list(known.values())
     if written and not dry_run:
         write_table(manifest, rows, ImageRow, provenance)
     kept = [row for row in rows if row.reject is None]
     if not kept:
         log.warning("%s: no usable image below %s", dataset.id, folder)
+    tell_rejected(dataset.id, [(row.path, row.reject) for row in rows if row.reject is not None])
     return DatasetScan(
         dataset_id=dataset.id,
         seen=len(rows),
         kept=len(kept),
         rejected=dict(Counter(row.reject.partition(":")[0] for row in rows if row.reject is not None)),
         read=len(unread),
-        removed=len(known.keys() - {row.path for row in rows}),
+        removed=len(known.keys() - {row.path for row in rows}) if cut is None else 0,
         buckets=dict(sorted(Counter(row.bucket for row in kept if row.bucket is not None).items())),
         captions=sum(len(row.captions) for row in kept),
         ignored_files=ignored,
@@ -93,9 +96,10 @@ def _image_files(folder: Path, workspace: Path) -> tuple[list[Path], int]:
     """Return the image files below a folder, relative and in the order of their paths, and how many files are not."""
     found: list[Path] = []
     others = 0
-    for place, folders, names in os.walk(folder):
+    seen = {folder.resolve()}
+    for place, folders, names in os.walk(folder, onerror=_tell_unreadable, followlinks=True):
         here = Path(place)
-        folders[:] = [name for name in folders if not name.startswith(".") and (here / name).resolve() != workspace]
+        folders[:] = [name for name in folders if _is_images(here / name, workspace, seen)]
         for name in names:
             if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."):
                 found.append((here / name).relative_to(folder))
@@ -104,9 +108,25 @@ def _image_files(folder: Path, workspace: Path) -> tuple[list[Path], int]:
     return sorted(found, key=lambda path: path.parts), others
 
 
-def _known(manifest: Path) -> dict[str, ImageRow]:
-    """Return the rows of the last scan by path; none if there was none or its table is of no use any more."""
+def _is_images(folder: Path, workspace: Path, seen: set[Path]) -> bool:
+    """Tell a sub-folder to look into: not hidden, no workspace, and not seen before by way of a link."""
+    real = folder.resolve()
+    if folder.name.startswith(".") or real == workspace or (folder / "manifests").is_dir() or real in seen:
+        return False
+    seen.add(real)
+    return True
+
+
+def _tell_unreadable(fault: OSError) -> None:
+    log.warning("%s: cannot be read, its images are left out: %s", fault.filename, fault.strerror)
+
+
+def _known(manifest: Path, source: str) -> dict[str, ImageRow]:
+    """Return the rows of the last scan by path; none if there was none, or of another folder, or it is damaged."""
     if not manifest.exists():
+        return {}
+    provenance = read_provenance(manifest, ImageRow)
+    if provenance is not None and provenance.source != source:
         return {}
     try:
         return {row.path: row for row in read_table(manifest, ImageRow)}
@@ -119,11 +139,26 @@ def _unchanged(file: Path, row: ImageRow | None) -> _Seen | None:
     """Return what is known of a file, if size and modification time are those of the last scan."""
     if row is None or row.width is None or row.height is None or row.orientation is None:
         return None
-    stat = file.lstat() if not file.exists() else file.stat()
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
     if (stat.st_size, stat.st_mtime_ns) != (row.size_bytes, row.mtime_ns):
         return None
     header = Header(row.width, row.height, row.orientation, row.format or "", row.mode or "")
     return _Seen(row.size_bytes, row.mtime_ns, row.image_id, header)
+
+
+def _read(folder: Path, paths: list[Path], workers: int) -> Iterator[tuple[list[Path], list[_Seen]]]:
+    """Read files on the pool, many a task; the files of a task whose worker died are tried one by one."""
+    chunks = [(folder, paths[first : first + _CHUNK]) for first in range(0, len(paths), _CHUNK)]
+    for (_, chunk), facts in each(_read_files, chunks, workers):
+        if not isinstance(facts, Crash):
+            yield chunk, facts
+            continue
+        for (_, [path]), fact in each(_read_files, [(folder, [path]) for path in chunk], workers):
+            reason = f"unreadable: {fact.reason}" if isinstance(fact, Crash) else ""
+            yield [path], [_Seen(0, 0, None, reason)] if isinstance(fact, Crash) else fact
 
 
 def _read_files(chunk: tuple[Path, list[Path]]) -> list[_Seen]:
@@ -171,6 +206,8 @@ def _row(
     captions = captions_of(project.folder_of(dataset) / path, dataset)
     geometry: Geometry | str | None = None
     reject = facts.header if isinstance(facts.header, str) else _too_small(facts.header, dataset, policy)
+    if name != path.as_posix():
+        reject, captions = "name: it is not UTF-8", Captions([], None)
     if header is not None and reject is None:
         crop_seed = (project.trainer.prep_seed, "crop", dataset.id, name)
         geometry = fit((header.width, header.height), policy, targets, crop_seed)
@@ -179,7 +216,7 @@ def _row(
     return ImageRow(
         dataset_id=dataset.id,
         path=name,
-        stem=path.stem,
+        stem=_posix(Path(path.stem)),
         image_id=facts.image_id,
         size_bytes=facts.size_bytes,
         mtime_ns=facts.mtime_ns,
@@ -217,6 +254,11 @@ def _too_small(header: Header, dataset: DatasetConfig, policy: Policy) -> str | 
     else:
         need = f"{int(least)} on each side"
     return f"too small: {header.width}x{header.height}, need {need}"
+
+
+def _content(row: ImageRow) -> dict[str, object]:
+    """Return what later stages may depend on: a file that was only touched is the same."""
+    return {name: value for name, value in asdict(row).items() if name != "mtime_ns"}
 
 
 def _posix(path: Path) -> str:

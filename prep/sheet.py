@@ -73,6 +73,7 @@ def _thumb(pixels: Pixels | Refusal) -> Image.Image:
 
 def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """Cut a text to `width` pixels."""
+    text = text[:width]  # no character is narrower than a pixel
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -9,17 +9,19 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import json5
 from pydantic import ValidationError
 
-from schemas.datasets import Generator
+from schemas.datasets import CompositeImage, Generator, HuggingFace
 from schemas.errors import Fault, UserError
 from schemas.options import Options, facts, facts_of
 from schemas.recipes import RECIPE_ALIASES, RECIPES
 
 OptionsT = TypeVar("OptionsT", bound=Options)
+
+_NESTED: Mapping[str, type[Options]] = {"huggingface": HuggingFace, "composite_image_config": CompositeImage}
 
 _SHOWN = 60  # characters of a faulty value
 
@@ -36,14 +38,25 @@ def read_json(path: Path) -> Any:
     """Read JSON with comments and trailing commas; raises UserError with the line of a syntax error."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        return json5.loads(text, allow_duplicate_keys=False)
+        return _whole(json5.loads(text, allow_duplicate_keys=False))
     except OSError as fault:
         raise UserError(f"{path}: {fault.strerror or fault}") from fault
     except UnicodeDecodeError as fault:
         raise UserError(f"{path}: not UTF-8 text ({fault.reason} at byte {fault.start})") from fault
+    except RecursionError as fault:
+        raise UserError(f"{path}: not valid JSON: nested too deeply") from fault
     except ValueError as fault:
         place = re.sub(r"^<string>:", "line ", str(fault))
         raise UserError(f"{path}: not valid JSON: {place}") from fault
+
+
+def _whole(value: Any) -> Any:
+    """Join characters that JSON escapes write as two halves."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16")
+    if isinstance(value, dict):
+        return {_whole(key): _whole(one) for key, one in value.items()}
+    return [_whole(one) for one in value] if isinstance(value, list) else value
 
 
 def normalise(
@@ -61,8 +74,13 @@ def normalise(
         key = aliases.get(key, key)
         if key in values:
             found.faults.append(Fault(file, prefix + spelled, f"given twice, as '{key}' already", hint="keep one"))
+        elif key == "$schema":
+            continue
         elif key in model.model_fields:
             values[key] = value
+            if isinstance(value, bool) and _is_number(model.model_fields[key].annotation):
+                found.faults.append(Fault(file, prefix + spelled, "must be a number", shown(value)))
+                del values[key]
             if note := facts(model.model_fields[key])["no_effect"]:
                 found.warnings.append(f"{file}: {prefix}{key} has no effect: {note}")
         elif key in unneeded:
@@ -121,6 +139,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
+def _is_number(annotation: Any) -> bool:
+    kinds = {annotation, *get_args(annotation)}
+    return bool(kinds & {int, float}) and bool not in kinds
+
+
 def _nearest(key: str, known: Iterable[str]) -> str | None:
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else None
@@ -134,7 +157,8 @@ def _fault(file: str, prefix: str, detail: dict[str, Any]) -> Fault:
     if kind == "missing":
         return Fault(file, key, "missing, but required")
     if kind == "extra_forbidden":
-        known = RECIPES[str(place[-2])].model_fields if len(place) > 1 and place[-2] in RECIPES else ()
+        inner = [name for name in map(str, place) if name in RECIPES or name in _NESTED]
+        known = (RECIPES.get(inner[-1]) or _NESTED[inner[-1]]).model_fields if inner else ()
         return Fault(file, key, "unknown key", value, _nearest(str(place[-1]), known))
     if kind in ("literal_error", "union_tag_invalid"):
         allowed = str(context.get("expected") or context.get("expected_tags"))

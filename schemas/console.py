@@ -6,7 +6,7 @@ A command's body runs inside `reporting`; long work counts itself with `progress
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from schemas.summaries import Summary, as_json
 log = logging.getLogger("pairline")
 
 _LINE_EVERY = 5.0  # seconds between plain progress lines
+_NAMED = 5  # rejected rows named one by one
 
 
 class Progress(Protocol):
@@ -41,7 +42,7 @@ class _Lines:
 
     def update(self, n: int = 1) -> None:
         self._done += n
-        if time.monotonic() - self._last >= _LINE_EVERY:
+        if time.monotonic() - self._last >= _LINE_EVERY and self._done < self._total:
             self._last = time.monotonic()
             self.tell()
 
@@ -89,14 +90,29 @@ def reporting() -> Iterator[None]:
     except UserError as fault:
         log.error("%s", fault)
         raise SystemExit(1) from None
+    except OSError as fault:
+        log.error("%s: %s", fault.filename or "cannot go on", fault.strerror or fault)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
-        log.error("interrupted; the same command goes on where it stopped")
+        log.error("interrupted; the same command goes on from what is finished")
         raise SystemExit(130) from None
+
+
+def tell_rejected(dataset_id: str, rejected: Sequence[tuple[str, str]]) -> None:
+    """Name the first few rejected rows; the table has them all."""
+    for path, reason in rejected[:_NAMED]:
+        log.warning("%s: %s: %s", dataset_id, path, reason)
+    if len(rejected) > _NAMED:
+        log.warning("%s: and %d more; column `reject` of the table has them all", dataset_id, len(rejected) - _NAMED)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Tell what was odd in the configuration, before the work starts."""
+    for warning in warnings:
+        log.warning("%s", warning)
 
 
 def report(summary: Summary, as_json_document: bool) -> None:
     """Print what was done: one JSON document, or lines for a person."""
-    for warning in summary.warnings:
-        log.warning("%s", warning)
     text = as_json(summary) if as_json_document else "\n".join(summary.lines())
     sys.stdout.write(text + "\n")

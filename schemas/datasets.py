@@ -5,11 +5,12 @@ Names are SimpleTuner's. An option is declared here and nowhere else; docs/optio
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
+from pydantic.json_schema import JsonSchemaValue
 
 from schemas.options import Options, option
 from schemas.recipes import JpegArtifacts, Superresolution
-from schemas.trainer import CaptionStrategy, ResolutionType
+from schemas.trainer import CaptionStrategy, ImageSize, ResolutionType
 
 Text: TypeAlias = Annotated[str, StringConstraints(min_length=1)]
 DatasetId: TypeAlias = Annotated[
@@ -21,11 +22,18 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _no_repeats(value: object) -> object:
+    return 0 if value is None or value == "" else value
+
+
 def _no_captions(value: object) -> object:
     return [] if value is None or value is False else _as_list(value)
 
 
-Texts: TypeAlias = Annotated[tuple[Text, ...], BeforeValidator(_as_list)]
+_TEXT_OR_LIST: JsonSchemaValue = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_NO_TEXT: JsonSchemaValue = {"anyOf": [*_TEXT_OR_LIST["anyOf"], {"const": False}, {"type": "null"}]}
+
+Texts: TypeAlias = Annotated[tuple[Text, ...], BeforeValidator(_as_list), WithJsonSchema(_TEXT_OR_LIST)]
 
 
 class Generator(Options):
@@ -34,7 +42,7 @@ class Generator(Options):
     recipe: Annotated[Superresolution | JpegArtifacts, Field(discriminator="type")] = option(
         ..., "the degradation; its parameters stand flat in the entry", stages="pairs cache"
     )
-    captions: Annotated[tuple[Text, ...], BeforeValidator(_no_captions)] = option(
+    captions: Annotated[tuple[Text, ...], BeforeValidator(_no_captions), WithJsonSchema(_NO_TEXT)] = option(
         (), "prompts instead of the images' captions; false or null keeps those", stages="pairs"
     )
     conditioning_type: Literal["reference_strict"] = option(
@@ -89,7 +97,7 @@ class DatasetConfig(Options):
     default: bool = option(False, "of several `text_embeds` entries, the one that is used", stages="cache train")
 
     # Files and caches
-    instance_data_dir: str | None = option(
+    instance_data_dir: Text | None = option(
         None, "folder of images, sub-folders included", stages="scan", alias="instance_data_root"
     )
     cache_dir: str | None = option(None, "text_embeds: where text shards lie", stages="cache train")
@@ -115,7 +123,9 @@ class DatasetConfig(Options):
     )
     source_dataset_id: str | None = option(None, "the target set this reference set belongs to", stages="pairs")
     conditioning: tuple[Generator, ...] = option((), "generators of references", stages="pairs")
-    repeats: int = option(0, "extra showings of each image per epoch; 0 is shown once", stages="pairs", ge=0)
+    repeats: Annotated[int, BeforeValidator(_no_repeats)] = option(
+        0, "extra showings of each image per epoch; 0 is shown once", stages="pairs", ge=0, le=1_000_000
+    )
 
     # Sizes and crops
     resolution: float = option(
@@ -133,13 +143,13 @@ class DatasetConfig(Options):
         "where the crop lies; random ones are drawn once per image, by seed, and shared by its references",
         stages="scan",
     )
-    minimum_image_size: float | None = option(
+    minimum_image_size: ImageSize = option(
         None, "smaller images are rejected, by edge (`pixel`) or area, before any resize", stages="scan", gt=0
     )
-    maximum_image_size: float | None = option(
+    maximum_image_size: ImageSize = option(
         None, "under `crop: true`, images are scaled to `target_downsample_size` before the crop", stages="scan", gt=0
     )
-    target_downsample_size: float | None = option(None, "see `maximum_image_size`", stages="scan", gt=0)
+    target_downsample_size: ImageSize = option(None, "see `maximum_image_size`", stages="scan", gt=0)
 
     # Captions
     caption_strategy: CaptionStrategy | None = option(
@@ -154,7 +164,11 @@ class DatasetConfig(Options):
         """Tell a set of targets from references and text stores."""
         return self.dataset_type in ("image", "eval")
 
+    def generated_id(self, generator: Generator) -> str:
+        """Name the reference set that a generator makes, as SimpleTuner names it."""
+        return f"{self.id}_conditioning_{generator.recipe.type}"
+
     @property
     def generated_ids(self) -> tuple[str, ...]:
-        """Name the reference sets that `conditioning` makes, as SimpleTuner names them."""
-        return tuple(f"{self.id}_conditioning_{entry.recipe.type}" for entry in self.conditioning)
+        """Name the reference sets that `conditioning` makes."""
+        return tuple(self.generated_id(entry) for entry in self.conditioning)

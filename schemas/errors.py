@@ -5,6 +5,7 @@ A command catches `UserError` only, prints it and exits with 1; any other except
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -30,10 +31,10 @@ class Fault:
 class ConfigError(UserError):
     """Everything wrong in a project's files, all at once."""
 
-    def __init__(self, faults: Sequence[Fault]) -> None:
+    def __init__(self, folder: Path, faults: Sequence[Fault]) -> None:
         self.faults = tuple(faults)
         if len(self.faults) == 1:
-            super().__init__(str(self.faults[0]))
+            super().__init__(f"{folder}: {self.faults[0]}")
         else:
             lines = "\n".join(f"  {fault}" for fault in self.faults)
-            super().__init__(f"{len(self.faults)} faults in the configuration:\n{lines}")
+            super().__init__(f"{len(self.faults)} faults in {folder}:\n{lines}")

@@ -3,6 +3,7 @@
 Stages read each other's tables through here and nowhere else.
 """
 
+from schemas.console import log
 from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
 from schemas.keys import digest
@@ -16,22 +17,25 @@ def manifest_provenance(project: Project, dataset: DatasetConfig) -> Provenance:
     path = project.manifest(dataset.id)
     provenance = read_provenance(path, ImageRow)
     if provenance is None:
-        raise UserError(f"{dataset.id}: not scanned yet ({path} is missing); run: prep scan {_folder(project)}")
+        state = "cannot be read" if path.exists() else "is missing"
+        raise UserError(f"{dataset.id}: not scanned yet ({path} {state}); run: {project.command('prep scan')}")
     if provenance.config != project.scan_settings(dataset):
-        raise UserError(f"{dataset.id}: its settings changed since it was scanned; run: prep scan {_folder(project)}")
+        raise UserError(f"{dataset.id}: its settings changed since it was scanned; run: {project.command('prep scan')}")
     return provenance
 
 
 def read_manifest(project: Project, dataset: DatasetConfig) -> list[ImageRow]:
     """Read a dataset's manifest; raises UserError if it is missing, stale or damaged."""
-    manifest_provenance(project, dataset)
+    limit = manifest_provenance(project, dataset).limit
+    if limit is not None:
+        log.warning("%s: its manifest has the first %d files only (prep scan --limit)", dataset.id, limit)
     return read_table(project.manifest(dataset.id), ImageRow)
 
 
 def pairs_provenance(project: Project, target: DatasetConfig) -> Provenance:
     """Say what a pair table made now would be made from."""
     manifests = [manifest_provenance(project, dataset) for dataset in (target, *project.references_of(target))]
-    return Provenance(config=project.pairs_settings(target), inputs=digest([one.inputs for one in manifests]))
+    return Provenance(project.pairs_settings(target), digest([one.inputs for one in manifests]))
 
 
 def read_pairs(project: Project, target: DatasetConfig) -> list[PairRow]:
@@ -41,21 +45,19 @@ def read_pairs(project: Project, target: DatasetConfig) -> list[PairRow]:
     """
     path = project.pair_table(target.id)
     provenance = read_provenance(path, PairRow)
-    command = f"run: prep pairs {_folder(project)}"
+    command = f"run: {project.command('prep pairs')}"
     if provenance is None:
-        raise UserError(f"{target.id}: not paired yet ({path} is missing); {command}")
+        state = "cannot be read" if path.exists() else "is missing"
+        raise UserError(f"{target.id}: not paired yet ({path} {state}); {command}")
     if provenance.config != project.pairs_settings(target):
         raise UserError(
             f"{target.id}: the settings of its images or pairs changed since it was paired; "
-            f"run: prep scan {_folder(project)}, then prep pairs and prep cache"
+            f"run: {project.command('prep scan')}, then prep pairs and prep cache"
         )
     together = (target, *project.references_of(target))
+    if provenance.limit is not None:
+        log.warning("%s: its table has the first %d targets only (prep pairs --limit)", target.id, provenance.limit)
     here = all(project.manifest(dataset.id).exists() for dataset in together)
     if here and pairs_provenance(project, target).inputs != provenance.inputs:
         raise UserError(f"{target.id}: scanned anew since it was paired; {command}")
     return read_table(path, PairRow)
-
-
-def _folder(project: Project) -> str:
-    folder = project.config_path.parent
-    return str(folder if project.config_path.name == "config.json" else project.config_path)

@@ -4,16 +4,17 @@ A new key is a function here that names its ingredients; change what goes in and
 """
 
 import json
-import os
 from pathlib import Path
 
 import xxhash
 
+from schemas.storage import write_aside
+
 # Part of every latent and text key: raise it when the same inputs would give other numbers.
 CACHE_VERSION = 1
 
-# How a file becomes pixels before geometry; part of every latent key.
-COLOUR_POLICY = "exif-oriented/alpha-on-white/rgb8"
+# How a file becomes pixels, besides its geometry; part of every latent key.
+PIXEL_POLICY = "exif-oriented/alpha-on-white/rgb8/lanczos"
 
 _CHUNK = 1 << 20
 
@@ -55,8 +56,8 @@ def seed_of(*parts: object) -> int:
 def latent_key(
     encoder: str, image_id: str, geometry: tuple[int, ...], recipe: str | None = None, seed: int | None = None
 ) -> str:
-    """Key a latent by all its numbers depend on: encoder, image bytes, colour policy, geometry, recipe and seed."""
-    return digest("latent", CACHE_VERSION, encoder, image_id, COLOUR_POLICY, geometry, recipe, seed)
+    """Key a latent by all its numbers depend on: encoder, image bytes, pixel policy, geometry, recipe and seed."""
+    return digest("latent", CACHE_VERSION, encoder, image_id, PIXEL_POLICY, geometry, recipe, seed)
 
 
 def text_key(encoder: str, prompt: str) -> str:
@@ -66,15 +67,15 @@ def text_key(encoder: str, prompt: str) -> str:
 
 def pixels_key(image_id: str, geometry: tuple[int, ...], recipe: str, seed: int) -> str:
     """Key the pixels of one degraded image."""
-    return digest("pixels", CACHE_VERSION, image_id, COLOUR_POLICY, geometry, recipe, seed)
+    return digest("pixels", CACHE_VERSION, image_id, PIXEL_POLICY, geometry, recipe, seed)
 
 
 class FileIds:
     """Content ids of large files, remembered by (path, size, mtime) in one small JSON file."""
 
-    def __init__(self, memory: Path) -> None:
-        self._memory = memory
-        self._known: dict[str, list[object]] = json.loads(memory.read_text()) if memory.exists() else {}
+    def __init__(self, memory: Path, *, remember: bool = True) -> None:
+        self._memory, self._remember = memory, remember
+        self._known = _read_memory(memory)
 
     def of(self, path: Path) -> str:
         """Return the file's content id, reading the file only if it changed since it was last asked for."""
@@ -86,8 +87,16 @@ class FileIds:
             return str(known[2])
         identity = file_id(path)
         self._known[str(path)] = [*mark, identity]
-        self._memory.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._memory.with_name(f"{self._memory.name}.tmp.{os.getpid()}")
-        aside.write_text(json.dumps(self._known, indent=1))
-        aside.replace(self._memory)
+        if self._remember:
+            with write_aside(self._memory) as aside:
+                aside.write_text(json.dumps(self._known, indent=1))
         return identity
+
+
+def _read_memory(memory: Path) -> dict[str, list[object]]:
+    """Read what is remembered; a damaged file is forgotten."""
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

@@ -13,12 +13,14 @@ from schemas.config_file import Findings, normalise, read_json, shown, split_gen
 from schemas.datasets import DatasetConfig
 from schemas.errors import ConfigError, Fault, UserError
 from schemas.family import FamilySpec
-from schemas.project import Project
+from schemas.project import CONFIG_NAME, Project, resolved
 from schemas.rules import RULES, missing_folders, root_hint
 from schemas.simpletuner import DATASET_KEYS, TRAINER_KEYS
 from schemas.trainer import TrainerConfig
 
-CONFIG_NAME = "config.json"
+_UNREADABLE = object()  # in place of a file's content, its fault being told
+
+_ENABLED = (None, False, 0, "", "0", "false", "False", "no")  # values of `disabled` that leave a dataset in
 
 # Options of config.json that stand in for the same key of a dataset entry that does not give it.
 _DATASET_DEFAULTS = (
@@ -46,7 +48,9 @@ def load_project(
     found = Findings()
     trainer = _trainer(config_path, overrides, found)
     family = _family(trainer, families, config_path, found)
-    datasets_path = base / Path(trainer.data_backend_config).expanduser()
+    # Named, it starts from the root like every path; not named, it lies beside config.json.
+    named = "data_backend_config" in trainer.model_fields_set
+    datasets_path = resolved(base if named else config_path.parent, trainer.data_backend_config)
     datasets = _datasets(datasets_path, config_path, trainer, base, found)
     library = _prompt_library(base, trainer, found)
     project = Project(
@@ -64,7 +68,7 @@ def load_project(
     if need_images:
         found.faults += missing_folders(project, datasets_path.name)
     if found.faults:
-        raise ConfigError(found.faults)
+        raise ConfigError(config_path.parent, found.faults)
     return replace(project, warnings=tuple(found.warnings))
 
 
@@ -72,7 +76,7 @@ def check_folders(project: Project) -> None:
     """Raise ConfigError if the images of a dataset cannot be reached."""
     faults = list(missing_folders(project, Path(project.trainer.data_backend_config).name))
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(project.config_path.parent, faults)
 
 
 def _config_path(path: Path) -> Path:
@@ -82,20 +86,41 @@ def _config_path(path: Path) -> Path:
     return config.resolve()
 
 
+def _read(path: Path, found: Findings) -> Any:
+    """Read a JSON file; one that cannot be parsed is a fault beside the others."""
+    try:
+        return read_json(path)
+    except UserError as fault:
+        found.faults.append(Fault(path.name, "", str(fault).removeprefix(f"{path}: ")))
+        return _UNREADABLE
+
+
 def _trainer(path: Path, overrides: Sequence[str], found: Findings) -> TrainerConfig:
-    raw = read_json(path)
+    raw = _read(path, found)
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: must be an object of options, found {shown(raw)}")
+        if raw is not _UNREADABLE:
+            found.faults.append(Fault(path.name, "", f"must be an object of options, found {shown(raw)}"))
+        raw = {}
     values = normalise(raw, TrainerConfig, TRAINER_KEYS, (path.name, ""), found)
+    given: set[str] = set()
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: must be key=value, for example --set learning_rate=2e-4")
-        values |= normalise({key: _literal(value)}, TrainerConfig, TRAINER_KEYS, ("--set", ""), found)
-    return validate(values, TrainerConfig, (path.name, ""), found) or TrainerConfig()
+        replaced = normalise({key: _literal(key, value)}, TrainerConfig, TRAINER_KEYS, ("--set", ""), found)
+        values |= replaced
+        given |= replaced.keys()
+    sound = len(found.faults)
+    config = validate(values, TrainerConfig, (path.name, ""), found) or TrainerConfig()
+    found.faults[sound:] = [replace(one, file="--set") if one.key in given else one for one in found.faults[sound:]]
+    return config
 
 
-def _literal(text: str) -> Any:
+def _literal(key: str, text: str) -> Any:
+    """Read a value as JSON where that makes sense; an option that is text stays text."""
+    field = TrainerConfig.model_fields.get(key.lstrip("-").replace("-", "_"))
+    if field is not None and field.annotation is str:
+        return text
     try:
         return json.loads(text)
     except ValueError:
@@ -133,9 +158,12 @@ def _datasets(
         hint = root_hint(trainer.data_backend_config, base) or "data_backend_config names the file"
         found.faults.append(Fault(config_path.name, "data_backend_config", f"no such file: {path}", hint=hint))
         return []
-    raw = read_json(path)
+    raw = _read(path, found)
+    if raw is _UNREADABLE:
+        return []
     if not isinstance(raw, list) or not raw:
-        raise UserError(f"{path}: must be a list of at least one dataset, found {shown(raw)}")
+        found.faults.append(Fault(path.name, "", f"must be a list of at least one dataset, found {shown(raw)}"))
+        return []
     datasets = [_dataset(path.name, index, entry, trainer, found) for index, entry in enumerate(raw)]
     return [dataset for dataset in datasets if dataset is not None and not dataset.disabled]
 
@@ -144,7 +172,7 @@ def _dataset(file: str, index: int, entry: Any, trainer: TrainerConfig, found: F
     if not isinstance(entry, dict):
         found.faults.append(Fault(file, f"[{index}]", "must be an object", shown(entry)))
         return None
-    if entry.get("disabled") or entry.get("disable"):
+    if any(entry.get(key) not in _ENABLED for key in ("disabled", "disable")):
         return None
     name = entry.get("id")
     prefix = f"[{index}] {shown(name)} " if name is not None else f"[{index}] "
@@ -156,7 +184,7 @@ def _dataset(file: str, index: int, entry: Any, trainer: TrainerConfig, found: F
     for key in _DATASET_DEFAULTS:
         values.setdefault(key, getattr(trainer, key))
     generators = values.pop("conditioning", [])
-    generators = [generators] if isinstance(generators, dict) else generators
+    generators = [generators] if isinstance(generators, dict) else generators or []
     if isinstance(generators, list):
         split = [
             split_generator(generator, (file, f"{prefix}conditioning[{place}]"), found)
@@ -171,12 +199,13 @@ def _dataset(file: str, index: int, entry: Any, trainer: TrainerConfig, found: F
 def _prompt_library(base: Path, trainer: TrainerConfig, found: Findings) -> dict[str, str]:
     if trainer.user_prompt_library is None:
         return {}
-    path = base / Path(trainer.user_prompt_library).expanduser()
+    path = resolved(base, trainer.user_prompt_library)
     if not path.exists():
         hint = root_hint(trainer.user_prompt_library, base)
         found.faults.append(Fault(CONFIG_NAME, "user_prompt_library", f"no such file: {path}", hint=hint))
         return {}
-    return parse_prompt_library(read_json(path), path.name, found)
+    raw = _read(path, found)
+    return {} if raw is _UNREADABLE else parse_prompt_library(raw, path.name, found)
 
 
 def parse_prompt_library(raw: Any, file: str, found: Findings) -> dict[str, str]:

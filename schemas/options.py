@@ -19,8 +19,12 @@ class Options(BaseModel):
 
     def fingerprint(self, stage: str) -> str:
         """Hash the options that `stage` reads, so that it notices when one of them changes."""
-        values = self.model_dump(mode="json")
-        return digest({name: values[name] for name, facts in facts_of(type(self)) if stage in facts["stages"]})
+        return digest(self.acting(stage))
+
+    def acting(self, stage: str) -> dict[str, Any]:
+        """Return the options that `stage` reads, as JSON values; those without effect are left out at every depth."""
+        read = {name for name, facts in facts_of(type(self)) if stage in facts["stages"]}
+        return {name: _acting(getattr(self, name), stage) for name in sorted(read)}
 
 
 def option(
@@ -37,8 +41,15 @@ def option(
     `stages` names the commands that read it; `no_effect` marks one that is validated but not acted on and says what
     happens instead; `alias` is a second accepted spelling, turned into the first when a file is read.
     """
-    extra: dict[str, Any] = {"stages": stages.split(), "no_effect": no_effect, "alias": alias}
+    read_by = stages.split() if no_effect is None else []
+    extra: dict[str, Any] = {"stages": read_by, "no_effect": no_effect, "alias": alias}
     return Field(default, description=description, json_schema_extra=extra, **limits)
+
+
+def _acting(value: Any, stage: str) -> Any:
+    if isinstance(value, Options):
+        return value.acting(stage)
+    return [_acting(one, stage) for one in value] if isinstance(value, tuple) else value
 
 
 def facts_of(model: type[BaseModel]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -13,6 +13,15 @@ from schemas.keys import digest
 from schemas.trainer import TrainerConfig
 
 TINY = "tiny"
+CONFIG_NAME = "config.json"
+
+
+def resolved(root: Path, path: str) -> Path:
+    """Resolve a path of a configuration file: `~` is the home folder, a relative one starts from `root`."""
+    try:
+        return root / Path(path).expanduser()
+    except RuntimeError:  # the home of a user that does not exist
+        return root / path
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,16 @@ class Project:
         """Return the sets that have images of their own."""
         return tuple(dataset for dataset in self.datasets if dataset.dataset_type != "text_embeds")
 
+    def command(self, name: str) -> str:
+        """Spell a command for this project, as an error's advice."""
+        folder = self.config_path.parent
+        parts = [name, str(folder if self.config_path.name == CONFIG_NAME else self.config_path)]
+        if self.root != folder:
+            parts += ["--root", str(self.root)]
+        if self.workspace != folder / "work":
+            parts += ["--workspace", str(self.workspace)]
+        return " ".join(parts)
+
     def dataset(self, dataset_id: str) -> DatasetConfig:
         """Find a dataset by its id; raises KeyError."""
         for dataset in self.datasets:
@@ -69,7 +88,7 @@ class Project:
     def folder_of(self, dataset: DatasetConfig) -> Path:
         """Return the folder of a dataset's images."""
         assert dataset.instance_data_dir is not None, "checked when the project was loaded"
-        return self.root / Path(dataset.instance_data_dir).expanduser()
+        return resolved(self.root, dataset.instance_data_dir)
 
     def manifest(self, dataset_id: str) -> Path:
         """Return the path of a dataset's manifest."""
@@ -82,7 +101,7 @@ class Project:
     def latent_store(self, dataset: DatasetConfig) -> Path:
         """Return the folder of a dataset's latents, above the encoder keys."""
         if dataset.cache_dir_vae is not None:
-            return self.root / Path(dataset.cache_dir_vae).expanduser()
+            return resolved(self.root, dataset.cache_dir_vae)
         return self.workspace / "cache" / "latents"
 
     @property
@@ -91,7 +110,7 @@ class Project:
         stores = [dataset for dataset in self.datasets if dataset.dataset_type == "text_embeds"]
         chosen = next((store for store in stores if store.default), stores[0] if stores else None)
         if chosen is not None and chosen.cache_dir is not None:
-            return self.root / Path(chosen.cache_dir).expanduser()
+            return resolved(self.root, chosen.cache_dir)
         return self.workspace / "cache" / "text"
 
     @property
@@ -108,7 +127,7 @@ class Project:
     def run_folder(self) -> Path:
         """Return the folder that train writes to."""
         if self.trainer.output_dir is not None:
-            return self.root / Path(self.trainer.output_dir).expanduser()
+            return resolved(self.root, self.trainer.output_dir)
         return self.workspace / "runs" / self.trainer.tracker_run_name
 
     def scan_settings(self, dataset: DatasetConfig) -> str:

@@ -103,8 +103,7 @@ RECIPE_ALIASES = {
 
 def recipe_text(recipe: Recipe) -> str:
     """Spell a recipe as the canonical JSON that rows carry and keys hash; what has no effect is left out."""
-    values = recipe.model_dump(mode="json")
-    return canonical({name: value for name, value in values.items() if name not in ("optimize", "progressive")})
+    return canonical(recipe.acting("pairs"))
 
 
 def parse_recipe(text: str) -> Recipe:

@@ -10,6 +10,8 @@ from typing import Any, NewType, TypeVar, Union, get_args, get_origin, get_type_
 
 import pyarrow as pa
 
+from schemas.keys import latent_key
+
 RowT = TypeVar("RowT")
 UInt64 = NewType("UInt64", int)
 
@@ -98,6 +100,10 @@ class Reference:
     geometry: Geometry
     prompts: list[str]  # instead of the sample's, while this one of several references is shown; often empty
 
+    def key(self, encoder: str) -> str:
+        """Key its latent under an encoder."""
+        return latent_key(encoder, self.image_id, self.geometry.as_key(), self.recipe, self.seed)
+
 
 @dataclass(frozen=True, slots=True)
 class PairRow:
@@ -113,6 +119,14 @@ class PairRow:
     bucket: str
     repeats: int  # extra showings per epoch; 0 is shown once
     reject: str | None  # a sentence; null means kept
+
+    def target_key(self, encoder: str) -> str:
+        """Key the target's latent under an encoder."""
+        return latent_key(encoder, self.target_image_id, self.geometry.as_key())
+
+    def store_of(self, reference: Reference) -> str:
+        """Name the dataset whose store holds a reference's latent: a degraded one lies with its target."""
+        return reference.dataset_id if reference.recipe is None else self.dataset_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,10 +46,33 @@ def _rule_folders(project: Project, file: str, found: Findings) -> None:
             found.faults.append(Fault(file, f'"{dataset.id}" dataset_name', "missing, but required"))
 
 
+def _rule_roles(project: Project, file: str, found: Findings) -> None:
+    for dataset in project.scanned:
+        key = f'"{dataset.id}" conditioning_type'
+        if dataset.dataset_type == "conditioning" and dataset.conditioning_type is None:
+            hint = "reference_strict takes the target's crop, reference_loose its own"
+            found.faults.append(Fault(file, key, "missing, but required of references", hint=hint))
+        elif dataset.is_target and dataset.conditioning_type is not None:
+            hint = 'references have "dataset_type": "conditioning"'
+            found.faults.append(Fault(file, key, "is for references", shown(dataset.conditioning_type), hint))
+        if dataset.is_target and dataset.source_dataset_id is not None:
+            key = f'"{dataset.id}" source_dataset_id'
+            found.faults.append(Fault(file, key, "is for references", shown(dataset.source_dataset_id)))
+    if not project.targets and not found.faults:
+        found.faults.append(Fault(file, "", "no dataset of targets is enabled; nothing to prepare or train on"))
+    held_out = project.trainer.eval_dataset_id
+    targets = [target.id for target in project.targets]
+    if held_out is not None and held_out not in targets:
+        hint = f"sets of targets: {', '.join(targets)}"
+        found.faults.append(Fault("config.json", "eval_dataset_id", "no such set of targets", shown(held_out), hint))
+
+
 def _rule_links(project: Project, file: str, found: Findings) -> None:
     by_id = {dataset.id: dataset for dataset in project.datasets}
     listed = {name for target in project.targets for name in target.conditioning_data}
     for dataset in project.datasets:
+        for name in sorted({one for one in dataset.conditioning_data if dataset.conditioning_data.count(one) > 1}):
+            found.faults.append(Fault(file, f'"{dataset.id}" conditioning_data', "names a set twice", shown(name)))
         named = [("conditioning_data", name) for name in dataset.conditioning_data if name not in dataset.generated_ids]
         named += [("source_dataset_id", name) for name in [dataset.source_dataset_id] if name is not None]
         for key, name in named:
@@ -93,8 +116,21 @@ def _rule_captions(project: Project, file: str, found: Findings) -> None:
             found.faults.append(Fault(file, f'"{dataset.id}" captions', problem, hint="use the target set's captions"))
 
 
+def _rule_resolution(project: Project, file: str, found: Findings) -> None:
+    for dataset in project.scanned:
+        area = dataset.resolution_type == "area"
+        least, most = (0.004, 100.0) if area else (64, 10_000)
+        if not least <= dataset.resolution <= most:
+            unit = "megapixels" if area else "pixels"
+            hint = f'resolution_type is "{dataset.resolution_type}"'
+            problem = f"must be {least:g} to {most:g} {unit}"
+            found.faults.append(Fault(file, f'"{dataset.id}" resolution', problem, shown(dataset.resolution), hint))
+
+
 def _rule_inactive(project: Project, file: str, found: Findings) -> None:
     for dataset in project.scanned:
+        if dataset.conditioning and not dataset.is_target:
+            found.warnings.append(f'{file}: "{dataset.id}" conditioning has no effect: it is not a set of targets')
         sizes = [dataset.maximum_image_size, dataset.target_downsample_size]
         if any(sizes) and not dataset.crop:
             found.warnings.append(
@@ -109,5 +145,5 @@ def _rule_inactive(project: Project, file: str, found: Findings) -> None:
 
 
 RULES: tuple[Callable[[Project, str, Findings], None], ...] = (
-    _rule_ids, _rule_folders, _rule_links, _rule_captions, _rule_inactive,
+    _rule_ids, _rule_roles, _rule_folders, _rule_links, _rule_captions, _rule_resolution, _rule_inactive,
 )  # fmt: skip

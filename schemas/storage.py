@@ -3,27 +3,58 @@
 All products of all stages go through `write_aside`.
 """
 
+import glob
 import os
+import platform
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+from schemas.errors import UserError
+
 _MARK = ".tmp."
+_HOST = re.sub(r"\W", "-", platform.node()) or "host"
 
 
 @contextmanager
 def write_aside(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; on success it replaces `path`, on any error it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}{_MARK}{os.getpid()}.{uuid4().hex[:8]}")
+    """Yield a name beside `path` to write to; on success it replaces `path`, on any error it is removed.
+
+    Raises UserError if it cannot be written: a full disk, no permission, a file where a folder should be.
+    """
+    aside = path.with_name(f"{path.name}{_MARK}{_HOST}.{os.getpid()}.{uuid4().hex[:8]}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         yield aside
         sync(aside)
         aside.replace(path)
         sync(path.parent)
+    except OSError as fault:
+        raise UserError(f"{path}: cannot be written: {fault.strerror or fault}") from fault
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what writers of `path` left behind that were killed on this machine."""
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}{_MARK}{_HOST}.*"):
+        writer = leftover.name.rpartition(_MARK)[2].split(".")[1]
+        if writer.isdigit() and int(writer) != os.getpid() and not _runs(int(writer)):
+            leftover.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def sync(path: Path) -> None:

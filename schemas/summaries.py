@@ -98,7 +98,8 @@ class StoreSummary:
     needed: int
     reused: int
     encoded: int
-    rejected: Mapping[str, str]  # path or prompt -> reason
+    rejected: Mapping[str, str]  # path -> reason
+    truncated: int  # prompts longer than the encoder takes, of those encoded now
     bytes_written: int
 
 
@@ -123,6 +124,10 @@ class CacheSummary:
             )
             for name, reason in store.rejected.items():
                 yield f"  rejected {name}: {reason}"
+            if store.rejected:
+                yield f"  they are not tried again; delete {store.folder}/rejects to have them tried"
+            if store.truncated:
+                yield f"  {store.truncated} prompts are longer than the encoder takes: what is beyond was cut off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +142,7 @@ class TrainSummary:
     last_step: int
     first_loss: float | None  # mean of the first tenth of this run's steps
     loss: float | None  # mean of the last tenth
-    trainable_parameters: int
+    trainable_parameters: int | None  # null in a dry run, which loads no model
     device: str
     seconds: float
     dry_run: bool

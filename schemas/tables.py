@@ -25,10 +25,13 @@ class Provenance:
 
     config: str
     inputs: str
+    limit: int | None = None  # of --limit, if the table is not the whole
+    source: str = ""  # hash of where a manifest's files lie: what is known of them holds there alone
 
     def metadata(self, row_type: type) -> dict[str, str]:
         """Spell it as Parquet schema metadata."""
-        named = {"format": TABLE_FORMAT, "row": row_type.__name__, **asdict(self)}
+        limit = "" if self.limit is None else str(self.limit)
+        named = {"format": TABLE_FORMAT, "row": row_type.__name__, **asdict(self), "limit": limit}
         return {f"pairline.{name}": value for name, value in named.items()}
 
 
@@ -36,15 +39,22 @@ def write_table(path: Path, rows: list[Any], row_type: type, provenance: Provena
     """Write rows as one Parquet file, whole or not at all."""
     table = as_columns(rows, row_type).replace_schema_metadata(provenance.metadata(row_type))
     with write_aside(path) as aside:
-        pq.write_table(table, aside, compression="zstd")
+        pq.write_table(table, aside, compression="zstd", write_page_checksum=True)
 
 
 def read_provenance(path: Path, row_type: type) -> Provenance | None:
-    """Return what made the table, or None if there is no such file."""
-    if not path.exists():
+    """Return what made the table, or None if there is none that can be read: missing, damaged, of another format."""
+    try:
+        metadata = _metadata(path, _open(path), row_type)
+    except UserError:
         return None
-    metadata = _metadata(path, _open(path), row_type)
-    return Provenance(config=metadata["pairline.config"], inputs=metadata["pairline.inputs"])
+    limit = metadata["pairline.limit"]
+    return Provenance(
+        config=metadata["pairline.config"],
+        inputs=metadata["pairline.inputs"],
+        limit=int(limit) if limit else None,
+        source=metadata["pairline.source"],
+    )
 
 
 def read_table(path: Path, row_type: type[RowT]) -> list[RowT]:
@@ -59,7 +69,7 @@ def read_table(path: Path, row_type: type[RowT]) -> list[RowT]:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as fault:
         raise _damaged(path, fault) from fault
 
@@ -73,7 +83,7 @@ def _damaged(path: Path, fault: Exception) -> UserError:
 def _metadata(path: Path, file: pq.ParquetFile, row_type: type) -> dict[str, str]:
     metadata = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
     kind, version = metadata.get("pairline.row"), metadata.get("pairline.format")
-    said = {f"pairline.{name}" for name in ("config", "inputs")} <= metadata.keys()
+    said = {f"pairline.{name}" for name in ("config", "inputs", "limit", "source")} <= metadata.keys()
     if (
         not said
         or kind != row_type.__name__

@@ -5,7 +5,7 @@ Names are SimpleTuner's. An option is declared here and nowhere else; docs/optio
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from schemas.options import Options, option
 
@@ -32,8 +32,11 @@ class Tread(Options):
     routes: tuple[Route, ...] = option(..., "spans of layers", min_length=1)
 
 
-def _as_text(value: object) -> object:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+def _zero_is_none(value: object) -> object:
+    return None if value in (0, "0", "") and not isinstance(value, bool) else value
+
+
+ImageSize: TypeAlias = Annotated[float | None, BeforeValidator(_zero_is_none)]
 
 
 class TrainerConfig(Options):
@@ -56,7 +59,9 @@ class TrainerConfig(Options):
     mixed_precision: Literal["bf16", "no"] = option(
         "bf16", "`bf16` computes in bfloat16, `no` in float32; LoRA weights are float32 in both"
     )
-    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass: less memory, slower")
+    gradient_checkpointing: bool = option(
+        True, "recompute activations in the backward pass: less memory, slower", alias="use_gradient_checkpointing"
+    )
     fuse_qkv_projections: bool = option(
         False,
         "one product for q, k and v",
@@ -87,32 +92,32 @@ class TrainerConfig(Options):
     lr_warmup_steps: int = option(0, "steps of linear warm-up, for every schedule but `constant`", ge=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 does not clip", ge=0)
     train_batch_size: int = option(1, "samples per forward pass", ge=1)
-    gradient_accumulation_steps: int = option(1, "forward passes per step", ge=1)
-    max_train_steps: int = option(1000, "optimiser steps; 0 counts `num_train_epochs` instead", ge=0)
-    num_train_epochs: int = option(1, "epochs, when `max_train_steps` is 0", ge=1)
+    gradient_accumulation_steps: int = option(1, "forward passes per step", ge=1, le=100_000)
+    max_train_steps: int = option(0, "optimiser steps; 0 counts `num_train_epochs` instead", ge=0)
+    num_train_epochs: int = option(0, "epochs, when `max_train_steps` is 0; if both are 0, 1000 steps are taken", ge=0)
     seed: int = option(42, "of training: order of samples, noise, times, dropout, LoRA initialisation", ge=0)
 
     # Time, guidance, conditioning
     flow_schedule_auto_shift: bool = option(True, "shift times by the number of target tokens, as FLUX was trained")
-    flow_schedule_shift: float = option(3.0, "fixed shift, when the automatic one is off; 1 is none", gt=0)
+    flow_schedule_shift: float = option(3.0, "fixed shift, when the automatic one is off; 0 and 1 are none", ge=0)
     flow_sigmoid_scale: float = option(1.0, "times are drawn as sigmoid(scale × normal)", gt=0)
     flow_use_uniform_schedule: bool = option(False, "draw times uniformly instead")
     flux_guidance_mode: Literal["constant", "random-range"] = option(
         "constant", "guidance that the model is told, for flavours that take one"
     )
-    flux_guidance_value: float = option(1.0, "guidance under `constant`", ge=0)
-    flux_guidance_min: float = option(0.0, "lower end under `random-range`", ge=0)
-    flux_guidance_max: float = option(4.0, "upper end under `random-range`", ge=0)
+    flux_guidance_value: float = option(1.0, "guidance under `constant`", ge=0, le=1000)
+    flux_guidance_min: float = option(0.0, "lower end under `random-range`", ge=0, le=1000)
+    flux_guidance_max: float = option(4.0, "upper end under `random-range`", ge=0, le=1000)
     caption_dropout_probability: float = option(0.0, "share of samples trained on the empty prompt", ge=0, le=1)
     conditioning_multidataset_sampling: Literal["random", "combined"] = option(
-        "random", "with several reference sets: one drawn per showing, or all together", stages="pairs train"
+        "random", "with several reference sets: one drawn per showing, or all together", stages="train"
     )
     tread_config: Tread | None = option(None, "token routing", no_effect="every token passes every layer")
 
     # Run folder
     data_backend_config: str = option("multidatabackend.json", "the dataset file, beside this one", stages="")
     output_dir: str | None = option(None, "run folder; null is `runs/<tracker_run_name>` in the workspace")
-    tracker_run_name: str = option("default", "name of the run", pattern=r"^[\w][\w .-]*$")
+    tracker_run_name: str = option("default", "name of the run", pattern=r"^\w[\w .-]*(/\w[\w .-]*)*$", max_length=200)
     checkpointing_steps: int = option(
         500, "steps between checkpoints; 0 writes only the last", ge=0, alias="checkpoint_step_interval"
     )
@@ -142,9 +147,9 @@ class TrainerConfig(Options):
     # Defaults for datasets
     resolution: float = option(1024, "default for datasets", stages="scan", gt=0)
     resolution_type: ResolutionType = option("pixel_area", "default for datasets", stages="scan")
-    minimum_image_size: float | None = option(None, "default for datasets", stages="scan", gt=0)
-    maximum_image_size: float | None = option(None, "default for datasets", stages="scan", gt=0)
-    target_downsample_size: float | None = option(None, "default for datasets", stages="scan", gt=0)
+    minimum_image_size: ImageSize = option(None, "default for datasets", stages="scan", gt=0)
+    maximum_image_size: ImageSize = option(None, "default for datasets", stages="scan", gt=0)
+    target_downsample_size: ImageSize = option(None, "default for datasets", stages="scan", gt=0)
     caption_strategy: CaptionStrategy | None = option("filename", "default for datasets", stages="scan")
     aspect_bucket_alignment: Literal[ALIGNMENTS] | None = option(  # type: ignore[valid-type]
         None, "pixels that target sides are multiples of; null is the family's own", stages="scan"
@@ -157,9 +162,7 @@ class TrainerConfig(Options):
     )
     eval_dataset_id: str | None = option(None, "dataset held out of training", stages="train")
     validation_guidance: float = option(3.5, "guidance of sampled pictures", ge=0, no_effect=_SAMPLING)
-    validation_resolution: Annotated[str, BeforeValidator(_as_text), Field(pattern=r"^\d+([xX]\d+)?$")] = option(
-        "1024x1024", "size of sampled pictures", no_effect=_SAMPLING
-    )
+    validation_resolution: str | int = option("1024x1024", "size of sampled pictures", no_effect=_SAMPLING)
     validation_num_inference_steps: int = option(28, "denoising steps of sampled pictures", ge=1, no_effect=_SAMPLING)
 
     @model_validator(mode="after")

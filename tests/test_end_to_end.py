@@ -18,10 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from families import flux, open_project
-from families.checkpoints import image_encoder_key, locate, text_encoder_key
+from families.checkpoints import encoder_keys, locate
 from prep.cache import cache
 from prep.pairs import pairs
 from prep.scan import scan
+from schemas import console
 from schemas.errors import UserError
 from schemas.freshness import read_pairs
 from schemas.project import Project
@@ -44,8 +45,7 @@ def _prepare(folder: Path, workers: int = 1) -> tuple[Project, CacheSummary]:
 
 
 def _shelf(project: Project) -> Shelf:
-    folder = locate(project, project.family.denoiser)
-    return Shelf(project, image_encoder_key(project, folder), text_encoder_key(project, folder))
+    return Shelf(project, encoder_keys(project))
 
 
 def _tree(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -413,3 +413,116 @@ def test_pairs_of_a_set_without_references_are_plain_text_to_image(make_project:
     project, _ = _prepare(folder)
     assert {len(row.references) for row in read_pairs(project, project.targets[0])} == {0}
     assert run(project, limit=2).last_step == 2
+
+
+def test_a_limited_table_is_told_and_the_whole_one_replaces_it(
+    make_project: MakeProject, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_project("edits")
+    project = open_project(folder)
+    scan(project)
+    pairs(project, limit=2)
+    console.log.propagate = True
+    cache(project)
+    assert "first 2 targets only (prep pairs --limit)" in caplog.text
+    assert pairs(project).datasets[0].pairs == 6
+
+
+def test_a_dry_run_writes_nothing_at_any_stage(make_project: MakeProject) -> None:
+    folder = make_project("deblur")
+    shutil.rmtree(folder / "work")
+    before = _tree(folder)
+    assert scan(folder, dry_run=True).datasets[0].written
+    assert _tree(folder) == before
+    scan(folder)
+    before = _tree(folder)
+    assert pairs(folder, dry_run=True).datasets[0].generated == 6
+    assert _tree(folder) == before
+    pairs(folder)
+    before = _tree(folder)
+    assert [(store.needed, store.reused) for store in cache(folder, dry_run=True).stores] == [(12, 0), (5, 0)]
+    assert _tree(folder) == before
+    cache(folder)
+    before = _tree(folder)
+    assert run(folder, dry_run=True).last_step == 12
+    assert _tree(folder) == before
+
+
+def test_a_machine_without_the_encoders_trains_from_the_shards(make_project: MakeProject) -> None:
+    folder = make_project("edits", max_train_steps=2)
+    project, _ = _prepare(folder)
+    for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        shutil.rmtree(project.models / "tiny-flux-kontext" / part)
+    shutil.rmtree(folder / "target")
+    shutil.rmtree(folder / "work" / "manifests")
+    assert run(folder).last_step == 2
+    with pytest.raises(UserError, match="nothing is cached for checkpoint tiny with vae_dtype bf16"):
+        run(open_project(folder, overrides=["vae_dtype=bf16"]))
+
+
+@pytest.mark.parametrize("part", ["lora.safetensors", "optimizer.pt", "state.json"])
+def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(make_project: MakeProject, part: str) -> None:
+    folder = make_project("edits", max_train_steps=8)
+    project, _ = _prepare(folder)
+    run(project, limit=5)
+    damaged = project.run_folder / "checkpoint-5" / part
+    for data in (damaged.read_bytes()[: damaged.stat().st_size // 2], b""):
+        damaged.write_bytes(data)
+        with pytest.raises(UserError, match=r"checkpoint-5: damaged.*delete it to resume from the one before"):
+            run(project)
+    shutil.rmtree(damaged.parent)
+    assert run(project).first_step == 4
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+    make_project: MakeProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_project("edits", max_train_steps=8)
+    project, _ = _prepare(folder)
+    run(project, limit=4)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.checkpoint.sync", full)
+        with pytest.raises(UserError, match=r"checkpoint-8: cannot be written.*No space left"):
+            run(project)
+    assert [path.name for path in sorted(project.run_folder.glob("checkpoint-*"))] == ["checkpoint-4"]
+    assert run(project).first_step == 4
+
+
+def test_epochs_count_where_no_steps_are_given(make_project: MakeProject) -> None:
+    folder = make_project("edits", max_train_steps=0, num_train_epochs=2, train_batch_size=2)
+    project, _ = _prepare(folder)
+    batches = sum(len(epoch_batches(project, _shelf(project), epoch)) for epoch in range(2))
+    assert run(project).last_step == batches < 12
+
+
+def test_prompts_longer_than_the_encoder_takes_are_counted(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    next((folder / "target").glob("*.txt")).write_text("colorize " * 200)
+    _, summary = _prepare(folder)
+    assert summary.stores[1].truncated == 1
+
+
+def test_options_without_effect_do_not_stand_in_the_way_of_a_resume(make_project: MakeProject) -> None:
+    folder = make_project("edits", max_train_steps=4)
+    project, _ = _prepare(folder)
+    run(project, limit=2)
+    other = open_project(folder, overrides=["validation_num_inference_steps=5", "vae_batch_size=1", "prep_seed=42"])
+    assert run(other).first_step == 2
+
+
+def test_calling_from_an_unguarded_script_says_what_to_do(make_project: MakeProject) -> None:
+    folder = make_project("deblur")
+    script = folder / "script.py"
+    script.write_text(
+        f"from prep.scan import scan\nfrom prep.pairs import pairs\nscan({str(folder)!r})\npairs({str(folder)!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent
+    )
+    assert done.returncode == 1
+    assert 'if __name__ == "__main__"' in done.stderr.splitlines()[-1]
+    assert not open_project(folder).pair_table("photos").exists()

@@ -159,13 +159,14 @@ def test_cached_latents_equal_the_pipelines_own_encoding_of_the_same_pixels(
     rows = read_pairs(project, target)
     assert len(rows) == 6
     for row in rows:
-        for picture in (target_picture(project, row), *(reference_picture(project, row, r) for r in row.references)):
-            picture_pixels = pixels_of(picture)
-            values = pipeline.image_processor.preprocess(Image.fromarray(picture_pixels))
+        pictures = [(row.target_key(encoder), target_picture(project, row))]
+        pictures += [(one.key(encoder), reference_picture(project, row, one)) for one in row.references]
+        for key, picture in pictures:
+            values = pipeline.image_processor.preprocess(Image.fromarray(pixels_of(picture)))
             with torch.no_grad():
                 expected = pipeline._encode_vae_image(values.to(default_device(), dtype), None)[0].cpu()
             store = ShardIndex(project.latent_store(target) / encoder)
-            stored = torch.from_numpy(store.read(picture.key(encoder))["latent"]).view(torch.bfloat16)
+            stored = torch.from_numpy(store.read(key)["latent"]).view(torch.bfloat16)
             assert torch.equal(stored, expected.to(torch.bfloat16))
 
 

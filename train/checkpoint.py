@@ -9,9 +9,12 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,6 +24,9 @@ from train.lora import load_lora, lora_layers
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS, _OPTIMIZER, _STATE = "lora.safetensors", "optimizer.pt", "state.json"
+_ASIDE = ".tmp."
+_DAMAGE = (SafetensorError, UnpicklingError)
+_INSTEAD = "delete it to resume from the one before"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,49 +40,91 @@ class State:
 
 
 def save(run_folder: Path, state: State, step: int, settings: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint after `step` steps and delete all but the last `keep`; 0 keeps all."""
+    """Write a checkpoint after `step` steps and delete all but the last `keep`; 0 keeps all.
+
+    Raises UserError if it cannot be written; the checkpoints before it are left as they are.
+    """
     folder = run_folder / f"checkpoint-{step}"
-    aside = run_folder / f"{folder.name}.tmp.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = _aside(folder)
     layers = {name: tensor.detach().cpu().contiguous() for name, tensor in lora_layers(state.denoiser).items()}
-    save_file(layers, aside / _WEIGHTS)
-    torch.save({"optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict()}, aside / _OPTIMIZER)
-    (aside / _STATE).write_text(json.dumps({"step": step, "settings": settings}, indent=1))
-    for file in aside.iterdir():
-        sync(file)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    sync(run_folder)
+    try:
+        aside.mkdir(parents=True)
+        save_file(layers, aside / _WEIGHTS)
+        torch.save(state.optimizer.state_dict(), aside / _OPTIMIZER)
+        (aside / _STATE).write_text(json.dumps({"step": step, "settings": settings}, indent=1))
+        for file in aside.iterdir():
+            sync(file)
+        _delete(folder)
+        aside.rename(folder)
+        sync(run_folder)
+    except (OSError, RuntimeError, SafetensorError) as fault:  # torch and safetensors wrap a full disk in their own
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"{folder}: cannot be written: {fault}; the same command resumes from the one before"
+        ) from fault
     if keep:
         for old in checkpoints(run_folder)[:-keep]:
-            shutil.rmtree(old)
+            _delete(old)
     return folder
 
 
-def load(folder: Path, state: State, settings: dict[str, Any]) -> int:
-    """Restore a checkpoint and return the number of steps it stands after.
+def sweep(run_folder: Path) -> None:
+    """Remove what an interrupted run left half written or half deleted."""
+    for leftover in run_folder.glob(f"checkpoint-*{_ASIDE}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
-    Raises UserError if it was written under other settings or is damaged.
-    """
+
+def load(folder: Path, state: State, settings: dict[str, Any]) -> None:
+    """Restore a checkpoint; raises UserError if it was written under other settings or is damaged."""
     try:
-        stored = json.loads((folder / _STATE).read_text())
+        earlier = json.loads((folder / _STATE).read_text())["settings"]
         layers = load_file(folder / _WEIGHTS)
-        tensors = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as fault:
-        raise UserError(f"{folder}: damaged ({fault}); delete it to resume from the one before") from fault
-    changed = [key for key in settings if settings[key] != stored["settings"].get(key)]
+        optimizer = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+        step = step_of(folder)
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, *_DAMAGE) as fault:
+        raise UserError(f"{folder}: damaged ({fault or type(fault).__name__}); {_INSTEAD}") from fault
+    changed = [key for key in settings if settings[key] != earlier.get(key)]
     if changed:
-        listed = [f"{key} {stored['settings'].get(key)!r} -> {settings[key]!r}" for key in changed if key != "samples"]
-        listed += ["the pairs themselves"] if "samples" in changed else []
+        hidden = {"samples": "the pairs themselves", "weights": "the model's weights"}
+        listed = [
+            hidden.get(key) or f"{key} {json.dumps(earlier.get(key))} -> {json.dumps(settings[key])}" for key in changed
+        ]
         raise UserError(
             f"{folder}: written under other settings ({', '.join(listed)}); "
             "give the new run another output_dir or tracker_run_name"
         )
     load_lora(state.denoiser, layers)
-    state.optimizer.load_state_dict(tensors["optimizer"])
-    state.schedule.load_state_dict(tensors["schedule"])
-    return int(stored["step"])
+    state.optimizer.load_state_dict(optimizer)
+    _move_schedule(state, step)
+
+
+def _move_schedule(state: State, step: int) -> None:
+    """Put the learning rate where this run's schedule has it after `step` steps: its length may have changed."""
+    rates = [
+        base * factor(step) for base, factor in zip(state.schedule.base_lrs, state.schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    state.schedule.last_epoch, state.schedule._last_lr = step, rates
+
+
+def step_of(folder: Path) -> int:
+    """Return the number of steps a checkpoint stands after; raises UserError if it is damaged."""
+    try:
+        return int(json.loads((folder / _STATE).read_text())["step"])
+    except (OSError, ValueError, LookupError, TypeError) as fault:
+        raise UserError(f"{folder}: damaged ({fault or type(fault).__name__}); {_INSTEAD}") from fault
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}{_ASIDE}{os.getpid()}.{uuid4().hex[:8]}")
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint so that at no moment half of one bears its name."""
+    if folder.exists():
+        leaving = folder.rename(_aside(folder))
+        shutil.rmtree(leaving)
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
@@ -96,10 +144,16 @@ def chosen(run_folder: Path, resume: str | None, root: Path) -> Path | None:
                 f'{run_folder} holds a run already; set resume_from_checkpoint to "latest", or another output_dir'
             )
         return None
-    for folder in (run_folder / resume, root / resume):
-        if folder.is_dir():
-            return folder
     listed = ", ".join(path.name for path in existing) or "none"
+    for folder in (run_folder / resume, root / resume):
+        if resume and (folder / _STATE).is_file():
+            later = [path.name for path in existing if int(path.name.partition("-")[2]) > step_of(folder)]
+            if later:
+                raise UserError(
+                    f"{run_folder} holds later checkpoints ({', '.join(later)}); delete them, or give the run that "
+                    f"starts from {folder.name} another output_dir"
+                )
+            return folder
     raise UserError(
-        f"resume_from_checkpoint: no folder {resume!r} in {run_folder} or {root}; checkpoints there: {listed}"
+        f"resume_from_checkpoint: no checkpoint {resume!r} in {run_folder} or {root}; checkpoints there: {listed}"
     )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from schemas.console import report, reporting
+from schemas.console import report, reporting, warn
 
 app = typer.Typer(
     name="train",
@@ -46,6 +46,7 @@ def run(
         from train.loop import run as train
 
         opened = open_project(project, root=root, workspace=workspace, overrides=settings or ())
+        warn(opened.warnings)
         report(train(opened, limit=limit, workers=workers, dry_run=dry_run), json)
 
 

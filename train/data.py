@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from families.checkpoints import EncoderKeys
 from families.protocol import TextEmbeds
 from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
 from schemas.freshness import read_pairs
-from schemas.keys import latent_key, seed_of, text_key
+from schemas.keys import digest, seed_of, text_key
 from schemas.project import Project
-from schemas.rows import PairRow, Reference
+from schemas.rows import PairRow
 from schemas.shards import Array, ShardIndex
 
 
@@ -63,15 +64,15 @@ class Sample:
 class Shelf:
     """The stores of a project, opened, and the samples that can be read from them."""
 
-    def __init__(self, project: Project, image_encoder: str, text_encoder: str) -> None:
-        self._project, self._image_encoder, self._text_encoder = project, image_encoder, text_encoder
-        folders = {dataset.id: project.latent_store(dataset) / image_encoder for dataset in project.datasets}
+    def __init__(self, project: Project, keys: EncoderKeys) -> None:
+        self._image_encoder, self._text_encoder = keys.image, keys.text
+        folders = {dataset.id: project.latent_store(dataset) / keys.image for dataset in project.datasets}
         opened = {folder: ShardIndex(folder) for folder in set(folders.values())}
         self._latents = {dataset_id: opened[folder] for dataset_id, folder in folders.items()}
-        self._text = ShardIndex(project.text_store / text_encoder)
+        self._text = ShardIndex(project.text_store / keys.text)
         self.samples: list[Sample] = []
         self.skipped = 0  # samples whose image could not be encoded
-        missing: list[str] = []
+        missing: set[str] = set()
         for target in training_sets(project):
             for row in read_pairs(project, target):
                 if row.reject is None:
@@ -79,33 +80,38 @@ class Shelf:
         if missing:
             raise UserError(
                 f"{len(missing)} latents or text embeds are not cached for this checkpoint and these settings, "
-                f"first {missing[0]}; run: prep cache {project.config_path.parent}"
+                f"first {min(missing)}; run: {project.command('prep cache')}"
             )
         if not self.samples:
             raise UserError("no sample is left to train on; prep pairs and prep cache say why each was rejected")
 
-    def _place(self, row: PairRow, missing: list[str]) -> None:
+    def _place(self, row: PairRow, missing: set[str]) -> None:
         """Take a row in, or note what it lacks."""
-        target = Image(row.dataset_id, latent_key(self._image_encoder, row.target_image_id, row.geometry.as_key()))
-        references = tuple((self._reference(row, one), tuple(one.prompts)) for one in row.references)
+        target = Image(row.dataset_id, row.target_key(self._image_encoder))
+        references = tuple(
+            (Image(row.store_of(one), one.key(self._image_encoder)), tuple(one.prompts)) for one in row.references
+        )
         images = [target, *(image for image, _ in references)]
         if any(image.key in self._latents[image.store].rejects for image in images):
             self.skipped += 1
             return
         prompts = tuple(row.prompts) or ("",)
         every = {*prompts, *(text for _, texts in references for text in texts), ""}
-        missing += [
+        missing |= {
             f"image {image.key} of {row.dataset_id}/{row.target_path}"
             for image in images
             if image.key not in self._latents[image.store]
-        ]
-        missing += [f"prompt {text!r}" for text in every if text_key(self._text_encoder, text) not in self._text]
+        }
+        missing |= {f"prompt {text!r}" for text in every if text_key(self._text_encoder, text) not in self._text}
         self.samples.append(Sample(row.sample_id, target, references, prompts, row.repeats))
 
-    def _reference(self, row: PairRow, reference: Reference) -> Image:
-        geometry = reference.geometry.as_key()
-        key = latent_key(self._image_encoder, reference.image_id, geometry, reference.recipe, reference.seed)
-        return Image(row.dataset_id if reference.recipe is not None else reference.dataset_id, key)
+    def fingerprint(self) -> str:
+        """Hash what is trained on, so that a resumed run notices another set of pairs, prompts or encoders."""
+        samples = [
+            [one.sample_id, one.target.key, [[image.key, texts] for image, texts in one.references], one.prompts]
+            for one in self.samples
+        ]
+        return digest(self._text_encoder, samples, [one.repeats for one in self.samples])
 
     def shape(self, image: Image) -> tuple[int, ...]:
         """Return the shape C × H × W of a latent."""

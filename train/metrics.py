@@ -1,6 +1,8 @@
 """metrics.jsonl: one line per step, and nothing after the step that a resumed run starts from."""
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from schemas.storage import write_aside
@@ -11,7 +13,7 @@ class Metrics:
 
     def __init__(self, run_folder: Path, first_step: int) -> None:
         path = run_folder / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
+        kept = [line for line, step in _lines(path) if step <= first_step]
         with write_aside(path) as aside:
             aside.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
@@ -28,8 +30,9 @@ class Metrics:
         self._file.close()
 
 
-def _lines(path: Path) -> list[str]:
-    """Return the whole lines of an earlier run; one cut short by a crash is left out."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=False) if line.startswith("{") and line.endswith("}")]
+def _lines(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield the lines of an earlier run and their steps; one that a crash left damaged is left out."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        with suppress(ValueError, LookupError, TypeError):
+            yield line, int(json.loads(line)["step"])

@@ -8,6 +8,7 @@ from diffusers.optimization import get_scheduler
 from optimi import AdamW, Lion
 from torch import nn
 
+from schemas.errors import UserError
 from schemas.trainer import TrainerConfig
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
@@ -24,7 +25,11 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainerConfig) -> tor
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainerConfig, steps: int) -> Any:
-    """Build the learning-rate schedule over `steps` optimiser steps."""
-    return get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps
-    )
+    """Build the learning-rate schedule over `steps` optimiser steps; raises UserError where it cannot be."""
+    warmup = config.lr_warmup_steps
+    if warmup >= steps and config.lr_scheduler not in ("constant", "constant_with_warmup"):
+        raise UserError(f"lr_warmup_steps {warmup} must be less than the {steps} steps of the run")
+    try:
+        return get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    except ValueError as fault:
+        raise UserError(f"lr_scheduler {config.lr_scheduler}: {fault}") from fault

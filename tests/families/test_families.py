@@ -93,7 +93,7 @@ def test_a_fingerprint_follows_weights_and_settings_not_names(make_project: Call
     [
         ("nobody/nothing", r"nobody/nothing is not on this machine and the hub cannot be reached.*'tiny'"),
         ("not a hub id!", r"'not a hub id!' is neither a folder nor a hub id"),
-        ("target", r"not a whole checkpoint, it has no vae"),
+        ("target", r"not a whole checkpoint, it lacks vae"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_had_is_an_error_that_says_why(

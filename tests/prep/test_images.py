@@ -123,27 +123,48 @@ def test_a_transparent_colour_of_an_rgb_picture_becomes_white():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-def test_the_upper_eight_of_16_bits_count(kind, tmp_path):
-    values = np.array([[0, 255, 256, 257, 32768, 65279, 65535]], np.uint16)
+def test_16_bits_are_scaled_to_eight_and_rounded(kind, tmp_path):
+    values = np.array([[0, 128, 129, 257, 32767, 32768, 65406, 65407, 65535]], np.uint16)
     data = encoded(values, kind)
     assert header_of(data, tmp_path).mode.startswith("I")
-    assert pixels_of(data)[0].tolist() == [[value] * 3 for value in (0, 0, 1, 1, 128, 254, 255)]
+    assert pixels_of(data)[0].tolist() == [[value] * 3 for value in (0, 0, 1, 1, 127, 128, 254, 255, 255)]
 
 
-def test_whole_numbers_of_32_bits_are_read_as_16_and_clipped():
-    values = np.array([[-5, 0, 32768, 65535, 10**6]], np.int32)
-    assert pixels_of(encoded(values, "TIFF"))[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_dark_picture_of_16_bits_stays_dark(kind):
+    values = np.array([[0, 100, 255, 400]], np.uint16)
+    assert pixels_of(encoded(values, kind))[0, :, 0].tolist() == [0, 0, 1, 2]
 
 
-@pytest.mark.parametrize("scale", [1, 255])
-def test_floating_point_pictures_go_up_to_1_or_to_255(scale):
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([-5, 0, 7, 255], [0, 0, 7, 255]),
+        ([0, 128, 129, 256], [0, 0, 1, 1]),
+        ([-5, 0, 32768, 65535], [0, 0, 128, 255]),
+        ([0, 65536, 500_000, 1_000_000], [0, 17, 128, 255]),
+        ([0, 2**30, 2**31 - 1], [0, 128, 255]),
+        ([0, 0, 0], [0, 0, 0]),
+        ([-7, -1], [0, 0]),
+    ],
+    ids=str,
+)
+def test_whole_numbers_of_32_bits_are_scaled_by_the_range_that_they_show(values, expected):
+    assert pixels_of(encoded(np.array([values], np.int32), "TIFF"))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("scale", [1, 255, 65535, 10**6, 1e30])
+def test_floating_point_pictures_are_scaled_by_the_range_that_they_show(scale):
     values = np.array([[0, 0.2, 0.6, 1]], np.float32) * np.float32(scale)
     assert np.abs(pixels_of(encoded(values, "TIFF"))[0, :, 0].astype(int) - [0, 51, 153, 255]).max() <= 1
 
 
 def test_what_is_no_number_in_a_floating_point_picture_is_black_or_clipped():
-    values = np.array([[np.nan, -np.inf, np.inf, 7]], np.float32)
-    assert pixels_of(encoded(values, "TIFF"))[0, :, 0].tolist() == [0, 0, 255, 7]
+    for largest, expected in ((1, 255), (7, 7), (65535, 255), (10**6, 255)):
+        values = np.array([[np.nan, -np.inf, np.inf, largest, -largest]], np.float32)
+        assert pixels_of(encoded(values, "TIFF"))[0, :, 0].tolist() == [0, 0, 255, expected, 0]
+    nothing = np.array([[np.nan, np.inf, -np.inf]], np.float32)
+    assert pixels_of(encoded(nothing, "TIFF"))[0, :, 0].tolist() == [0, 255, 0]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from prep.pixels import Refusal, pixels_of, reference_picture, store, target_pic
 from prep.scan import scan
 from schemas.console import log
 from schemas.errors import UserError
-from schemas.keys import file_id
+from schemas.keys import file_id, latent_key
 from schemas.recipes import JpegArtifacts, Superresolution, recipe_text
 from schemas.rows import PairRow
 from schemas.tables import read_table
@@ -160,14 +160,8 @@ def test_a_strict_reference_must_have_its_targets_aspect_but_for_rounding(size, 
     assert rows["a.png"].reject == (None if kept else reason)
 
 
-@pytest.mark.parametrize("kind", ["reference_loose", None])
-def test_a_loose_reference_keeps_its_own_geometry(kind, tmp_path):
-    references = {**REFS, "resolution": 96}
-    if kind is None:
-        references.pop("conditioning_type")
-    else:
-        references["conditioning_type"] = kind
-    project(tmp_path, PAIRED[0], references)
+def test_a_loose_reference_keeps_its_own_geometry(tmp_path):
+    project(tmp_path, PAIRED[0], {**REFS, "resolution": 96, "conditioning_type": "reference_loose"})
     draw(tmp_path / "edits" / "a.png", 96, 64)
     draw(tmp_path / "refs" / "a.png", 100, 200)
     _, rows = paired(tmp_path)
@@ -316,8 +310,30 @@ def test_a_generated_picture_stands_for_the_same_latent_however_it_is_stored(tmp
         folder = project(tmp_path / storage, {**EDITS, "conditioning": {**BLUR, "storage": storage}})
         draw(folder / "edits" / "a.png")
         _, rows = paired(folder)
-        keys.append(reference_picture(open_project(folder), rows["a.png"], rows["a.png"].references[0]).key("e1"))
-    assert keys[0] == keys[1]
+        keys.append(rows["a.png"].references[0].key("e1"))
+    assert keys[0] == keys[1] != rows["a.png"].target_key("e1")
+
+
+def test_keys_of_latents_depend_on_the_bytes_the_geometry_and_the_degradation(tmp_path):
+    project(tmp_path, {**PAIRED[0], "conditioning": JPEG}, REFS)
+    draw(tmp_path / "edits" / "a.png")
+    draw(tmp_path / "refs" / "a.png", seed=1)
+    _, rows = paired(tmp_path)
+    row = rows["a.png"]
+    own, made = row.references
+    box = row.geometry.as_key()
+    assert row.target_key("e1") == latent_key("e1", row.target_image_id, box)
+    assert own.key("e1") == latent_key("e1", own.image_id, box)
+    assert made.key("e1") == latent_key("e1", row.target_image_id, box, made.recipe, made.seed)
+    assert row.target_key("e1") != row.target_key("e2")
+
+
+def test_a_latent_lies_with_its_file_and_that_of_a_generated_reference_with_its_target(tmp_path):
+    project(tmp_path, {**PAIRED[0], "conditioning": JPEG}, REFS)
+    draw(tmp_path / "edits" / "a.png")
+    draw(tmp_path / "refs" / "a.png")
+    _, rows = paired(tmp_path)
+    assert [rows["a.png"].store_of(reference) for reference in rows["a.png"].references] == ["refs", "edits"]
 
 
 def test_files_and_generators_may_be_mixed_files_first(tmp_path):

@@ -155,8 +155,14 @@ def test_unusable_images_keep_their_row_with_a_reason(tmp_path):
 
 def test_references_need_no_captions_and_no_least_size(tmp_path):
     targets = {"id": "photos", "instance_data_dir": "photos", "minimum_image_size": 128, "conditioning_data": "refs"}
-    references = {**targets, "id": "refs", "dataset_type": "conditioning", "caption_strategy": "textfile"}
-    references.pop("conditioning_data")
+    references = {
+        "id": "refs",
+        "dataset_type": "conditioning",
+        "conditioning_type": "reference_strict",
+        "instance_data_dir": "photos",
+        "minimum_image_size": 128,
+        "caption_strategy": "textfile",
+    }
     draw(project(tmp_path, targets, references) / "photos" / "a.png")
     scan(tmp_path, workers=1)
     assert rows_of(tmp_path)["a.png"].reject == "too small: 96x64, need an area of 128x128"

@@ -7,13 +7,26 @@ from pathlib import Path
 import pytest
 
 from families import FAMILIES, open_project
+from schemas.datasets import CompositeImage, DatasetConfig, Generator, HuggingFace
 from schemas.errors import ConfigError, UserError
+from schemas.options import facts_of
+from schemas.recipes import RECIPES
+from schemas.trainer import Route, Tread, TrainerConfig
+
+STAGES = ("scan", "pairs", "cache", "train")
 
 PHOTOS = '[{"id": "photos", "instance_data_dir": "photos"}]'
+REFERENCES = {
+    "id": "refs",
+    "dataset_type": "conditioning",
+    "instance_data_dir": "refs",
+    "conditioning_type": "reference_strict",
+}
 
 
 def written(folder, config="{}", datasets=PHOTOS):
     """Write a project's two files; anything but text is spelled as JSON."""
+    folder.mkdir(exist_ok=True)
     for name, content in (("config.json", config), ("multidatabackend.json", datasets)):
         text = content if isinstance(content, str) else json.dumps(content)
         (folder / name).write_text(text, encoding="utf-8")
@@ -69,9 +82,21 @@ def test_a_folder_without_config_says_what_a_project_is(tmp_path):
 @pytest.mark.parametrize("broken", ["config.json", "multidatabackend.json"])
 def test_a_syntax_error_names_the_file_and_its_line(broken, tmp_path):
     written(tmp_path).joinpath(broken).write_text('[\n  {"id": "photos"}\n  {"id": "more"}\n]')
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ConfigError) as caught:
         open_project(tmp_path)
-    assert str(tmp_path / broken) in str(caught.value) and "line 3" in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}: {broken}: not valid JSON: line 3 ")
+
+
+def test_syntax_errors_of_all_three_files_stand_beside_the_other_faults(tmp_path):
+    (tmp_path / "prompts.json").write_text('{"portrait": }')
+    faults = faults_of(written(tmp_path, {"lora_rnak": 8, "user_prompt_library": "prompts.json"}, "[\n{]"))
+    assert [fault.partition(" ")[0] for fault in faults] == ["config.json:", "multidatabackend.json:", "prompts.json:"]
+    assert faults[0].startswith("config.json: lora_rnak = 8: unknown key")
+    assert faults[1].startswith("multidatabackend.json: not valid JSON: line 2 ")
+    assert faults[2].startswith("prompts.json: not valid JSON: line 1 ")
+    datasets = [{"id": "photos", "instance_data_dir": "photos", "repeatz": 3}]
+    first, second = faults_of(written(tmp_path, "{", datasets))
+    assert first.startswith("config.json: not valid JSON: ") and "repeatz" in second
 
 
 def test_text_that_is_not_utf_8_is_named_with_the_place(tmp_path):
@@ -128,8 +153,14 @@ def test_all_faults_of_both_files_are_told_at_once_with_place_value_choices_and_
     with pytest.raises(ConfigError) as caught:
         open_project(written(tmp_path, *FIVE_FAULTS))
     first, *lines = str(caught.value).splitlines()
-    assert first == "5 faults in the configuration:"
+    assert first == f"5 faults in {tmp_path}:"
     assert sorted(lines) == sorted(f"  {message}" for message in FIVE_MESSAGES)
+
+
+def test_one_fault_is_told_on_one_line_with_the_projects_folder(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        open_project(written(tmp_path, {"lora_rnak": 8}))
+    assert str(caught.value) == f"{tmp_path}: {FIVE_MESSAGES[0]}"
 
 
 def test_a_fault_beside_an_unknown_family_hides_neither(tmp_path):
@@ -223,14 +254,69 @@ def test_conditioning_data_must_not_name_a_text_store(tmp_path):
 def test_source_dataset_id_must_name_a_set_of_targets(tmp_path):
     datasets = [
         {"id": "photos", "instance_data_dir": "photos"},
-        {"id": "a", "dataset_type": "conditioning", "instance_data_dir": "a", "source_dataset_id": "b"},
-        {"id": "b", "dataset_type": "conditioning", "instance_data_dir": "b", "source_dataset_id": "c"},
+        {**REFERENCES, "id": "a", "source_dataset_id": "b"},
+        {**REFERENCES, "id": "b", "source_dataset_id": "c"},
     ]
     references, unknown = faults_of(written(tmp_path, datasets=datasets))
     assert references.startswith(
         'multidatabackend.json: "a" source_dataset_id = "b": must name a set of targets; references have '
     )
     assert unknown == ('multidatabackend.json: "b" source_dataset_id = "c": no such dataset; datasets: photos, a, b')
+
+
+def test_references_must_say_whether_they_take_their_targets_crop(tmp_path):
+    references = {**REFERENCES, "source_dataset_id": "photos"}
+    references.pop("conditioning_type")
+    datasets = [{"id": "photos", "instance_data_dir": "photos"}, references]
+    [fault] = faults_of(written(tmp_path, datasets=datasets))
+    assert fault == (
+        'multidatabackend.json: "refs" conditioning_type: missing, but required of references; '
+        "reference_strict takes the target's crop, reference_loose its own"
+    )
+
+
+@pytest.mark.parametrize("kind", ["image", "eval"])
+def test_targets_must_not_say_what_is_for_references(kind, tmp_path):
+    targets = {"id": "photos", "dataset_type": kind, "instance_data_dir": "photos"}
+    others = {"id": "more", "instance_data_dir": "more"}
+    [geometry] = faults_of(written(tmp_path, datasets=[{**targets, "conditioning_type": "reference_loose"}, others]))
+    [source] = faults_of(written(tmp_path, datasets=[{**targets, "source_dataset_id": "more"}, others]))
+    assert geometry == (
+        'multidatabackend.json: "photos" conditioning_type = "reference_loose": is for references; '
+        'references have "dataset_type": "conditioning"'
+    )
+    assert source == 'multidatabackend.json: "photos" source_dataset_id = "more": is for references'
+
+
+def test_conditioning_data_that_names_a_set_twice_is_a_fault(tmp_path):
+    targets = {"id": "photos", "instance_data_dir": "photos", "conditioning_data": ["refs", "refs"]}
+    [fault] = faults_of(written(tmp_path, datasets=[targets, REFERENCES]))
+    assert fault == 'multidatabackend.json: "photos" conditioning_data = "refs": names a set twice'
+
+
+@pytest.mark.parametrize(
+    "datasets",
+    [
+        [{"id": "photos", "instance_data_dir": "photos", "disabled": True}],
+        [{"id": "text", "dataset_type": "text_embeds"}],
+        [REFERENCES],
+    ],
+)
+def test_a_project_without_a_set_of_targets_is_a_fault(datasets, tmp_path):
+    faults = faults_of(written(tmp_path, datasets=datasets))
+    assert faults == ["multidatabackend.json: no dataset of targets is enabled; nothing to prepare or train on"]
+
+
+def test_the_held_out_set_must_be_a_set_of_targets(tmp_path):
+    targets = {"id": "photos", "instance_data_dir": "photos", "conditioning_data": "refs"}
+    held_out = {"id": "held-out", "dataset_type": "eval", "instance_data_dir": "more"}
+    datasets = [targets, REFERENCES, held_out]
+    for name in ("refs", "missing"):
+        [fault] = faults_of(written(tmp_path, {"eval_dataset_id": name}, datasets))
+        assert fault == (
+            f'config.json: eval_dataset_id = "{name}": no such set of targets; sets of targets: photos, held-out'
+        )
+    assert open_project(written(tmp_path, {"eval_dataset_id": "held-out"}, datasets)).trainer.eval_dataset_id
 
 
 def test_a_dataset_of_images_needs_a_folder(tmp_path):
@@ -294,11 +380,10 @@ def test_sizes_that_need_a_crop_warn_without_one(tmp_path):
 
 
 def test_references_that_no_target_asks_for_are_a_warning(tmp_path):
-    references = {"id": "refs", "dataset_type": "conditioning", "instance_data_dir": "refs"}
     targets = {"id": "photos", "instance_data_dir": "photos"}
-    [warning] = open_project(written(tmp_path, datasets=[targets, references])).warnings
+    [warning] = open_project(written(tmp_path, datasets=[targets, REFERENCES])).warnings
     assert '"refs" is no target set\'s conditioning_data' in warning
-    linked = [targets, {**references, "source_dataset_id": "photos"}]
+    linked = [targets, {**REFERENCES, "source_dataset_id": "photos"}]
     assert open_project(written(tmp_path, datasets=linked)).warnings == ()
 
 
@@ -322,6 +407,15 @@ def test_root_and_workspace_move_inputs_and_products(tmp_path, monkeypatch):
 
     assert opened.folder_of(opened.dataset("photos")) == tmp_path / "elsewhere" / "photos"
     assert opened.manifest("photos") == tmp_path / "products" / "manifests" / "photos.parquet"
+
+
+def test_the_dataset_file_lies_beside_the_config_whatever_the_root_unless_it_is_named(tmp_path):
+    project = written(tmp_path / "project", datasets=PHOTOS)
+    opened = open_project(project, root=tmp_path)
+    assert opened.folder_of(opened.dataset("photos")) == tmp_path / "photos"
+    written(project, {"data_backend_config": "project/sets.json"})
+    (project / "sets.json").write_text('[{"id": "named", "instance_data_dir": "named"}]')
+    assert [one.id for one in open_project(project, root=tmp_path).datasets] == ["named"]
 
 
 def test_absolute_paths_stay_as_they_are(tmp_path):
@@ -419,6 +513,15 @@ def test_overrides_replace_options_of_the_config(tmp_path):
     assert trainer.tracker_run_name == "first"
 
 
+def test_an_override_of_an_option_that_is_text_stays_text(tmp_path):
+    overrides = ["tracker_run_name=2024", "data_backend_config=2024"]
+    (tmp_path / "2024").write_text(PHOTOS)
+    trainer = open_project(written(tmp_path), overrides=overrides).trainer
+    assert (trainer.tracker_run_name, trainer.data_backend_config) == ("2024", "2024")
+    [fault] = faults_of(written(tmp_path), overrides=["tracker_run_name=null", "model_family=2024"])[:1]
+    assert "2024" in fault  # the name is the text "null"
+
+
 def test_an_override_mends_a_bad_value_and_the_last_one_counts(tmp_path):
     project = written(tmp_path, {"lora_rank": "many"})
     assert open_project(project, overrides=["lora_rank=4", "lora_rank=8"]).trainer.lora_rank == 8
@@ -433,7 +536,17 @@ def test_an_override_without_a_value_shows_how_it_is_written(text, tmp_path):
 def test_a_bad_override_is_a_fault_like_any_other(tmp_path):
     unknown, value = faults_of(written(tmp_path), overrides=["lora_rnak=8", "lr_scheduler=cosin"])
     assert unknown == "--set: lora_rnak = 8: unknown key; did you mean 'lora_rank'?"
-    assert "lr_scheduler" in value and "did you mean 'cosine'?" in value
+    assert value.startswith('--set: lr_scheduler = "cosin": must be one of ')
+    assert value.endswith("did you mean 'cosine'?")
+
+
+def test_a_fault_of_a_value_names_where_the_value_stands(tmp_path):
+    faults = faults_of(written(tmp_path, {"lora_rank": 0, "seed": -1}), overrides=["seed=-2", "--max-grad-norm=-1"])
+    assert sorted(fault.partition(": ")[0::2] for fault in faults) == [
+        ("--set", "max_grad_norm = -1: input should be greater than or equal to 0"),
+        ("--set", "seed = -2: input should be greater than or equal to 0"),
+        ("config.json", "lora_rank = 0: input should be greater than or equal to 1"),
+    ]
 
 
 # Datasets
@@ -449,6 +562,19 @@ def test_a_disabled_entry_is_dropped_whatever_it_says(tmp_path):
     assert "no such dataset" in fault
     datasets[0].pop("conditioning_data")
     assert [dataset.id for dataset in open_project(written(tmp_path, datasets=datasets)).datasets] == ["photos"]
+
+
+@pytest.mark.parametrize("value", [False, "false", "False", "no", 0, "0", "", None])
+@pytest.mark.parametrize("key", ["disabled", "disable"])
+def test_an_entry_that_is_not_disabled_stays_in_however_that_is_spelled(key, value, tmp_path):
+    datasets = [{"id": "photos", "instance_data_dir": "photos", key: value}]
+    assert [one.id for one in open_project(written(tmp_path, datasets=datasets)).targets] == ["photos"]
+
+
+@pytest.mark.parametrize("value", [True, "true", 1, "1", "yes"])
+def test_an_entry_that_is_disabled_is_left_out_however_that_is_spelled(value, tmp_path):
+    datasets = [{"id": "photos", "instance_data_dir": "photos"}, {"id": "more", "disabled": value}]
+    assert [one.id for one in open_project(written(tmp_path, datasets=datasets)).datasets] == ["photos"]
 
 
 def test_an_entry_that_is_no_object_is_a_fault(tmp_path):
@@ -477,9 +603,7 @@ def test_the_configs_sizes_and_captions_stand_in_where_a_dataset_says_nothing(tm
 
 
 def test_references_come_in_the_order_listed_then_those_that_name_their_source(tmp_path):
-    references = [
-        {"id": name, "dataset_type": "conditioning", "instance_data_dir": name} for name in ("one", "two", "three")
-    ]
+    references = [{**REFERENCES, "id": name} for name in ("one", "two", "three")]
     references[0]["source_dataset_id"] = references[1]["source_dataset_id"] = "photos"
     photos = {"id": "photos", "instance_data_dir": "photos", "conditioning_data": ["three", "two"]}
     project = open_project(written(tmp_path, datasets=[*references, photos]))
@@ -495,6 +619,92 @@ def test_held_out_sets_are_targets_too(tmp_path):
     project = open_project(written(tmp_path, datasets=datasets))
     assert [dataset.id for dataset in project.targets] == ["photos", "held-out"]
     assert [dataset.id for dataset in project.scanned] == ["photos", "held-out"]
+
+
+# Values
+
+
+@pytest.mark.parametrize("none", [0, "0", "", None])
+@pytest.mark.parametrize("key", ["minimum_image_size", "maximum_image_size", "target_downsample_size"])
+def test_a_size_of_nothing_is_none(key, none, tmp_path):
+    dataset = {"id": "photos", "instance_data_dir": "photos", "crop": True}
+    project = open_project(written(tmp_path, {key: none}, [{**dataset, key: none}, {**dataset, "id": "silent"}]))
+    assert getattr(project.trainer, key) is None
+    assert [getattr(one, key) for one in project.datasets] == [None, None]
+    assert project.warnings == ()
+    [fault] = faults_of(written(tmp_path, datasets=[{**dataset, key: -1}]))
+    assert f"{key} = -1: input should be greater than 0" in fault
+
+
+@pytest.mark.parametrize("none", ["", None, 0])
+def test_no_repeats_may_be_spelled_in_three_ways(none, tmp_path):
+    [photos] = open_project(
+        written(tmp_path, datasets=[{"id": "photos", "instance_data_dir": "photos", "repeats": none}])
+    ).targets
+    assert photos.repeats == 0
+
+
+def test_neither_steps_nor_epochs_are_set_unless_they_are_given(tmp_path):
+    trainer = open_project(written(tmp_path)).trainer
+    assert (trainer.max_train_steps, trainer.num_train_epochs) == (0, 0)
+
+
+def test_a_fixed_shift_may_be_0_and_not_below(tmp_path):
+    assert open_project(written(tmp_path, {"flow_schedule_shift": 0})).trainer.flow_schedule_shift == 0
+    [fault] = faults_of(written(tmp_path, {"flow_schedule_shift": -0.1}))
+    assert "flow_schedule_shift = -0.1: input should be greater than or equal to 0" in fault
+
+
+@pytest.mark.parametrize("name", ["team/portraits", "2024/05/first try", "a", "première-fois_2.0"])
+def test_a_run_may_lie_in_folders_of_runs(name, tmp_path):
+    assert open_project(written(tmp_path, {"tracker_run_name": name})).run_folder == tmp_path / "work" / "runs" / name
+
+
+@pytest.mark.parametrize("name", ["", "/", "/a", "a/", "a//b", "../a", "a/..", "a/./b", ".hidden", "a\\b"])
+def test_a_run_must_lie_among_the_runs(name, tmp_path):
+    [fault] = faults_of(written(tmp_path, {"tracker_run_name": name}))
+    assert fault.startswith("config.json: tracker_run_name = ")
+
+
+@pytest.mark.parametrize("size", [1024, "1024", "1024x1024", "512x768,1024x1024", "0.5"])
+def test_sampled_pictures_may_have_any_size(size, tmp_path):
+    [warning] = open_project(written(tmp_path, {"validation_resolution": size})).warnings
+    assert "validation_resolution has no effect" in warning
+
+
+def test_a_schema_named_for_an_editor_is_ignored(tmp_path):
+    datasets = [{"$schema": "datasets.json", "id": "photos", "instance_data_dir": "photos"}]
+    assert open_project(written(tmp_path, {"$schema": "config.schema.json"}, datasets)).warnings == ()
+
+
+def test_gradient_checkpointing_has_a_second_spelling(tmp_path):
+    for value in (True, False):
+        trainer = open_project(written(tmp_path, {"use_gradient_checkpointing": value})).trainer
+        assert trainer.gradient_checkpointing is value
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("key", ["lora_rank", "learning_rate", "lora_alpha", "max_train_steps", "minimum_image_size"])
+def test_a_yes_or_no_is_no_number(key, value, tmp_path):
+    [fault] = faults_of(written(tmp_path, {key: value}))
+    assert fault == f"config.json: {key} = {json.dumps(value)}: must be a number"
+
+
+@pytest.mark.parametrize("key", ["repeats", "resolution", "target_downsample_size"])
+def test_a_yes_or_no_is_no_number_of_a_dataset_either(key, tmp_path):
+    [fault] = faults_of(written(tmp_path, datasets=[{"id": "photos", "instance_data_dir": "photos", key: True}]))
+    assert fault == f'multidatabackend.json: [0] "photos" {key} = true: must be a number'
+
+
+def test_an_unknown_key_inside_an_option_is_a_fault_with_a_hint(tmp_path):
+    columns = {"caption_colunm": "text", "composite_image_config": {"image_cuont": 3}, "nonsense": 1}
+    datasets = [{"id": "hub", "type": "huggingface", "dataset_name": "a/b", "huggingface": columns}]
+    place = 'multidatabackend.json: [0] "hub" huggingface'
+    assert sorted(faults_of(written(tmp_path, datasets=datasets))) == [
+        f"{place}.caption_colunm = \"text\": unknown key; did you mean 'caption_column'?",
+        f"{place}.composite_image_config.image_cuont = 3: unknown key; did you mean 'image_count'?",
+        f"{place}.nonsense = 1: unknown key",
+    ]
 
 
 # Generators of references
@@ -578,14 +788,8 @@ def test_two_reference_sets_of_one_name_are_a_fault(tmp_path):
 
 def test_captions_of_references_are_a_fault_where_all_are_shown_together(tmp_path):
     generated = {"id": "a", "instance_data_dir": "a", "conditioning": [{"type": "jpeg", "captions": ["restore"]}]}
-    with_text = {
-        "id": "b",
-        "dataset_type": "conditioning",
-        "instance_data_dir": "b",
-        "caption_strategy": "textfile",
-        "source_dataset_id": "a",
-    }
-    without = {"id": "c", "dataset_type": "conditioning", "instance_data_dir": "c", "source_dataset_id": "a"}
+    with_text = {**REFERENCES, "id": "b", "caption_strategy": "textfile", "source_dataset_id": "a"}
+    without = {**REFERENCES, "id": "c", "source_dataset_id": "a"}
     datasets = [generated, with_text, without]
     project = written(tmp_path, {"conditioning_multidataset_sampling": "combined"}, datasets)
     faults = faults_of(project)
@@ -619,10 +823,41 @@ def test_a_change_is_noticed_by_the_stages_that_read_it_and_by_no_other(tmp_path
     assert changed(["aspect_bucket_rounding=3"]) == (True, True)
     assert changed(resolution=512) == (True, True)
     assert changed(repeats=2) == (False, True)
-    assert changed(["conditioning_multidataset_sampling=combined"]) == (False, True)
+    assert changed(["conditioning_multidataset_sampling=combined"]) == (False, False)
     assert changed(conditioning=[{"type": "jpeg"}]) == (False, True)
     assert changed(write_batch_size=7) == (False, False)
+    assert changed(metadata_backend="json", vae_cache_clear_each_epoch=True) == (False, False)
     assert changed(cache_dir_vae="latents") == (False, False)
+
+
+def test_nested_options_count_if_they_have_an_effect_and_only_then(tmp_path):
+    def settings(**generator):
+        entry = {"id": "photos", "instance_data_dir": "photos", "conditioning": [{"type": "jpeg", **generator}]}
+        project = open_project(written(tmp_path, datasets=[entry]))
+        return project.pairs_settings(*project.targets), project.scan_settings(*project.targets)
+
+    base = settings()
+    without_effect = {"progressive": True, "optimize": True, "instance_data_dir": "a", "cache_dir_vae": "b"}
+    assert all(settings(**{name: value}) == base for name, value in without_effect.items())
+    assert settings(quality=24)[0] != base[0] != settings(captions=["restore"])[0]
+    assert settings(quality=24)[1] == base[1]
+
+    def scanned(**columns):
+        entry = {"id": "hub", "type": "huggingface", "dataset_name": "a/b", "huggingface": columns}
+        project = open_project(written(tmp_path, datasets=[entry]))
+        return project.scan_settings(*project.targets)
+
+    composite = {"composite_image_config": {"image_count": 3}}
+    assert len({scanned(), scanned(image_column="picture"), scanned(**composite)}) == 3
+
+
+def test_options_without_effect_are_read_by_no_stage():
+    models = [TrainerConfig, DatasetConfig, Generator, CompositeImage, HuggingFace, Route, Tread, *RECIPES.values()]
+    facts = [(name, one) for model in models for name, one in facts_of(model) if one["no_effect"]]
+    assert len(facts) >= 10
+    assert all(list(one["stages"]) == [] for _, one in facts), facts
+    trainer = TrainerConfig(validation_guidance=1, text_encoder_1_precision="int8-quanto")
+    assert all(trainer.fingerprint(stage) == TrainerConfig().fingerprint(stage) for stage in STAGES)
 
 
 def test_an_open_project_is_returned_as_it_is_and_cannot_be_changed(tmp_path):

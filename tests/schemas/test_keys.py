@@ -38,13 +38,13 @@ def test_a_latent_key_hashes_its_ingredients_and_nothing_else():
         keys.CACHE_VERSION,
         "e1",
         "i1",
-        keys.COLOUR_POLICY,
+        keys.PIXEL_POLICY,
         [64, 64, 64, 80, 8, 0],
         '{"type":"jpeg_artifacts"}',
         7,
     )
     assert latent_key("e1", "i1", (1, 2)) == hashed(
-        "latent", keys.CACHE_VERSION, "e1", "i1", keys.COLOUR_POLICY, [1, 2], None, None
+        "latent", keys.CACHE_VERSION, "e1", "i1", keys.PIXEL_POLICY, [1, 2], None, None
     )
 
 
@@ -54,7 +54,7 @@ def test_a_text_key_hashes_encoder_and_prompt_and_nothing_else():
 
 def test_a_pixels_key_hashes_its_ingredients_and_nothing_else():
     assert pixels_key("i1", (1, 2), "{}", 7) == hashed(
-        "pixels", keys.CACHE_VERSION, "i1", keys.COLOUR_POLICY, [1, 2], "{}", 7
+        "pixels", keys.CACHE_VERSION, "i1", keys.PIXEL_POLICY, [1, 2], "{}", 7
     )
 
 
@@ -89,8 +89,8 @@ def test_every_ingredient_of_text_and_pixels_changes_their_keys():
     assert len({*texts, *pixels}) == len(texts) + len(pixels)
 
 
-@pytest.mark.parametrize(("constant", "kinds"), [("CACHE_VERSION", 3), ("COLOUR_POLICY", 2)])
-def test_another_version_or_colour_policy_changes_the_keys_of_what_depends_on_it(constant, kinds, monkeypatch):
+@pytest.mark.parametrize(("constant", "kinds"), [("CACHE_VERSION", 3), ("PIXEL_POLICY", 2)])
+def test_another_version_or_pixel_policy_changes_the_keys_of_what_depends_on_it(constant, kinds, monkeypatch):
     def every_kind():
         return [latent_key(**LATENT), pixels_key("i1", (1, 2), "{}", 7), text_key("e1", "a")]
 
@@ -179,3 +179,19 @@ def test_file_ids_know_a_file_by_its_real_place(tmp_path, monkeypatch):
     assert ids.of(tmp_path / "file") == ids.of(tmp_path / "link")
     assert ids.of((tmp_path / "file").relative_to(tmp_path)) == content_id(b"first")
     assert len(json.loads((tmp_path / "ids.json").read_text())) == 1
+
+
+def test_file_ids_that_are_not_to_be_remembered_write_nothing(tmp_path):
+    (tmp_path / "file").write_bytes(b"first")
+    memory = tmp_path / "ids.json"
+    assert FileIds(memory, remember=False).of(tmp_path / "file") == content_id(b"first")
+    assert not memory.exists()
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"half": [1, 2', b"[]", b"null", b"\xff\xfe"])
+def test_a_damaged_memory_of_file_ids_is_forgotten(damaged, tmp_path):
+    (tmp_path / "file").write_bytes(b"first")
+    memory = tmp_path / "ids.json"
+    memory.write_bytes(damaged)
+    assert FileIds(memory).of(tmp_path / "file") == content_id(b"first")
+    assert list(json.loads(memory.read_text())) == [str(tmp_path / "file")]

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -5,6 +6,7 @@ import sys
 
 import pytest
 
+from schemas.errors import UserError
 from schemas.storage import is_aside, write_aside
 
 
@@ -30,15 +32,34 @@ def test_a_file_that_exists_is_replaced_in_one_step(tmp_path):
     assert path.read_bytes() == b"new and longer"
 
 
-@pytest.mark.parametrize("fault", [ValueError, OSError, KeyboardInterrupt])
-def test_an_exception_leaves_nothing_behind_and_what_was_there_whole(fault, tmp_path):
+@pytest.mark.parametrize(
+    ("fault", "told"), [(ValueError, ValueError), (OSError, UserError), (KeyboardInterrupt, KeyboardInterrupt)]
+)
+def test_an_exception_leaves_nothing_behind_and_what_was_there_whole(fault, told, tmp_path):
     path = tmp_path / "table.parquet"
     path.write_bytes(b"old")
-    with pytest.raises(fault), write_aside(path) as aside:
+    with pytest.raises(told), write_aside(path) as aside:
         aside.write_bytes(b"half")
         raise fault
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"old"
+
+
+def test_a_file_that_cannot_be_written_is_told_with_its_path_and_the_reason(tmp_path):
+    path = tmp_path / "table.parquet"
+    with pytest.raises(UserError) as caught, write_aside(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(caught.value) == f"{path}: cannot be written: No space left on device"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_place_of_a_folder_is_told_too(tmp_path):
+    (tmp_path / "cache").write_bytes(b"")
+    for path in (tmp_path / "cache" / "table.parquet", tmp_path / "cache" / "deep" / "table.parquet"):
+        with pytest.raises(UserError) as caught, write_aside(path) as aside:
+            aside.write_bytes(b"half")
+        assert str(caught.value).startswith(f"{path}: cannot be written: ")
+    assert list(tmp_path.iterdir()) == [tmp_path / "cache"]
 
 
 def test_an_exception_before_a_byte_is_written_leaves_nothing_either(tmp_path):
