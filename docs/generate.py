@@ -114,10 +114,11 @@ _WORKSPACE = """Everything is Parquet; any reader opens it. The workspace is `wo
 manifests/<dataset id>.parquet                  ImageRow    one per image file seen, rejected ones included
 pairs/<dataset id>.parquet                      PairRow     one per training sample of that set of targets
 pairs/<dataset id>.preview.png                  contact sheet of prep pairs --preview
-references/<key>/<key>.png                      generated references (storage: files), lossless, named by content
+references/<2 digits of key>/<key>.png          generated references (storage: files), lossless, named by content
 cache/latents/<encoder key>/<W>x<H>/*.parquet   LatentRow   one bucket per shard
 cache/latents/<encoder key>/rejects/*.parquet   RejectRow   images that cannot be encoded, and why
 cache/text/<encoder key>/*.parquet              TextRow     one per distinct prompt
+cache/encoders.json                             which encoder keys belong to which checkpoint
 models/                                         built-in tiny checkpoints; remembered hashes of weight files
 runs/<run name>/                                what train writes: checkpoints, metrics.jsonl, the LoRA
 ```
@@ -136,8 +137,9 @@ latent = torch.from_numpy(bits.copy()).view(torch.bfloat16)
 """
 
 _METADATA = """Manifests and pair tables carry `pairline.format`, `pairline.row`, `pairline.config` (hash of the
-settings they depend on) and `pairline.inputs` (hash of the data that went in). A stage compares the two hashes with
-those of a run now: equal means there is nothing to do.
+settings they depend on), `pairline.inputs` (hash of the data that went in), `pairline.limit` (of `--limit`, if it cut)
+and `pairline.source` (hash of where a manifest's files lie). A stage compares them with those of a run now: equal means
+there is nothing to do.
 
 Shards carry one JSON object under `pairline.shard`:
 """
@@ -149,10 +151,12 @@ All hashes are xxh3-128 of canonical JSON or of a file's bytes (`schemas/keys.py
 - `image_id`: the file's bytes.
 - encoder key: weights and configuration of the encoder's parts, never their path; the dtype it computes in; for text
   the tokenizers and lengths.
-- latent key: encoder key, `image_id`, colour policy, geometry, and for a generated reference recipe and seed.
+- latent key: encoder key, `image_id`, pixel policy (orientation, background, interpolation), geometry, and for a
+  generated reference recipe and seed.
 - text key: encoder key and prompt.
 
-Names, paths, captions, dataset ids, repeats and options of the trainer enter no key of a shard.
+Names, paths, captions, dataset ids, repeats and options of the trainer enter no key of a shard. What they lead to may:
+a random crop is drawn from `prep_seed`, dataset id and path, and the box it gives is part of the geometry.
 """
 
 
@@ -172,11 +176,12 @@ def datasets_schema() -> dict[str, Any]:
     for name, recipe in RECIPES.items():
         own = definitions.pop(recipe.__name__)
         names = [name, *(alias for alias, kind in RECIPE_ALIASES.items() if kind == name)]
-        own["properties"] = own["properties"] | {"type": {"enum": names}} | shared
+        own["properties"] = own["properties"] | {"type": {"enum": names}, "params": {"type": "object"}} | shared
         own["required"] = ["type"]
         definitions[recipe.__name__] = own
         kinds.append({"$ref": f"#/$defs/{recipe.__name__}"})
-    schema["properties"]["conditioning"]["items"] = {"anyOf": kinds}
+    listed = schema["properties"]["conditioning"] | {"items": {"anyOf": kinds}}
+    schema["properties"]["conditioning"] = {"anyOf": [listed, *kinds, {"type": "null"}]}
     entry = _closed(schema, DatasetConfig, DATASET_KEYS, "dataset")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -193,11 +198,15 @@ def _closed(schema: dict[str, Any], model: type[Options], unneeded: Mapping[str,
     aliases = [extra["alias"] for _, extra in facts_of(model) if extra["alias"]]
     known = "|".join([*unneeded, *aliases])
     dashed = "|".join(schema["properties"])
-    return schema | {
-        "title": title,
-        "patternProperties": {f"^(--)?({known})$": {}, f"^--({dashed})$": {}},
-        "additionalProperties": False,
-    }
+    return (
+        {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+        | schema
+        | {
+            "title": title,
+            "patternProperties": {f"^(--)?({known})$": {}, f"^--({dashed})$": {}, r"^\$schema$": {}},
+            "additionalProperties": False,
+        }
+    )
 
 
 def _options_table(model: type[Options], leave_out: Iterable[str] = ()) -> str:

@@ -1,6 +1,7 @@
 """What holds for the repository as a whole: contracts, documents, the surface of the commands."""
 
 import ast
+import importlib
 import importlib.util
 import json
 import re
@@ -9,11 +10,13 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import jsonschema
 import pytest
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from families import FAMILIES, open_project
+from schemas.config_file import read_json
 from schemas.datasets import CompositeImage, DatasetConfig, Generator, HuggingFace
 from schemas.options import facts_of
 from schemas.recipes import RECIPES
@@ -89,16 +92,38 @@ def test_no_key_is_both_an_option_and_not_needed() -> None:
     assert not DATASET_KEYS.keys() & DatasetConfig.model_fields.keys()
 
 
-def test_json_schemas_accept_what_the_demo_projects_say() -> None:
-    from schemas.config_file import read_json
+def _schema(name: str) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(json.loads((ROOT / "schemas" / "json" / f"{name}.schema.json").read_text()))
 
-    for name, schema_name in (("config.json", "config"), ("multidatabackend.json", "multidatabackend")):
-        schema = json.loads((ROOT / "schemas" / "json" / f"{schema_name}.schema.json").read_text())
-        known = schema["properties"] if schema_name == "config" else schema["items"]["properties"]
-        for project in ("deblur", "jpeg", "edits"):
-            values = read_json(ROOT / "datasets_demo" / project / name)
-            for entry in values if isinstance(values, list) else [values]:
-                assert entry.keys() <= known.keys()
+
+@pytest.mark.parametrize(
+    "path",
+    [*sorted((ROOT / "tests/schemas/guides").glob("*.json*")), *sorted(ROOT.glob("datasets_demo/*/*.json"))],
+    ids=lambda path: f"{path.parent.name}/{path.name}",
+)
+def test_the_json_schemas_accept_what_guides_and_demo_projects_say(path: Path) -> None:
+    values = read_json(path)
+    if "portrait_subject" not in values:  # a prompt library
+        assert not list(_schema("multidatabackend" if isinstance(values, list) else "config").iter_errors(values))
+
+
+@pytest.mark.parametrize("change", [{"learning_rte": 1}, {"lora_rank": 0}, {"optimizer": "sgd"}, {"model_type": 3}])
+def test_the_json_schema_refuses_what_the_loader_refuses(change: dict[str, object]) -> None:
+    assert list(_schema("config").iter_errors(change))
+    assert not list(
+        _schema("config").iter_errors({"--learning_rate": 1e-4, "$schema": "x", next(iter(TRAINER_KEYS)): "y"})
+    )
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"type": "jpeg", "captions": False}, {"type": "lowres", "params": {"blur_radius": 2}, "captions": "sharpen"}],
+)
+def test_the_json_schema_takes_every_way_to_write_a_generator(entry: dict[str, object]) -> None:
+    for conditioning in (entry, [entry]):
+        dataset = {"id": "a", "instance_data_dir": "b", "conditioning": conditioning, "instance_prompt": "c"}
+        assert not list(_schema("multidatabackend").iter_errors([dataset]))
+    assert list(_schema("multidatabackend").iter_errors([{"id": "a", "conditioning": [entry | {"quality": 101}]}]))
 
 
 @pytest.mark.parametrize("name", ["deblur", "jpeg", "edits"])

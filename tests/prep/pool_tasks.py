@@ -51,3 +51,12 @@ def note_slowly_at_first(place):
 def process_then_sleep(seconds):
     time.sleep(seconds)
     return os.getpid()
+
+
+def read_files_or_die(chunk):
+    folder, paths = chunk
+    if any("deadly" in path.name for path in paths):
+        os._exit(9)
+    from prep.scan import _read_files
+
+    return _read_files((folder, paths))

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -16,10 +17,11 @@ from prep.pixels import Refusal, pixels_of, reference_picture, store, target_pic
 from prep.scan import scan
 from schemas.console import log
 from schemas.errors import UserError
+from schemas.freshness import read_pairs
 from schemas.keys import file_id, latent_key
 from schemas.recipes import JpegArtifacts, Superresolution, recipe_text
 from schemas.rows import PairRow
-from schemas.tables import read_table
+from schemas.tables import read_provenance, read_table
 
 EDITS = {"id": "edits", "instance_data_dir": "edits"}
 REFS = {
@@ -500,6 +502,57 @@ def test_pairing_again_writes_nothing_and_a_new_scan_or_setting_writes_the_table
     assert repeated.written and rows["a.png"].repeats == 2
 
 
+def test_a_touched_image_makes_no_pair_stale(tmp_path):
+    project(tmp_path, *PAIRED)
+    for name in ("edits", "refs"):
+        draw(tmp_path / name / "a.png")
+    paired(tmp_path)
+    before = (tmp_path / "work" / "pairs" / "edits.parquet").stat()
+    for name in ("edits", "refs"):
+        os.utime(tmp_path / name / "a.png", ns=(0, 10**18))
+    assert all(one.written for one in scan(tmp_path, workers=1).datasets)
+    opened = open_project(tmp_path)
+    assert read_pairs(opened, opened.dataset("edits")) == list(rows_of(tmp_path).values())
+    [summary] = pairs(tmp_path, workers=1).datasets
+    after = (tmp_path / "work" / "pairs" / "edits.parquet").stat()
+    assert not summary.written and (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("damage", [b"", b"<html>not found</html>"])
+def test_a_damaged_pair_table_is_made_anew(damage, tmp_path):
+    project(tmp_path, EDITS)
+    draw(tmp_path / "edits" / "a.png")
+    _, before = paired(tmp_path)
+    (tmp_path / "work" / "pairs" / "edits.parquet").write_bytes(damage)
+    summary, rows = paired(tmp_path)
+    assert summary.written and rows == before
+
+
+def test_a_pair_table_with_a_flipped_bit_is_made_anew(tmp_path):
+    project(tmp_path, EDITS)
+    draw(tmp_path / "edits" / "a.png")
+    _, before = paired(tmp_path)
+    table = tmp_path / "work" / "pairs" / "edits.parquet"
+    data = bytearray(table.read_bytes())
+    column = pq.ParquetFile(table).metadata.row_group(0).column(0)
+    data[(column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 1] ^= 1
+    table.write_bytes(bytes(data))
+    opened = open_project(tmp_path)
+    with pytest.raises(UserError, match=r"edits\.parquet: damaged"):
+        read_pairs(opened, opened.dataset("edits"))
+    summary, rows = paired(tmp_path)
+    assert summary.written and rows == before
+
+
+def test_a_damaged_manifest_is_refused_with_the_command_to_run(tmp_path):
+    project(tmp_path, EDITS)
+    draw(tmp_path / "edits" / "a.png")
+    paired(tmp_path)
+    (tmp_path / "work" / "manifests" / "edits.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"edits: not scanned yet \(.*edits\.parquet cannot be read\); run: prep scan"):
+        pairs(tmp_path, workers=1)
+
+
 def test_a_sample_keeps_its_id_while_its_set_and_path_stay(tmp_path):
     project(tmp_path, *PAIRED)
     draw(tmp_path / "edits" / "a.png")
@@ -520,6 +573,62 @@ def test_a_limit_pairs_the_first_targets_of_each_set(tmp_path):
     summary, rows = paired(tmp_path, limit=2)
     assert list(rows) == ["0.png", "1.png"]
     assert (summary.targets, summary.generated) == (2, 2)
+
+
+def test_a_table_that_a_limit_cut_says_so_and_who_reads_it_is_warned(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.WARNING, logger="pairline")
+    project(tmp_path, EDITS)
+    for number in range(3):
+        draw(tmp_path / "edits" / f"{number}.png", seed=number)
+    table, opened = tmp_path / "work" / "pairs" / "edits.parquet", open_project(tmp_path)
+
+    for limit, cut in ((2, 2), (3, None), (1, 1), (9, None), (None, None)):
+        paired(tmp_path, limit=limit)
+        assert read_provenance(table, PairRow).limit == cut
+        caplog.clear()
+        assert len(read_pairs(opened, opened.dataset("edits"))) == (cut or 3)
+        said = [f"edits: its table has the first {cut} targets only (prep pairs --limit)"] if cut else []
+        assert caplog.messages == said
+
+
+def test_pairs_of_a_manifest_that_a_limit_cut_are_made_with_a_warning(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.WARNING, logger="pairline")
+    project(tmp_path, *PAIRED)
+    for number in range(3):
+        draw(tmp_path / "edits" / f"{number}.png", seed=number)
+        draw(tmp_path / "refs" / f"{number}.png", seed=number)
+    scan(tmp_path, workers=1, limit=2)
+    assert caplog.messages == []
+    [summary] = pairs(tmp_path, workers=1).datasets
+    assert summary.pairs == 2
+    assert caplog.messages == [
+        f"{name}: its manifest has the first 2 files only (prep scan --limit)" for name in ("edits", "refs")
+    ]
+    caplog.clear()
+    summary, _ = paired(tmp_path)
+    assert (summary.pairs, summary.written, caplog.messages) == (3, True, [])
+
+
+def test_references_of_targets_beyond_a_limit_do_not_count_as_unused(tmp_path):
+    project(tmp_path, *PAIRED)
+    for number in range(3):
+        draw(tmp_path / "edits" / f"{number}.png", seed=number)
+        draw(tmp_path / "refs" / f"{number}.png", seed=number)
+    summary, _ = paired(tmp_path, limit=1)
+    assert (summary.pairs, summary.unused_references) == (1, 0)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pictures_that_cannot_be_written_are_told_to_the_user(workers, tmp_path):
+    project(tmp_path, {**EDITS, "conditioning": BLUR})
+    for number in range(3):
+        draw(tmp_path / "edits" / f"{number}.png", seed=number)
+    scan(tmp_path, workers=1)
+    (tmp_path / "work" / "references").write_bytes(b"")  # a file in place of the folder
+    with pytest.raises(UserError, match=r"\.png: cannot be written: "):
+        pairs(tmp_path, workers=workers)
 
 
 def test_a_dry_run_says_what_would_be_made_and_writes_nothing(tmp_path):

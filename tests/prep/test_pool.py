@@ -1,11 +1,13 @@
 import importlib
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
 from prep.pool import Crash, each
+from schemas.errors import UserError
 
 
 @pytest.fixture
@@ -92,3 +94,15 @@ def test_who_stops_reading_ends_the_workers_at_once(tasks):
     assert time.monotonic() - start < 20
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
+
+
+def test_workers_that_cannot_start_are_told_to_the_user(tmp_path, monkeypatch, capfd):
+    (tmp_path / "gone_tasks.py").write_text("def same(item):\n    return item\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    task = importlib.import_module("gone_tasks").same
+    (tmp_path / "gone_tasks.py").unlink()  # here it is imported, a worker finds it no more
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    assert list(each(task, [1, 2], 1)) == [(1, 1), (2, 2)]
+    with pytest.raises(UserError, match=r"worker processes cannot start.*\(or pass workers=1\)"):
+        list(each(task, [1, 2, 3], 2))
+    assert "No module named 'gone_tasks'" in capfd.readouterr().err

@@ -1,3 +1,4 @@
+import importlib
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import prep.scan
 from families import open_project
 from prep.scan import scan
 from schemas.console import log
@@ -15,7 +17,7 @@ from schemas.errors import ConfigError
 from schemas.keys import file_id
 from schemas.rows import ImageRow
 from schemas.summaries import as_json
-from schemas.tables import read_table
+from schemas.tables import read_provenance, read_table
 
 CONFIG = {"resolution": 64, "aspect_bucket_alignment": 16}
 
@@ -41,6 +43,10 @@ def draw(path, width=96, height=64, seed=0, **options):
 def rows_of(folder, dataset="photos"):
     """Return the rows of a manifest by path."""
     return {row.path: row for row in read_table(folder / "work" / "manifests" / f"{dataset}.parquet", ImageRow)}
+
+
+def provenance_of(folder, dataset="photos"):
+    return read_provenance(folder / "work" / "manifests" / f"{dataset}.parquet", ImageRow)
 
 
 def state(folder):
@@ -175,6 +181,19 @@ def test_a_name_that_is_not_utf_8_does_not_stop_the_scan(tmp_path):
     [summary] = scan(tmp_path, workers=1).datasets
     assert summary.seen == len(rows_of(tmp_path)) == 2
     assert rows_of(tmp_path)["good.png"].reject is None
+    bad = rows_of(tmp_path)["caf\\xe9.png"]
+    assert (bad.reject, bad.stem, bad.captions, bad.bucket) == ("name: it is not UTF-8", "caf\\xe9", [], None)
+    assert summary.rejected == {"name": 1}
+    [again] = scan(tmp_path, workers=1).datasets
+    assert (again.read, again.written) == (0, False)
+
+
+def test_a_folder_whose_name_is_not_utf_8_does_not_stop_the_scan_either(tmp_path):
+    draw(project(tmp_path) / "photos" / os.fsdecode(b"\xe9t\xe9") / "a.png")
+    scan(tmp_path, workers=1)
+    assert {path: row.reject for path, row in rows_of(tmp_path).items()} == {
+        "\\xe9t\\xe9/a.png": "name: it is not UTF-8"
+    }
 
 
 def test_no_usable_image_is_a_warning(tmp_path, caplog, monkeypatch):
@@ -281,6 +300,18 @@ def test_a_touched_image_is_read_again_and_only_its_time_changes(scanned):
     assert summary.read == 1
     assert changed(before, rows_of(scanned)) == {"2.png"}
     assert rows_of(scanned)["2.png"] == replace(before["2.png"], mtime_ns=10**18)
+    assert summary.written
+
+
+def test_a_touched_image_is_the_same_input_to_later_stages_and_a_changed_one_is_another(scanned):
+    before = provenance_of(scanned)
+    os.utime(scanned / "photos" / "2.png", ns=(0, 10**18))
+    scan(scanned, workers=1)
+    assert provenance_of(scanned) == before
+    draw(scanned / "photos" / "2.png", seed=9)
+    scan(scanned, workers=1)
+    assert provenance_of(scanned).config == before.config
+    assert provenance_of(scanned).inputs != before.inputs
 
 
 def test_added_removed_and_renamed_images_change_exactly_their_rows(scanned):
@@ -352,6 +383,19 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
     assert one == three
 
 
+def test_a_file_that_costs_its_worker_is_rejected_and_its_neighbours_are_read(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.setattr(prep.scan, "_read_files", importlib.import_module("pool_tasks").read_files_or_die)
+    monkeypatch.setattr(prep.scan, "_CHUNK", 3)
+    for name in ("0", "1", "2-deadly", "3", "4", "5"):
+        draw(project(tmp_path) / "photos" / f"{name}.png")
+    [summary] = scan(tmp_path, workers=2).datasets
+    assert {path: row.reject for path, row in rows_of(tmp_path).items() if row.reject} == {
+        "2-deadly.png": "unreadable: its worker process died with exit status 9"
+    }
+    assert (summary.seen, summary.kept, summary.read) == (6, 5, 6)
+
+
 def test_a_limit_scans_the_first_files_of_each_set(scanned):
     entries = [{"id": name, "instance_data_dir": "photos"} for name in ("photos", "again")]
     project(scanned, *entries)
@@ -363,6 +407,27 @@ def test_a_limit_scans_the_first_files_of_each_set(scanned):
 def test_files_beyond_a_limit_are_not_gone(scanned):
     [summary] = scan(scanned, workers=1, limit=2).datasets
     assert summary.removed == 0
+    (scanned / "photos" / "3.png").unlink()
+    [whole] = scan(scanned, workers=1, limit=3).datasets
+    assert (whole.removed, whole.read) == (0, 1)
+
+
+def test_a_manifest_that_a_limit_cut_says_so_and_another_does_not(scanned):
+    assert provenance_of(scanned).limit is None
+    before = state(scanned)
+    for enough in (4, 100):
+        assert not scan(scanned, workers=1, limit=enough).datasets[0].written
+    assert state(scanned) == before
+    scan(scanned, workers=1, limit=3)
+    assert provenance_of(scanned).limit == 3
+    [summary] = scan(scanned, workers=1).datasets
+    assert (summary.written, provenance_of(scanned).limit) == (True, None)
+
+
+def test_a_limit_that_cuts_nothing_counts_what_is_gone(scanned):
+    (scanned / "photos" / "3.png").unlink()
+    [summary] = scan(scanned, workers=1, limit=3).datasets
+    assert (summary.removed, provenance_of(scanned).limit) == (1, None)
 
 
 def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path):

@@ -298,7 +298,7 @@ def test_a_parquet_file_of_somebody_elses_is_refused(tmp_path):
 def test_a_table_that_does_not_say_what_it_was_made_from_is_refused(tmp_path):
     path = tmp_path / "manifest.parquet"
     said = MADE_FROM.metadata(ImageRow)
-    for name in ("config", "inputs", "limit"):
+    for name in ("config", "inputs", "limit", "source"):
         metadata = {key: value for key, value in said.items() if key != f"pairline.{name}"}
         pq.write_table(as_columns([IMAGE], ImageRow).replace_schema_metadata(metadata), path)
         assert "expected a ImageRow table" in refusal(path)
