@@ -1,6 +1,6 @@
 """Image files: their headers, and their pixels as every later stage sees them.
 
-The colour policy lives here and in `schemas.keys.COLOUR_POLICY`: orientation applied, alpha over white, 8-bit RGB.
+The colour policy lives here and in `schemas.keys.PIXEL_POLICY`: orientation applied, alpha over white, 8-bit RGB.
 """
 
 import io
@@ -111,21 +111,21 @@ def _orientation(image: Image.Image) -> int:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_in_eight_bits(np.asarray(image), image.mode)).convert("RGB")
+        return Image.fromarray(_in_eight_bits(np.asarray(image), image.mode, image.format)).convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
-def _in_eight_bits(values: npt.NDArray[np.generic], mode: str) -> npt.NDArray[np.uint8]:
+def _in_eight_bits(values: npt.NDArray[np.generic], mode: str, kind: str | None) -> npt.NDArray[np.uint8]:
     """Scale whole numbers of 16 or 32 bits and floats to 0 to 255, by the range that their values show.
 
     Files do not say what white is: up to 1 (floats), 255 and 65535 are taken for it, in this order, then the maximum.
     """
     exact = values.astype(np.float64)
     largest = float(exact.max(initial=0.0, where=np.isfinite(exact)))
-    if mode.startswith("I;16"):
+    if mode.startswith("I;16") or kind == "PPM":  # Pillow scales PPM's own white to 65535
         white = 65535.0
     else:
         customary = ([1.0] if mode == "F" else []) + [255.0, 65535.0]

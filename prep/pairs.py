@@ -186,7 +186,7 @@ def _generate(
 ) -> tuple[list[PairRow], int, int]:
     """Make the reference pictures that are to be stored as files; return the rows and how many were made and reused.
 
-    A picture that cannot be made rejects its pair.
+    A picture that can never be made rejects its pair. Raises UserError for one that may be made another time.
     """
     stored = {
         name for name, entry in zip(target.generated_ids, target.conditioning, strict=True) if entry.storage == "files"

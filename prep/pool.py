@@ -44,7 +44,7 @@ def each(
     A task reports faults in its result. An exception is a bug: it is raised here with the worker's traceback. Raises
     UserError if workers cannot be started at all.
     """
-    if workers <= 1 or len(items) <= 1:
+    if workers <= 1:
         for item in items:
             yield item, task(item)
         return

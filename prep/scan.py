@@ -152,13 +152,14 @@ def _unchanged(file: Path, row: ImageRow | None) -> _Seen | None:
 def _read(folder: Path, paths: list[Path], workers: int) -> Iterator[tuple[list[Path], list[_Seen]]]:
     """Read files on the pool, many a task; the files of a task whose worker died are tried one by one."""
     chunks = [(folder, paths[first : first + _CHUNK]) for first in range(0, len(paths), _CHUNK)]
-    for (_, chunk), facts in each(_read_files, chunks, workers):
+    for (_, chunk), facts in each(_read_files, chunks, workers if len(chunks) > 1 else 1):
         if not isinstance(facts, Crash):
             yield chunk, facts
             continue
         for (_, [path]), fact in each(_read_files, [(folder, [path]) for path in chunk], workers):
-            reason = f"unreadable: {fact.reason}" if isinstance(fact, Crash) else ""
-            yield [path], [_Seen(0, 0, None, reason)] if isinstance(fact, Crash) else fact
+            if isinstance(fact, Crash):
+                fact = [_Seen(0, 0, None, f"unreadable: {fact.reason}")]
+            yield [path], fact
 
 
 def _read_files(chunk: tuple[Path, list[Path]]) -> list[_Seen]:

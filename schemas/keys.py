@@ -99,4 +99,5 @@ def _read_memory(memory: Path) -> dict[str, list[object]]:
         known = json.loads(memory.read_text())
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    listed = known.items() if isinstance(known, dict) else ()
+    return {path: entry for path, entry in listed if isinstance(entry, list) and len(entry) == 3}

@@ -4,10 +4,11 @@
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from schemas.config_file import Findings, normalise, read_json, shown, split_generator, validate
 from schemas.datasets import DatasetConfig
@@ -46,13 +47,13 @@ def load_project(
     config_path = _config_path(Path(path))
     base = (Path(root) if root is not None else config_path.parent).resolve()
     found = Findings()
-    trainer = _trainer(config_path, overrides, found)
+    trainer, given = _trainer(config_path, overrides, found)
     family = _family(trainer, families, config_path, found)
     # Named, it starts from the root like every path; not named, it lies beside config.json.
     named = "data_backend_config" in trainer.model_fields_set
     datasets_path = resolved(base if named else config_path.parent, trainer.data_backend_config)
     datasets = _datasets(datasets_path, config_path, trainer, base, found)
-    library = _prompt_library(base, trainer, found)
+    library = _prompt_library(base, config_path.name, trainer, found)
     project = Project(
         config_path=config_path,
         root=base,
@@ -68,7 +69,7 @@ def load_project(
     if need_images:
         found.faults += missing_folders(project, datasets_path.name)
     if found.faults:
-        raise ConfigError(config_path.parent, found.faults)
+        raise ConfigError(config_path.parent, [_blamed(fault, config_path.name, given) for fault in found.faults])
     return replace(project, warnings=tuple(found.warnings))
 
 
@@ -95,7 +96,8 @@ def _read(path: Path, found: Findings) -> Any:
         return _UNREADABLE
 
 
-def _trainer(path: Path, overrides: Sequence[str], found: Findings) -> TrainerConfig:
+def _trainer(path: Path, overrides: Sequence[str], found: Findings) -> tuple[TrainerConfig, set[str]]:
+    """Read the options of the trainer, and return the names of those that `overrides` gave."""
     raw = _read(path, found)
     if not isinstance(raw, dict):
         if raw is not _UNREADABLE:
@@ -110,16 +112,21 @@ def _trainer(path: Path, overrides: Sequence[str], found: Findings) -> TrainerCo
         replaced = normalise({key: _literal(key, value)}, TrainerConfig, TRAINER_KEYS, ("--set", ""), found)
         values |= replaced
         given |= replaced.keys()
-    sound = len(found.faults)
-    config = validate(values, TrainerConfig, (path.name, ""), found) or TrainerConfig()
-    found.faults[sound:] = [replace(one, file="--set") if one.key in given else one for one in found.faults[sound:]]
-    return config
+    return validate(values, TrainerConfig, (path.name, ""), found) or TrainerConfig(), given
+
+
+def _blamed(fault: Fault, file: str, given: set[str]) -> Fault:
+    """Lay a fault at the door of `--set` if its option was given there."""
+    mine = fault.file == file and re.split(r"[.\[]", fault.key)[0] in given
+    return replace(fault, file="--set") if mine else fault
 
 
 def _literal(key: str, text: str) -> Any:
     """Read a value as JSON where that makes sense; an option that is text stays text."""
     field = TrainerConfig.model_fields.get(key.lstrip("-").replace("-", "_"))
-    if field is not None and field.annotation is str:
+    kinds = {field.annotation, *get_args(field.annotation)} if field is not None else set()
+    nothing = type(None) in kinds and text == "null"
+    if str in kinds and not kinds & {int, float, bool} and not nothing:
         return text
     try:
         return json.loads(text)
@@ -174,6 +181,7 @@ def _dataset(file: str, index: int, entry: Any, trainer: TrainerConfig, found: F
         return None
     if any(entry.get(key) not in _ENABLED for key in ("disabled", "disable")):
         return None
+    entry = {key: value for key, value in entry.items() if key not in ("disabled", "disable")}
     name = entry.get("id")
     prefix = f"[{index}] {shown(name)} " if name is not None else f"[{index}] "
     values = normalise(entry, DatasetConfig, DATASET_KEYS, (file, prefix), found)
@@ -196,13 +204,13 @@ def _dataset(file: str, index: int, entry: Any, trainer: TrainerConfig, found: F
     return validate(values, DatasetConfig, (file, prefix), found)
 
 
-def _prompt_library(base: Path, trainer: TrainerConfig, found: Findings) -> dict[str, str]:
+def _prompt_library(base: Path, config_name: str, trainer: TrainerConfig, found: Findings) -> dict[str, str]:
     if trainer.user_prompt_library is None:
         return {}
     path = resolved(base, trainer.user_prompt_library)
     if not path.exists():
         hint = root_hint(trainer.user_prompt_library, base)
-        found.faults.append(Fault(CONFIG_NAME, "user_prompt_library", f"no such file: {path}", hint=hint))
+        found.faults.append(Fault(config_name, "user_prompt_library", f"no such file: {path}", hint=hint))
         return {}
     raw = _read(path, found)
     return {} if raw is _UNREADABLE else parse_prompt_library(raw, path.name, found)

@@ -64,7 +64,9 @@ def _rule_roles(project: Project, file: str, found: Findings) -> None:
     targets = [target.id for target in project.targets]
     if held_out is not None and held_out not in targets:
         hint = f"sets of targets: {', '.join(targets)}"
-        found.faults.append(Fault("config.json", "eval_dataset_id", "no such set of targets", shown(held_out), hint))
+        found.faults.append(
+            Fault(project.config_path.name, "eval_dataset_id", "no such set of targets", shown(held_out), hint)
+        )
 
 
 def _rule_links(project: Project, file: str, found: Findings) -> None:

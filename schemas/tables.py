@@ -46,15 +46,15 @@ def read_provenance(path: Path, row_type: type) -> Provenance | None:
     """Return what made the table, or None if there is none that can be read: missing, damaged, of another format."""
     try:
         metadata = _metadata(path, _open(path), row_type)
-    except UserError:
+        limit = metadata["pairline.limit"]
+        return Provenance(
+            config=metadata["pairline.config"],
+            inputs=metadata["pairline.inputs"],
+            limit=int(limit) if limit else None,
+            source=metadata["pairline.source"],
+        )
+    except (UserError, ValueError):
         return None
-    limit = metadata["pairline.limit"]
-    return Provenance(
-        config=metadata["pairline.config"],
-        inputs=metadata["pairline.inputs"],
-        limit=int(limit) if limit else None,
-        source=metadata["pairline.source"],
-    )
 
 
 def read_table(path: Path, row_type: type[RowT]) -> list[RowT]:
@@ -81,7 +81,8 @@ def _damaged(path: Path, fault: Exception) -> UserError:
 
 
 def _metadata(path: Path, file: pq.ParquetFile, row_type: type) -> dict[str, str]:
-    metadata = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
+    raw = file.schema_arrow.metadata or {}
+    metadata = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in raw.items()}
     kind, version = metadata.get("pairline.row"), metadata.get("pairline.format")
     said = {f"pairline.{name}" for name in ("config", "inputs", "limit", "source")} <= metadata.keys()
     if (

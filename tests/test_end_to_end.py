@@ -180,6 +180,7 @@ def test_a_second_pass_over_everything_writes_nothing(make_project: MakeProject)
     before = _tree(folder)
     _, summary = _prepare(folder)
     assert [store.encoded for store in summary.stores] == [0, 0]
+    run(open_project(folder))
     assert _tree(folder) == before
     run(open_project(folder, overrides=["learning_rate=1e-4", "output_dir=elsewhere"]))
     after = {name: kept for name, kept in _tree(folder).items() if not name.startswith("elsewhere/")}
@@ -526,3 +527,72 @@ def test_calling_from_an_unguarded_script_says_what_to_do(make_project: MakeProj
     assert done.returncode == 1
     assert 'if __name__ == "__main__"' in done.stderr.splitlines()[-1]
     assert not open_project(folder).pair_table("photos").exists()
+
+
+def test_a_longer_run_goes_on_at_the_rate_that_its_schedule_has_there(make_project: MakeProject) -> None:
+    folder = make_project("edits", lr_scheduler="cosine", max_train_steps=4)
+    project, _ = _prepare(folder)
+    run(project)
+    run(open_project(folder, overrides=["max_train_steps=8"]))
+    rates = [json.loads(line)["lr"] for line in _lines(project)]
+    assert rates[4:] == pytest.approx([2e-3 * 0.5 * (1 + np.cos(np.pi * step / 8)) for step in range(4, 8)])
+
+
+def test_an_older_checkpoint_is_not_gone_on_from_beside_later_ones(make_project: MakeProject) -> None:
+    folder = make_project("edits", max_train_steps=8)
+    project, _ = _prepare(folder)
+    run(project)
+    older = open_project(folder, overrides=["resume_from_checkpoint=checkpoint-4"])
+    with pytest.raises(UserError, match=r"holds later checkpoints \(checkpoint-8\)"):
+        run(older)
+    shutil.rmtree(project.run_folder / "checkpoint-8")
+    assert run(older).first_step == 4
+    with pytest.raises(UserError, match=r"no checkpoint '' in"):
+        run(open_project(folder, overrides=["resume_from_checkpoint="]))
+
+
+def test_other_weights_at_the_same_place_are_not_resumed_on(make_project: MakeProject) -> None:
+    folder = make_project("edits", max_train_steps=4)
+    project, _ = _prepare(folder)
+    run(project, limit=2)
+    weights = project.models / "tiny-flux-kontext" / "transformer"
+    denoiser = flux.load_denoiser(weights.parent, torch.float32, CPU)
+    with torch.no_grad():
+        next(denoiser.parameters()).mul_(1.5)
+    denoiser.save_pretrained(weights)
+    with pytest.raises(UserError, match="the model's weights"):
+        run(project)
+
+
+def test_another_folder_of_equal_names_sizes_and_times_is_read_anew(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    datasets = json.loads((folder / "multidatabackend.json").read_text())
+    del datasets[0]["conditioning_data"], datasets[1]
+    for name, level in (("a", 10), ("b", 200)):
+        (folder / name).mkdir()
+        Image.new("RGB", (64, 64), (level,) * 3).save(folder / name / "x.bmp")
+        os.utime(folder / name / "x.bmp", (1, 1))
+    found = []
+    for name in ("a", "b"):
+        datasets[0] |= {"instance_data_dir": name, "caption_strategy": "filename"}
+        (folder / "multidatabackend.json").write_text(json.dumps(datasets))
+        assert scan(folder).datasets[0].read == 1
+        found.append(read_table(open_project(folder).manifest("colour"), ImageRow)[0].image_id)
+    assert found[0] != found[1]
+
+
+def test_linked_folders_are_looked_into_once_and_workspaces_never(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    (folder / "target" / "again").symlink_to(folder / "target")
+    (folder / "target" / "other").symlink_to(folder / "reference")
+    assert scan(folder).datasets[0].seen == 12
+    datasets = json.loads((folder / "multidatabackend.json").read_text())
+    del datasets[0]["conditioning_data"], datasets[1]
+    datasets[0] |= {"instance_data_dir": ".", "caption_strategy": "filename"}
+    (folder / "multidatabackend.json").write_text(json.dumps(datasets))
+    (folder / "work" / "references").mkdir()
+    shutil.copy2(next((folder / "target").glob("*.jpg")), folder / "work" / "references")
+    for workspace in ("work", "elsewhere"):
+        assert scan(open_project(folder, workspace=folder / workspace)).datasets[0].seen == 12
+    with pytest.raises(UserError, match="lies in the workspace"):
+        scan(open_project(folder, workspace=folder))

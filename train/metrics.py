@@ -13,9 +13,10 @@ class Metrics:
 
     def __init__(self, run_folder: Path, first_step: int) -> None:
         path = run_folder / "metrics.jsonl"
-        kept = [line for line, step in _lines(path) if step <= first_step]
-        with write_aside(path) as aside:
-            aside.write_text("".join(f"{line}\n" for line in kept))
+        kept = "".join(f"{line}\n" for line, step in _lines(path) if step <= first_step)
+        if not path.exists() or path.read_text(errors="replace") != kept:
+            with write_aside(path) as aside:
+                aside.write_text(kept)
         self._file = path.open("a")
 
     def write(self, **values: float | int) -> None:

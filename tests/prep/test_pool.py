@@ -35,7 +35,8 @@ def test_several_workers_are_several_processes_and_one_is_this_one(tasks):
 
 def test_there_are_never_more_workers_than_items(tasks):
     assert len({process for _, process in each(tasks.process_of, range(2), 16)}) <= 2
-    assert list(each(tasks.process_of, [0], 16)) == [(0, os.getpid())]
+    [(_, process)] = each(tasks.process_of, [0], 16)
+    assert process != os.getpid()  # one item, too, may cost a worker and must not cost the command
     assert list(each(tasks.process_of, [], 16)) == []
 
 
