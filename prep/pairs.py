@@ -188,9 +188,7 @@ def _generate(
 
     A picture that can never be made rejects its pair. Raises UserError for one that may be made another time.
     """
-    stored = {
-        name for name, entry in zip(target.generated_ids, target.conditioning, strict=True) if entry.storage == "files"
-    }
+    stored = {target.generated_id(entry) for entry in target.conditioning if entry.storage == "files"}
     wanted = {
         (number, reference_picture(project, row, reference))
         for number, row in enumerate(rows)

@@ -99,7 +99,7 @@ def _image_files(folder: Path, workspace: Path) -> tuple[list[Path], int]:
     seen = {folder.resolve()}
     for place, folders, names in os.walk(folder, onerror=_tell_unreadable, followlinks=True):
         here = Path(place)
-        folders[:] = [name for name in folders if _is_images(here / name, workspace, seen)]
+        folders[:] = [name for name in sorted(folders) if _is_images(here / name, workspace, seen)]
         for name in names:
             if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."):
                 found.append((here / name).relative_to(folder))
