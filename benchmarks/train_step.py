@@ -123,7 +123,7 @@ def measure(variant: str, pixels: int, count: int, steps: int) -> None:
         project = open_project(folder)
     side, _, precision = variant.partition(" ")
     model = random_transformer()
-    quantize_base(model, precision or "no_change")
+    quantize_base(model, precision or "no_change", project.family.unquantised)
     step = {"diffusers": diffusers_step, "pairline": pairline_step}[side](model, random_batch(pixels, count), project)
     for _ in range(2):
         step()

@@ -41,6 +41,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
             r"|proj_mlp|proj_out)|proj_out",
         },
         default_lora_target="all",
+        unquantised=("proj_out", "x_embedder", "context_embedder"),
     ),
 }
 

@@ -62,9 +62,19 @@ def _missing(folder: Path, components: Sequence[str]) -> list[str]:
     for part in components:
         if not (folder / part).is_dir():
             missing.append(part)
-        elif (folder / part / "config.json").exists() and not _weights(folder / part):
-            missing.append(f"{part}/*.safetensors")
+        elif (folder / part / "config.json").exists():
+            missing += [f"{part}/{file}" for file in _missing_weights(folder / part)]
     return missing
+
+
+def _missing_weights(folder: Path) -> list[str]:
+    """Name the weight files that a component lacks: all, or shards that its index names."""
+    if not _weights(folder):
+        return ["*.safetensors"]
+    named: set[str] = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        named |= set(json.loads(index.read_text())["weight_map"].values())
+    return sorted(name for name in named if not (folder / name).exists())
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -100,11 +110,12 @@ def record_keys(project: Project, keys: EncoderKeys) -> None:
             aside.write_text(json.dumps(known | {_record_name(project): asdict(keys)}, indent=1, sort_keys=True))
 
 
-def encoder_keys(project: Project) -> EncoderKeys:
+def encoder_keys(project: Project, *, remember: bool = True) -> EncoderKeys:
     """Return the keys of the encoders on this machine, or those that prep cache noted; raises UserError."""
     folder = here(project, (*project.family.image_encoder, *project.family.text_encoders))
     if folder is not None:
-        return EncoderKeys(image_encoder_key(project, folder), text_encoder_key(project, folder))
+        image = image_encoder_key(project, folder, remember=remember)
+        return EncoderKeys(image, text_encoder_key(project, folder, remember=remember))
     noted = _recorded(project).get(_record_name(project))
     if noted is None:
         raise UserError(
@@ -120,7 +131,7 @@ def _record(project: Project) -> Path:
 
 def _record_name(project: Project) -> str:
     trainer = project.trainer
-    return f"{trainer.model_family} {project.flavour} {project.checkpoint} {trainer.vae_dtype}"
+    return f"{trainer.model_family} {project.flavour} {trainer.vae_dtype}"
 
 
 def _recorded(project: Project) -> dict[str, dict[str, str]]:

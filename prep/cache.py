@@ -21,7 +21,7 @@ from schemas.rows import PairRow
 from schemas.shards import ShardIndex
 from schemas.summaries import CacheSummary, StoreSummary
 
-_NOT_HERE = "checkpoint not on this machine"  # in place of an encoder's key, in a dry run
+_NOT_HERE = "(encoder not known yet)"  # in place of an encoder's key, in a dry run without a checkpoint
 
 
 @dataclass(slots=True)

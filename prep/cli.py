@@ -36,7 +36,7 @@ Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after 
 Workers = Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes.  [default: one per core]")]
 
 
-@app.command(epilog="Example:  prep scan my-project --json")
+@app.command(short_help="Measure, caption and bucket images.", epilog="Example:  prep scan my-project --json")
 def scan(
     project: ProjectPath,
     workspace: Workspace = None,
@@ -57,7 +57,7 @@ def scan(
         report(run(opened, limit=limit, workers=workers, dry_run=dry_run), json)
 
 
-@app.command(epilog="Example:  prep pairs my-project --preview 12")
+@app.command(short_help="Match or make references.", epilog="Example:  prep pairs my-project --preview 12")
 def pairs(
     project: ProjectPath,
     workspace: Workspace = None,
@@ -79,7 +79,7 @@ def pairs(
         report(run(opened, limit=limit, workers=workers, dry_run=dry_run, preview=preview), json)
 
 
-@app.command(epilog="Example:  prep cache my-project --dry-run")
+@app.command(short_help="Encode images and prompts.", epilog="Example:  prep cache my-project --dry-run")
 def cache(
     project: ProjectPath,
     workspace: Workspace = None,

@@ -38,11 +38,11 @@ class _References:
 
     dataset: DatasetConfig
     rows: Mapping[str, ImageRow]
+    folded: Mapping[str, str]  # path without extension, case and Unicode form -> path
 
     def like(self, path: str) -> str | None:
         """Find a file that differs from `path` in extension, case or Unicode form alone."""
-        wanted = _folded(path)
-        return next((other for other in self.rows if _folded(other) == wanted), None)
+        return self.folded.get(_folded(path))
 
     @property
     def strict(self) -> bool:
@@ -81,10 +81,7 @@ def _pair_dataset(
     images = read_manifest(project, target)
     cut = limit if limit is not None and limit < len(images) else None
     images = images[:limit]
-    references = [
-        _References(dataset, {row.path: row for row in read_manifest(project, dataset)})
-        for dataset in project.references_of(target)
-    ]
+    references = [_read_references(project, dataset) for dataset in project.references_of(target)]
     rows = [_pair(project, target, image, references) for image in images if image.reject is None]
     rows, generated, reused = _generate(project, target, rows, workers, dry_run)
     provenance = replace(pairs_provenance(project, target), limit=cut)
@@ -108,6 +105,11 @@ def _pair_dataset(
         written=written,
     )
     return summary, rows
+
+
+def _read_references(project: Project, dataset: DatasetConfig) -> _References:
+    rows = {row.path: row for row in read_manifest(project, dataset)}
+    return _References(dataset, rows, {_folded(path): path for path in rows})
 
 
 def _known(table: Path) -> list[PairRow] | None:
@@ -195,28 +197,24 @@ def _generate(
         for reference in row.references
         if reference.dataset_id in stored
     }
-    by_place = {picture.stored: picture for _, picture in sorted(wanted, key=lambda one: one[0], reverse=True)}
-    missing = [
-        picture
-        for place, picture in sorted(by_place.items(), key=lambda one: str(one[0]))
-        if place is not None and not place.exists()
-    ]
+    by_place = {picture.place: picture for _, picture in sorted(wanted, key=lambda one: one[0], reverse=True)}
+    missing = [picture for place, picture in sorted(by_place.items()) if not place.exists()]
     total = len(by_place)
     if dry_run:
         return rows, len(missing), total - len(missing)
-    refused: dict[Path | None, str] = {}
+    refused: dict[Path, str] = {}
     unsettled: dict[str, str] = {}  # what may work another time
     with progress(f"degrade {target.id}", total, "image", done=total - len(missing)) as bar:
         for picture, fault in each(store, missing, workers):
             if isinstance(fault, Crash) or (isinstance(fault, Refusal) and not fault.lasting):
                 unsettled[str(picture.file)] = fault.reason
             elif isinstance(fault, Refusal):
-                refused[picture.stored] = f"reference not made: {fault.reason}"
+                refused[picture.place] = f"reference not made: {fault.reason}"
             bar.update()
     if unsettled:
         listed = "\n".join(f"  {file}: {reason}" for file, reason in sorted(unsettled.items())[:20])
         raise UserError(f"{len(unsettled)} references could not be made; run prep scan and prep pairs again:\n{listed}")
-    rejected = {number: refused[picture.stored] for number, picture in wanted if picture.stored in refused}
+    rejected = {number: refused[picture.place] for number, picture in wanted if picture.place in refused}
     rows = [replace(row, reject=rejected.get(number, row.reject)) for number, row in enumerate(rows)]
     return rows, len(missing) - len(refused), total - len(missing)
 

@@ -29,6 +29,12 @@ class Picture:
     seed: int | None = None
     stored: Path | None = None  # where prep pairs keeps it, if degraded
 
+    @property
+    def place(self) -> Path:
+        """Return where a degraded picture is kept; others have no such place."""
+        assert self.stored is not None, "only degraded pictures are stored"
+        return self.stored
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -87,12 +93,11 @@ def pixels_of(picture: Picture) -> Pixels | Refusal:
 
 def store(picture: Picture) -> Refusal | None:
     """Write a degraded picture to its place, lossless; None when it is there."""
-    assert picture.stored is not None, "only degraded pictures are stored"
     pixels = pixels_of(picture)
     if isinstance(pixels, Refusal):
         return pixels
     done, data = cv2.imencode(".png", pixels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
     assert done, "an 8-bit colour picture always encodes"
-    with write_aside(picture.stored) as aside:
+    with write_aside(picture.place) as aside:
         aside.write_bytes(data.tobytes())
     return None

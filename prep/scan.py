@@ -111,7 +111,10 @@ def _image_files(folder: Path, workspace: Path) -> tuple[list[Path], int]:
 def _is_images(folder: Path, workspace: Path, seen: set[Path]) -> bool:
     """Tell a sub-folder to look into: not hidden, no workspace, and not seen before by way of a link."""
     real = folder.resolve()
-    if folder.name.startswith(".") or real == workspace or (folder / "manifests").is_dir() or real in seen:
+    if folder.name.startswith(".") or real == workspace or real in seen:
+        return False
+    if any((folder / "manifests").glob("*.parquet")):
+        log.warning("%s: left out, it is a workspace", folder)
         return False
     seen.add(real)
     return True

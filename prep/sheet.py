@@ -13,7 +13,7 @@ from schemas.storage import write_aside
 _HEIGHT = 224  # pixels of a thumbnail
 _TEXT = 18  # pixels of a line of text
 _GAP = 12
-_COLUMNS = 2  # pairs side by side
+_WIDTH = 1500  # of a line of pairs
 
 
 def contact_sheet(project: Project, dataset_id: str, rows: list[PairRow], count: int) -> Path | None:
@@ -22,24 +22,30 @@ def contact_sheet(project: Project, dataset_id: str, rows: list[PairRow], count:
     if not kept:
         return None
     chosen = [kept[number * len(kept) // min(count, len(kept))] for number in range(min(count, len(kept)))]
-    cells = [_cell(project, row) for row in chosen]
-    lines = [cells[first : first + _COLUMNS] for first in range(0, len(cells), _COLUMNS)]
-    widths = [max(line[column].width for line in lines if column < len(line)) for column in range(len(lines[0]))]
-    size = (
-        sum(widths) + _GAP * (len(widths) + 1),
-        _GAP + sum(max(cell.height for cell in line) + _GAP for line in lines),
-    )
-    sheet, top = Image.new("RGB", size, "white"), _GAP
-    for line in lines:
+    lines = _lines([_cell(project, row) for row in chosen])
+    widths = [sum(cell.width + _GAP for cell in line) for line in lines]
+    heights = [max(cell.height for cell in line) + _GAP for line in lines]
+    sheet, top = Image.new("RGB", (max(widths) + _GAP, sum(heights) + _GAP), "white"), _GAP
+    for line, height in zip(lines, heights, strict=True):
         left = _GAP
-        for cell, width in zip(line, widths, strict=False):
+        for cell in line:
             sheet.paste(cell, (left, top))
-            left += width + _GAP
-        top += max(cell.height for cell in line) + _GAP
+            left += cell.width + _GAP
+        top += height
     path = project.pair_table(dataset_id).with_suffix(".preview.png")
     with write_aside(path) as aside:
         sheet.save(aside, format="PNG")
     return path
+
+
+def _lines(cells: list[Image.Image]) -> list[list[Image.Image]]:
+    """Set cells side by side as far as a line holds them."""
+    lines: list[list[Image.Image]] = [[]]
+    for cell in cells:
+        if lines[-1] and sum(one.width + _GAP for one in lines[-1]) + cell.width > _WIDTH:
+            lines.append([])
+        lines[-1].append(cell)
+    return lines
 
 
 def _cell(project: Project, row: PairRow) -> Image.Image:
@@ -58,7 +64,7 @@ def _cell(project: Project, row: PairRow) -> Image.Image:
         draw.text((left, 1), label, "gray", font)
         left += thumb.width + _GAP // 2
     prompt = row.prompts[0] if row.prompts else ""
-    more = f" (+{len(row.prompts) - 1})" if len(row.prompts) > 1 else ""
+    more = f" (+{len(row.prompts) - 1} other prompts)" if len(row.prompts) > 1 else ""
     for line, text in enumerate((f"{row.target_path}  {row.bucket}", f"{prompt}{more}")):
         draw.text((0, _HEIGHT + _TEXT * (1 + line)), _shortened(text, width, font), "black", font)
     return cell

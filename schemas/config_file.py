@@ -32,6 +32,7 @@ class Findings:
 
     faults: list[Fault] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    dropped: set[str] = field(default_factory=set)  # ids of datasets too faulty to go on with
 
 
 def read_json(path: Path) -> Any:
@@ -169,7 +170,7 @@ def _fault(file: str, prefix: str, detail: dict[str, Any]) -> Fault:
     if kind == "value_error":
         value_shown = value if place else None
         return Fault(file, key.rstrip("."), str(context["error"]), value_shown)
-    message = str(detail["msg"])
+    message = str(detail["msg"]).replace("Input should be", "must be").partition(", unable to parse")[0]
     return Fault(file, key, message[0].lower() + message[1:], value)
 
 

@@ -62,12 +62,16 @@ def load_project(
         datasets=tuple(datasets),
         prompt_library=library,
         family=family,
+        overrides=tuple(overrides),
         warnings=(),
     )
+    first = list(found.faults)
     for rule in RULES:
         rule(project, datasets_path.name, found)
     if need_images:
         found.faults += missing_folders(project, datasets_path.name)
+    told = {_option(fault) for fault in first}  # what is faulty by itself need not be told again as missing
+    found.faults = [*first, *(fault for fault in found.faults[len(first) :] if _option(fault) not in told)]
     if found.faults:
         raise ConfigError(config_path.parent, [_blamed(fault, config_path.name, given) for fault in found.faults])
     return replace(project, warnings=tuple(found.warnings))
@@ -113,6 +117,11 @@ def _trainer(path: Path, overrides: Sequence[str], found: Findings) -> tuple[Tra
         values |= replaced
         given |= replaced.keys()
     return validate(values, TrainerConfig, (path.name, ""), found) or TrainerConfig(), given
+
+
+def _option(fault: Fault) -> tuple[str, str]:
+    """Name the option that a fault is about, without the place of its dataset in the list."""
+    return fault.file, fault.key.rpartition("] ")[2]
 
 
 def _blamed(fault: Fault, file: str, given: set[str]) -> Fault:
@@ -201,7 +210,10 @@ def _dataset(file: str, index: int, entry: Any, trainer: TrainerConfig, found: F
         values["conditioning"] = [generator for generator in split if generator is not None]
     else:
         found.faults.append(Fault(file, f"{prefix}conditioning", "must be a list of generators", shown(generators)))
-    return validate(values, DatasetConfig, (file, prefix), found)
+    dataset = validate(values, DatasetConfig, (file, prefix), found)
+    if dataset is None and isinstance(name, str):
+        found.dropped.add(name)
+    return dataset
 
 
 def _prompt_library(base: Path, config_name: str, trainer: TrainerConfig, found: Findings) -> dict[str, str]:

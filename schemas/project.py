@@ -3,6 +3,7 @@
 Made by `schemas.loading.load_project`; a new file or folder of the workspace gets its path here.
 """
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class Project:
     datasets: tuple[DatasetConfig, ...]
     prompt_library: Mapping[str, str]
     family: FamilySpec
+    overrides: tuple[str, ...]  # of --set
     warnings: tuple[str, ...]
 
     @property
@@ -65,12 +67,14 @@ class Project:
     def command(self, name: str) -> str:
         """Spell a command for this project, as an error's advice."""
         folder = self.config_path.parent
-        parts = [name, str(folder if self.config_path.name == CONFIG_NAME else self.config_path)]
+        parts = [str(folder if self.config_path.name == CONFIG_NAME else self.config_path)]
         if self.root != folder:
             parts += ["--root", str(self.root)]
         if self.workspace != folder / "work":
             parts += ["--workspace", str(self.workspace)]
-        return " ".join(parts)
+        for text in self.overrides:
+            parts += ["--set", text]
+        return f"{name} {shlex.join(parts)}"
 
     def dataset(self, dataset_id: str) -> DatasetConfig:
         """Find a dataset by its id; raises KeyError."""

@@ -78,6 +78,8 @@ def _rule_links(project: Project, file: str, found: Findings) -> None:
         named = [("conditioning_data", name) for name in dataset.conditioning_data if name not in dataset.generated_ids]
         named += [("source_dataset_id", name) for name in [dataset.source_dataset_id] if name is not None]
         for key, name in named:
+            if name in found.dropped:
+                continue
             if name not in by_id:
                 hint = f"datasets: {', '.join(by_id)}"
                 found.faults.append(Fault(file, f'"{dataset.id}" {key}', "no such dataset", shown(name), hint))

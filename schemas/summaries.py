@@ -5,7 +5,7 @@ One frozen dataclass per command; `as_json` is the machine's view, each `lines` 
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +116,12 @@ class CacheSummary:
     def lines(self) -> Iterator[str]:
         """Yield the closing report."""
         for store in self.stores:
-            done = "to encode" if self.dry_run else "encoded"
-            missing = store.needed - store.reused - len(store.rejected) if self.dry_run else store.encoded
-            yield (
-                f"{store.kind}: {store.needed} needed, {store.reused} reused, {missing} {done}, "
-                f"{store.bytes_written / 2**20:.1f} MiB written to {store.folder}"
-            )
+            known = f"{store.kind}: {store.needed} needed, {store.reused} reused"
+            if self.dry_run:
+                yield f"{known}, {store.needed - store.reused - len(store.rejected)} to encode into {store.folder}"
+            else:
+                size = f"{store.bytes_written / 2**20:.1f} MiB"
+                yield f"{known}, {store.encoded} encoded, {size} written to {store.folder}"
             for name, reason in store.rejected.items():
                 yield f"  rejected {name}: {reason}"
             if store.rejected:
@@ -140,13 +140,15 @@ class TrainSummary:
     skipped: int  # samples whose image could not be encoded
     first_step: int  # steps that were done before
     last_step: int
-    first_loss: float | None  # mean of the first tenth of this run's steps
-    loss: float | None  # mean of the last tenth
-    trainable_parameters: int | None  # null in a dry run, which loads no model
     device: str
-    seconds: float
     dry_run: bool
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...]
+    stopped: bool = False  # asked to, before its last step
+    first_loss: float | None = None  # mean of the first tenth of this run's steps
+    loss: float | None = None  # mean of the last tenth
+    trainable_parameters: int | None = None  # null if no model was loaded
+    seconds_per_step: float | None = None  # median
+    seconds: float = 0.0  # in all
     command: str = "train run"
 
     def lines(self) -> Iterator[str]:
@@ -157,17 +159,16 @@ class TrainSummary:
             yield f"would train {steps} steps{resumed} on {self.samples} samples into {self.run_folder}"
             return
         if steps == 0:
-            yield f"nothing to do: all {self.last_step} steps are done"
-            yield f"LoRA {self.lora}"
-            return
-        pace = f", {self.seconds / steps:.2f} s/step"
-        loss = f", loss {self.first_loss:.4f} to {self.loss:.4f}"
-        yield (
-            f"{steps} steps{resumed} on {self.samples} samples ({self.device}): "
-            f"{self.trainable_parameters:,} parameters{loss}{pace}"
-        )
+            yield f"nothing to do: {self.last_step} steps are done"
+        else:
+            yield (
+                f"{steps} steps{resumed} on {self.samples} samples ({self.device}): {self.trainable_parameters:,} "
+                f"parameters, loss {self.first_loss:.4f} to {self.loss:.4f}, {self.seconds_per_step:.2f} s/step"
+            )
         if self.skipped:
             yield f"  {self.skipped} samples left out: their images could not be encoded"
+        if self.stopped:
+            yield f"stopped after step {self.last_step}; the same command goes on from there"
         yield f"LoRA {self.lora}"
 
 

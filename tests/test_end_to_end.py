@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -445,8 +446,13 @@ def test_a_dry_run_writes_nothing_at_any_stage(make_project: MakeProject) -> Non
     assert _tree(folder) == before
     cache(folder)
     before = _tree(folder)
+    (folder / "work" / "models" / "fingerprints.json").unlink()
+    before = _tree(folder)
     assert run(folder, dry_run=True).last_step == 12
     assert _tree(folder) == before
+    run(folder)
+    with pytest.raises(UserError, match="learning_rate"):
+        run(open_project(folder, overrides=["learning_rate=1"]), dry_run=True)
 
 
 def test_a_machine_without_the_encoders_trains_from_the_shards(make_project: MakeProject) -> None:
@@ -596,3 +602,36 @@ def test_linked_folders_are_looked_into_once_and_workspaces_never(make_project: 
         assert scan(open_project(folder, workspace=folder / workspace)).datasets[0].seen == 12
     with pytest.raises(UserError, match="lies in the workspace"):
         scan(open_project(folder, workspace=folder))
+
+
+def test_repeats_are_spread_over_the_epoch(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    datasets = json.loads((folder / "multidatabackend.json").read_text())
+    datasets[0]["repeats"] = 9
+    (folder / "multidatabackend.json").write_text(json.dumps(datasets))
+    project, _ = _prepare(folder)
+    shown = [one.sample_id for batch in epoch_batches(project, _shelf(project), 0) for one in batch]
+    assert {shown.count(name) for name in set(shown)} == {10}
+    alike = sum(one == other for one, other in pairwise(shown))
+    assert alike < 20  # of 59 neighbours, a sixth by chance: 20 is four standard deviations above
+    assert shown != [one.sample_id for batch in epoch_batches(project, _shelf(project), 1) for one in batch]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_finishes_the_step_and_writes_a_checkpoint(
+    make_project: MakeProject, number: signal.Signals
+) -> None:
+    folder = make_project("edits", max_train_steps=400, checkpointing_steps=0)
+    _prepare(folder)
+    project = open_project(folder)
+    command = [sys.executable, "-m", "train.cli", "run", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (project.run_folder / "metrics.jsonl").exists() or len(_lines(project)) < 3:
+        assert process.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.005)
+    process.send_signal(number)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    steps = len(_lines(project))
+    assert f"stopped after step {steps}; the same command goes on from there" in out
+    assert run(open_project(folder, overrides=[f"max_train_steps={steps + 1}"])).first_step == steps

@@ -16,17 +16,17 @@ from uuid import uuid4
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from schemas.errors import UserError
 from schemas.storage import sync
+from schemas.trainer import TrainerConfig
 from train.lora import load_lora, lora_layers
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS, _OPTIMIZER, _STATE = "lora.safetensors", "optimizer.pt", "state.json"
 _ASIDE = ".tmp."
 _DAMAGE = (SafetensorError, UnpicklingError)
-_INSTEAD = "delete it to resume from the one before"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +74,18 @@ def sweep(run_folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def load(folder: Path, state: State, settings: dict[str, Any]) -> None:
-    """Restore a checkpoint; raises UserError if it was written under other settings or is damaged."""
+def check(folder: Path, settings: dict[str, Any]) -> int:
+    """Return the number of steps a checkpoint stands after.
+
+    Raises UserError if it is damaged or was written under other settings.
+    """
     try:
-        earlier = json.loads((folder / _STATE).read_text())["settings"]
-        layers = load_file(folder / _WEIGHTS)
-        optimizer = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-        step = step_of(folder)
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, *_DAMAGE) as fault:
-        raise UserError(f"{folder}: damaged ({fault or type(fault).__name__}); {_INSTEAD}") from fault
-    changed = [key for key in settings if settings[key] != earlier.get(key)]
+        stored = json.loads((folder / _STATE).read_text())
+        step, earlier = int(stored["step"]), dict(stored["settings"])
+    except (OSError, ValueError, LookupError, TypeError) as fault:
+        raise _damaged(folder, fault) from fault
+    defaults = TrainerConfig().model_dump(mode="json")  # of options that the checkpoint's version did not have
+    changed = [key for key in settings if settings[key] != earlier.get(key, defaults.get(key))]
     if changed:
         hidden = {"samples": "the pairs themselves", "weights": "the model's weights"}
         listed = [
@@ -93,9 +95,43 @@ def load(folder: Path, state: State, settings: dict[str, Any]) -> None:
             f"{folder}: written under other settings ({', '.join(listed)}); "
             "give the new run another output_dir or tracker_run_name"
         )
-    load_lora(state.denoiser, layers)
-    state.optimizer.load_state_dict(optimizer)
+    return step
+
+
+def load(folder: Path, state: State) -> None:
+    """Restore a checkpoint that was checked; raises UserError if it is damaged or of another rank or preset."""
+    try:
+        step = int(json.loads((folder / _STATE).read_text())["step"])
+        layers = load_file(folder / _WEIGHTS)
+        optimizer = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+        load_lora(state.denoiser, layers)
+        state.optimizer.load_state_dict(optimizer)
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, *_DAMAGE) as fault:
+        raise _damaged(folder, fault) from fault
     _move_schedule(state, step)
+
+
+def holds(folder: Path, lora: Path) -> bool:
+    """Tell whether a LoRA file has the weights of a checkpoint."""
+    try:
+        return same_layers(lora, load_file(folder / _WEIGHTS))
+    except (OSError, SafetensorError):
+        return False
+
+
+def same_layers(lora: Path, layers: dict[str, Tensor]) -> bool:
+    """Tell whether a LoRA file exists and has these weights, named as peft names them."""
+    try:
+        stored = {name.partition(".")[2]: tensor for name, tensor in load_file(lora).items()}
+    except (OSError, SafetensorError):
+        return False
+    return stored.keys() == layers.keys() and all(torch.equal(stored[name], layers[name].cpu()) for name in layers)
+
+
+def _damaged(folder: Path, fault: Exception) -> UserError:
+    return UserError(
+        f"{folder}: damaged ({str(fault) or type(fault).__name__}); delete it to resume from the one before"
+    )
 
 
 def _move_schedule(state: State, step: int) -> None:
@@ -106,14 +142,6 @@ def _move_schedule(state: State, step: int) -> None:
     for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     state.schedule.last_epoch, state.schedule._last_lr = step, rates
-
-
-def step_of(folder: Path) -> int:
-    """Return the number of steps a checkpoint stands after; raises UserError if it is damaged."""
-    try:
-        return int(json.loads((folder / _STATE).read_text())["step"])
-    except (OSError, ValueError, LookupError, TypeError) as fault:
-        raise UserError(f"{folder}: damaged ({fault or type(fault).__name__}); {_INSTEAD}") from fault
 
 
 def _aside(folder: Path) -> Path:
@@ -147,7 +175,9 @@ def chosen(run_folder: Path, resume: str | None, root: Path) -> Path | None:
     listed = ", ".join(path.name for path in existing) or "none"
     for folder in (run_folder / resume, root / resume):
         if resume and (folder / _STATE).is_file():
-            later = [path.name for path in existing if int(path.name.partition("-")[2]) > step_of(folder)]
+            later = [
+                path.name for path in existing if path != folder and int(path.name.partition("-")[2]) > _step(folder)
+            ]
             if later:
                 raise UserError(
                     f"{run_folder} holds later checkpoints ({', '.join(later)}); delete them, or give the run that "
@@ -157,3 +187,7 @@ def chosen(run_folder: Path, resume: str | None, root: Path) -> Path | None:
     raise UserError(
         f"resume_from_checkpoint: no checkpoint {resume!r} in {run_folder} or {root}; checkpoints there: {listed}"
     )
+
+
+def _step(folder: Path) -> int:
+    return check(folder, {})

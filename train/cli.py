@@ -22,7 +22,10 @@ def _commands() -> None:
     """Train a LoRA from cached pairs."""
 
 
-@app.command(epilog="Example:  train run my-project --set learning_rate=2e-4 --set tracker_run_name=higher-rate")
+@app.command(
+    short_help="Train a LoRA; resumes by itself.",
+    epilog="Example:  train run my-project --set learning_rate=2e-4 --set tracker_run_name=higher-rate",
+)
 def run(
     project: Annotated[
         Path, typer.Argument(metavar="PROJECT", help="Folder that holds config.json, or the path of such a file.")
@@ -40,7 +43,7 @@ def run(
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after N steps of this run.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads on a CPU.")] = None,
 ) -> None:
-    """Train; the same command resumes a run that was stopped."""
+    """Train; the same command resumes a run that was stopped. Ctrl-C finishes the step and writes a checkpoint."""
     with reporting():
         from families import open_project
         from train.loop import run as train

@@ -166,8 +166,8 @@ def epoch_batches(project: Project, shelf: Shelf, epoch: int) -> list[list[Shown
         shapes = tuple(shelf.shape(image) for image in (showing.target, *showing.references))
         alike.setdefault(shapes, []).append(showing)
     planned = [group[first : first + size] for group in alike.values() for first in range(0, len(group), size)]
-    planned.sort(key=lambda batch: seed_of(seed, "batch", epoch, [one.sample_id for one in batch], batch[0].prompt))
-    return planned
+    order = sorted(range(len(planned)), key=lambda number: seed_of(seed, "batch", epoch, number))
+    return [planned[number] for number in order]
 
 
 def _show(project: Project, sample: Sample, name: tuple[object, ...]) -> Shown:

@@ -8,18 +8,17 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from families import Source, open_project
-from families.checkpoints import encoder_keys, fingerprint, locate
+from families.checkpoints import encoder_keys, fingerprint, here, locate
 from families.protocol import Family
 from families.runtime import choose_attention, default_device, dtype_of, family_of
 from schemas.console import progress
@@ -31,6 +30,7 @@ from schemas.summaries import TrainSummary
 from schemas.trainer import TrainerConfig
 from train import checkpoint, flow
 from train.data import Batch, Shelf, Shown, batches, epoch_batches
+from train.interrupt import stops
 from train.lora import add_lora, lora_layers, lora_metadata
 from train.metrics import Metrics
 from train.optimizer import make_optimizer, make_schedule
@@ -46,7 +46,7 @@ _FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-def run(
+def run(  # noqa: PLR0915 - one run, read top to bottom
     project: Source, *, limit: int | None = None, workers: int | None = None, dry_run: bool = False
 ) -> TrainSummary:
     """Train a LoRA on the cached pairs of a project and write it to the run folder.
@@ -60,63 +60,76 @@ def run(
     config, device, folder = project.trainer, default_device(), project.run_folder
 
     # What is trained on: every latent and embed is there, or the run ends here.
-    shelf = Shelf(project, encoder_keys(project))
+    shelf = Shelf(project, encoder_keys(project, remember=not dry_run))
     steps = _steps(project, shelf)
+
+    # Where to go on: a checkpoint must be of these very settings, samples and weights.
+    denoiser = project.family.denoiser
+    weights = here(project, denoiser) if dry_run else locate(project, denoiser)
+    settings = _settings(project, shelf, weights, remember=not dry_run)
     resumed = checkpoint.chosen(folder, config.resume_from_checkpoint, project.root)
-    first = checkpoint.step_of(resumed) if resumed is not None else 0
+    first = checkpoint.check(resumed, settings) if resumed is not None else 0
     last = max(first, min(steps, first + limit) if limit is not None else steps)
 
-    losses: list[float] = []
-    trainable = None
-    if not dry_run:
-        torch.set_num_threads(workers or torch.get_num_threads())
-        family = family_of(project)
-        weights = locate(project, project.family.denoiser)
-        settings = _settings(project, shelf, weights)
-
-        # What is trained, then the state of an earlier run, if there is one.
-        state = _load(project, weights, device, steps)
-        trainable = sum(parameter.numel() for parameter in state.parameters)
-        if resumed is not None:
-            checkpoint.load(resumed, state, settings)
-        checkpoint.sweep(folder)
-
-        stream = itertools.islice(batches(project, shelf), first * config.gradient_accumulation_steps, None)
-        with Metrics(folder, first) as metrics, progress("train", last, "step", done=first) as bar:
-            for step in range(first + 1, last + 1):
-                began = time.monotonic()
-                turns = list(itertools.islice(stream, config.gradient_accumulation_steps))
-                loss = _accumulate(family, state.denoiser, shelf, [showings for _, showings in turns], step, config)
-                norm = _clip(state, step, config.max_grad_norm, check=step == first + 1)
-                rate = state.schedule.get_last_lr()[0]
-                state.optimizer.step()
-                state.schedule.step()
-                state.optimizer.zero_grad(set_to_none=True)
-
-                losses.append(loss)
-                seconds = time.monotonic() - began
-                metrics.write(step=step, epoch=turns[-1][0], loss=loss, lr=rate, grad_norm=norm, seconds=seconds)
-                bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {seconds:.2f} s/step")
-                bar.update()
-                if step == last or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
-                    checkpoint.save(folder, state, step, settings, config.checkpoints_total_limit)
-        _finish(project, family, state, settings)
-
-    tenth = max(1, len(losses) // 10)
-    return TrainSummary(
+    summary = TrainSummary(
         run_folder=str(folder),
         lora=None if dry_run else str(folder / LORA_NAME),
         samples=len(shelf.samples),
         skipped=shelf.skipped,
         first_step=first,
         last_step=last,
-        first_loss=fmean(losses[:tenth]) if losses else None,
-        loss=fmean(losses[-tenth:]) if losses else None,
-        trainable_parameters=trainable,
         device=str(device),
-        seconds=time.monotonic() - start,
         dry_run=dry_run,
         warnings=project.warnings,
+    )
+    if dry_run or weights is None or (first == last and resumed and checkpoint.holds(resumed, folder / LORA_NAME)):
+        return replace(summary, seconds=time.monotonic() - start)
+
+    torch.set_num_threads(workers or torch.get_num_threads())
+    family = family_of(project)
+    state = _load(project, weights, device, steps)
+    if resumed is not None:
+        checkpoint.load(resumed, state)
+    checkpoint.sweep(folder)
+
+    done: list[tuple[float, float]] = []  # loss and seconds of each step
+    stream = itertools.islice(batches(project, shelf), first * config.gradient_accumulation_steps, None)
+    with (
+        Metrics(folder, first) as metrics,
+        progress("train", last, "step", done=first) as bar,
+        stops() as asked_to_stop,
+    ):
+        for step in range(first + 1, last + 1):
+            began = time.monotonic()
+            turns = list(itertools.islice(stream, config.gradient_accumulation_steps))
+            loss = _accumulate(family, state.denoiser, shelf, [showings for _, showings in turns], step, config)
+            norm = _clip(state, step, config.max_grad_norm, check=step == first + 1)
+            rate = state.schedule.get_last_lr()[0]
+            state.optimizer.step()
+            state.schedule.step()
+            state.optimizer.zero_grad(set_to_none=True)
+
+            done.append((loss, time.monotonic() - began))
+            metrics.write(step=step, epoch=turns[-1][0], loss=loss, lr=rate, grad_norm=norm, seconds=done[-1][1])
+            bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {done[-1][1]:.2f} s/step")
+            bar.update()
+            last = step if asked_to_stop() else last
+            if step == last or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
+                checkpoint.save(folder, state, step, settings, config.checkpoints_total_limit)
+            if step == last:
+                break
+    _finish(project, family, state, settings)
+
+    tenth = max(1, len(done) // 10)
+    return replace(
+        summary,
+        last_step=last,
+        stopped=last < steps and limit is None,
+        first_loss=fmean(loss for loss, _ in done[:tenth]) if done else None,
+        loss=fmean(loss for loss, _ in done[-tenth:]) if done else None,
+        trainable_parameters=sum(parameter.numel() for parameter in state.parameters),
+        seconds_per_step=median(seconds for _, seconds in done) if done else None,
+        seconds=time.monotonic() - start,
     )
 
 
@@ -125,7 +138,7 @@ def _load(project: Project, folder: Path, device: torch.device, steps: int) -> c
     config = project.trainer
     choose_attention()
     denoiser = family_of(project).load_denoiser(folder, _base_dtype(config), device).requires_grad_(False)
-    quantize_base(denoiser, config.base_model_precision)
+    quantize_base(denoiser, config.base_model_precision, project.family.unquantised)
     parameters = add_lora(denoiser, project)
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -223,19 +236,21 @@ def _steps(project: Project, shelf: Shelf) -> int:
     return max(1, passes // config.gradient_accumulation_steps)
 
 
-def _settings(project: Project, shelf: Shelf, weights: Path) -> dict[str, Any]:
-    """Return what a run's numbers depend on: a resumed run must have the same."""
+def _settings(project: Project, shelf: Shelf, weights: Path | None, *, remember: bool) -> dict[str, Any]:
+    """Return what a run's numbers depend on: a resumed run must have the same.
+
+    Weights that are not on this machine are left out, which a dry run may do.
+    """
     options = {name: value for name, value in project.trainer.acting("train").items() if name not in _FREE_ON_RESUME}
     options["model_flavour"] = project.flavour
-    return {
-        **options,
-        "samples": shelf.fingerprint(),
-        "weights": fingerprint(project, weights, project.family.denoiser),
-    }
+    settings = {**options, "samples": shelf.fingerprint()}
+    if weights is not None:
+        settings["weights"] = fingerprint(project, weights, project.family.denoiser, remember=remember)
+    return settings
 
 
 def _finish(project: Project, family: Family, state: checkpoint.State, settings: dict[str, Any]) -> None:
-    """Write the LoRA as pipelines load it, and what made it; nothing if both are there as they should be."""
+    """Write the LoRA as pipelines load it, and what made it, unless they are there as they should be."""
     folder, layers = project.run_folder, lora_layers(state.denoiser)
     libraries = {name: version(name) for name in ("pairline", "torch", "diffusers", "transformers", "peft")}
     options = project.trainer.model_dump(mode="json")
@@ -245,18 +260,5 @@ def _finish(project: Project, family: Family, state: checkpoint.State, settings:
     if not record.exists() or record.read_text() != text:
         with write_aside(record) as aside:
             aside.write_text(text)
-    lora = folder / LORA_NAME
-    if not lora.exists() or not _holds(lora, layers):
+    if not checkpoint.same_layers(folder / LORA_NAME, layers):
         family.save_lora(folder, layers, lora_metadata(state.denoiser))
-
-
-def _holds(file: Path, layers: dict[str, Tensor]) -> bool:
-    """Tell whether a LoRA file has these weights already."""
-    try:
-        stored = load_file(file)
-    except (OSError, SafetensorError):
-        return False
-    names = {name: f"transformer.{name}" for name in layers}
-    return stored.keys() == set(names.values()) and all(
-        torch.equal(stored[names[name]], tensor.cpu()) for name, tensor in layers.items()
-    )

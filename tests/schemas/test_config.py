@@ -142,7 +142,7 @@ FIVE_MESSAGES = (
     "config.json: lora_rnak = 8: unknown key; did you mean 'lora_rank'?",
     "config.json: lr_scheduler = \"cosin\": must be one of 'constant', 'constant_with_warmup', 'cosine', "
     "'cosine_with_restarts', 'linear' or 'polynomial'; did you mean 'cosine'?",
-    "config.json: learning_rate = -1: input should be greater than 0",
+    "config.json: learning_rate = -1: must be greater than 0",
     'multidatabackend.json: [0] "photos" captoin_strategy = "textfile": unknown key; did you mean \'caption_strategy\'?',
     'multidatabackend.json: [0] "photos" conditioning[0].blur_type = "gausian": must be one of '
     "'gaussian', 'box', 'both' or 'none'; did you mean 'gaussian'?",
@@ -542,9 +542,9 @@ def test_a_bad_override_is_a_fault_like_any_other(tmp_path):
 def test_a_fault_of_a_value_names_where_the_value_stands(tmp_path):
     faults = faults_of(written(tmp_path, {"lora_rank": 0, "seed": -1}), overrides=["seed=-2", "--max-grad-norm=-1"])
     assert sorted(fault.partition(": ")[0::2] for fault in faults) == [
-        ("--set", "max_grad_norm = -1: input should be greater than or equal to 0"),
-        ("--set", "seed = -2: input should be greater than or equal to 0"),
-        ("config.json", "lora_rank = 0: input should be greater than or equal to 1"),
+        ("--set", "max_grad_norm = -1: must be greater than or equal to 0"),
+        ("--set", "seed = -2: must be greater than or equal to 0"),
+        ("config.json", "lora_rank = 0: must be greater than or equal to 1"),
     ]
 
 
@@ -632,7 +632,7 @@ def test_a_size_of_nothing_is_none(key, none, tmp_path):
     assert [getattr(one, key) for one in project.datasets] == [None, None]
     assert project.warnings == ()
     [fault] = faults_of(written(tmp_path, datasets=[{**dataset, key: -1}]))
-    assert f"{key} = -1: input should be greater than 0" in fault
+    assert f"{key} = -1: must be greater than 0" in fault
 
 
 @pytest.mark.parametrize("none", ["", None, 0])
@@ -651,7 +651,7 @@ def test_neither_steps_nor_epochs_are_set_unless_they_are_given(tmp_path):
 def test_a_fixed_shift_may_be_0_and_not_below(tmp_path):
     assert open_project(written(tmp_path, {"flow_schedule_shift": 0})).trainer.flow_schedule_shift == 0
     [fault] = faults_of(written(tmp_path, {"flow_schedule_shift": -0.1}))
-    assert "flow_schedule_shift = -0.1: input should be greater than or equal to 0" in fault
+    assert "flow_schedule_shift = -0.1: must be greater than or equal to 0" in fault
 
 
 @pytest.mark.parametrize("name", ["team/portraits", "2024/05/first try", "a", "première-fois_2.0"])
@@ -758,7 +758,7 @@ def test_faults_of_generators_name_the_entry_and_the_parameter(tmp_path):
     )
     assert f"{place}[0].qualty = 3: unknown key; did you mean 'quality'?" in faults
     assert f"{place}[1].type = \"canny\": must be one of 'superresolution', 'jpeg_artifacts'" in faults
-    assert f"{place}[2].noise_level = 2: input should be less than or equal to 1" in faults
+    assert f"{place}[2].noise_level = 2: must be less than or equal to 1" in faults
     assert any("the lower end comes first: [10, 50]" in fault for fault in faults)
 
 
