@@ -8,6 +8,7 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ class Header:
 def read_header(path: Path) -> Header | str:
     """Read a file's header, or return the reason why it cannot be used."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path, formats=_formats()) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             orientation = _orientation(image)
             width, height = image.size
@@ -79,7 +80,7 @@ def read_header(path: Path) -> Header | str:
 def decode(data: bytes) -> Image.Image | str:
     """Decode a whole file to an upright 8-bit RGB picture, or return the reason why it cannot be."""
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_formats()) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             orientation = 1 if image.format in _UPRIGHT_ALREADY else _orientation(image)
             image.load()
@@ -99,6 +100,13 @@ def frame(picture: Image.Image, geometry: Geometry) -> Pixels:
     left, top = geometry.crop_left, geometry.crop_top
     box = (left, top, left + geometry.target_width, top + geometry.target_height)
     return np.asarray(picture.crop(box))
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return Pillow's formats but for EPS, which it hands to Ghostscript: a picture must not run a program."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
 
 
 def _orientation(image: Image.Image) -> int:

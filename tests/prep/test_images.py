@@ -304,3 +304,11 @@ def test_the_crop_is_taken_from_the_resized_picture():
     left_half_white[:, :20] = 255
     framed = frame(Image.fromarray(left_half_white), Geometry(8, 8, 80, 80, 0, 36))
     assert (framed[:, :1] > 230).all() and (framed[:, -1:] < 25).all()
+
+
+def test_postscript_under_the_name_of_a_picture_is_never_run(tmp_path):
+    path = tmp_path / "picture.jpg"
+    Image.new("RGB", (8, 8)).save(path, format="EPS")
+    with Image.open(path) as image:
+        assert image.format == "EPS"
+    assert read_header(path) == decode(path.read_bytes()) == "unreadable: no known image format"
