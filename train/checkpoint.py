@@ -175,9 +175,8 @@ def chosen(run_folder: Path, resume: str | None, root: Path) -> Path | None:
     listed = ", ".join(path.name for path in existing) or "none"
     for folder in (run_folder / resume, root / resume):
         if resume and (folder / _STATE).is_file():
-            later = [
-                path.name for path in existing if path != folder and int(path.name.partition("-")[2]) > _step(folder)
-            ]
+            step = check(folder, {})
+            later = [path.name for path in existing if int(path.name.partition("-")[2]) > step]
             if later:
                 raise UserError(
                     f"{run_folder} holds later checkpoints ({', '.join(later)}); delete them, or give the run that "
@@ -187,7 +186,3 @@ def chosen(run_folder: Path, resume: str | None, root: Path) -> Path | None:
     raise UserError(
         f"resume_from_checkpoint: no checkpoint {resume!r} in {run_folder} or {root}; checkpoints there: {listed}"
     )
-
-
-def _step(folder: Path) -> int:
-    return check(folder, {})
