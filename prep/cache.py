@@ -107,7 +107,7 @@ def _cache_latents(
 
 def _store_summary(folder: Path, work: _Work, encoded: int, written: int) -> StoreSummary:
     rejects = work.index.rejects
-    rejected = {str(picture.file): rejects[key] for key, picture in work.pictures.items() if key in rejects}
+    rejected = {picture.name: rejects[key] for key, picture in work.pictures.items() if key in rejects}
     reused = sum(key in work.index for key in work.pictures)
     return StoreSummary("latents", str(folder), len(work.pictures), reused, encoded, rejected, 0, written)
 

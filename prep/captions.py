@@ -1,10 +1,25 @@
-"""Where an image's captions come from: a text file beside it, its name, or the configuration."""
+"""An image's captions: found in a text file, a table, its name or the configuration, then prefixed, filtered, shuffled.
 
+`read_text` reads a text file, `Captioner` makes of what was found the captions an image is trained with.
+"""
+
+import codecs
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from schemas.datasets import DatasetConfig
+from schemas.captions import Filter, parse_filter
+from schemas.datasets import CaptionShuffle, DatasetConfig
+from schemas.keys import seed_of
+
+_MARKS = (  # byte-order marks, the longer of two that begin alike first
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_TAGS = {"comma": (",", ", "), "space": (" ", " "), "period": (".", ". ")}  # what separates them, what joins them
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,37 +31,99 @@ class Captions:
     reject: str | None = None
 
 
-def captions_of(image: Path, dataset: DatasetConfig) -> Captions:
-    """Find the captions of one image as its dataset's options say."""
-    prompts = list(dataset.instance_prompt)
-    if dataset.only_instance_prompt or dataset.caption_strategy == "instanceprompt":
-        return Captions(prompts, "instanceprompt")
-    found = _found(image, dataset)
-    if dataset.prepend_instance_prompt and found.source is not None:
-        together = [f"{prompt} {text}" for prompt in prompts for text in found.texts]
-        return Captions(together, found.source, found.reject)
-    return found
+def read_text(content: bytes | OSError, path: str, encoding: str, *, multiline: bool) -> list[str] | str:
+    """Read a text file: a caption per line, or one in all; or return the reason why it has none.
 
-
-def _found(image: Path, dataset: DatasetConfig) -> Captions:
-    if dataset.caption_strategy == "filename":
-        return Captions([image.stem.replace("_", " ")], "filename")
-    if dataset.caption_strategy == "textfile":
-        found = _textfile(image.with_suffix(".txt"))
-        # References may go without: their pairs then keep the targets' captions.
-        return Captions([], None) if found.reject and not dataset.is_target else found
-    return Captions([], None)
-
-
-def _textfile(path: Path) -> Captions:
-    """Read one caption per line; blank lines, a byte-order mark and CRLF do not count."""
+    A byte-order mark decides the encoding; blank lines and blanks at the ends do not count.
+    """
+    name = path.rpartition("/")[2]
+    if isinstance(content, OSError):
+        missing = isinstance(content, FileNotFoundError)
+        return f"no caption: {name} is missing" if missing else f"no caption: {name}: {content.strerror or content}"
+    marked = next((codec for mark, codec in _MARKS if content.startswith(mark)), encoding)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        return Captions([], None, f"no caption: {path.name} is missing")
-    except OSError as fault:
-        return Captions([], None, f"no caption: {path.name}: {fault.strerror}")
+        text = content.decode(marked)
     except UnicodeDecodeError as fault:
-        return Captions([], None, f"no caption: {path.name} is not UTF-8 (byte {fault.start})")
-    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
-    return Captions(lines, "textfile") if lines else Captions([], None, f"no caption: {path.name} is empty")
+        hint = "" if marked != "utf-8" else "; caption_encoding names another"
+        return f"no caption: {name} is not {marked.upper()} (byte {fault.start}){hint}"
+    lines = [text.strip()] if multiline else [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
+    return [line.replace("\r\n", "\n") for line in lines if line] or f"no caption: {name} is empty"
+
+
+def texts_of(value: object) -> list[str]:
+    """Return the captions in a table's cell: a text, a list of texts, or nothing."""
+    if isinstance(value, list | tuple):
+        return [text for one in value for text in texts_of(one)]
+    text = "" if value is None or value != value else str(value).strip()
+    return [text] if text else []
+
+
+@dataclass(frozen=True, slots=True)
+class Captioner:
+    """What a dataset's options make of the captions that were found."""
+
+    dataset: DatasetConfig
+    filters: tuple[Filter, ...]
+    seed: int
+
+    @classmethod
+    def of(cls, dataset: DatasetConfig, filters: Iterable[str], seed: int) -> "Captioner":
+        """Prepare for a dataset; `filters` are the entries of its caption_filter_list."""
+        shuffled = dataset.caption_shuffle.seed
+        return cls(dataset, tuple(map(parse_filter, filters)), seed if shuffled is None else shuffled)
+
+    @property
+    def reads_text(self) -> bool:
+        """Tell whether captions lie in text files."""
+        return self.dataset.caption_strategy == "textfile" and not self.dataset.only_instance_prompt
+
+    def of_path(self, path: str) -> Captions:
+        """Caption an image by its name or the configuration alone."""
+        prompts = list(self.dataset.instance_prompt)
+        if self.dataset.only_instance_prompt or self.dataset.caption_strategy == "instanceprompt":
+            return self._finished(prompts, "instanceprompt")
+        if self.dataset.caption_strategy == "filename":
+            name = path.rpartition("/")[2]
+            return self.of_found([(name.rpartition(".")[0] or name).replace("_", " ")], "filename")
+        return Captions([], None)
+
+    def of_found(self, found: list[str] | str, source: str) -> Captions:
+        """Caption an image by what was found for it, or say why it has none; references may go without."""
+        if isinstance(found, str):
+            return Captions([], None, found if self.dataset.is_target else None)
+        if self.dataset.prepend_instance_prompt:
+            found = [f"{prompt} {text}" for prompt in self.dataset.instance_prompt for text in found]
+        return self._finished(found, source)
+
+    def _finished(self, texts: list[str], source: str) -> Captions:
+        if self.filters:
+            texts = [text for text in map(self._filtered, texts) if text]
+            if not texts:
+                return Captions([], None, "no caption: caption_filter_list leaves nothing of it")
+        if self.dataset.caption_shuffle.enable:
+            texts = [variant for text in texts for variant in shuffled(text, self.dataset.caption_shuffle, self.seed)]
+        return Captions(texts, source)
+
+    def _filtered(self, text: str) -> str:
+        for one in self.filters:
+            text = one(text)
+        return text.strip()
+
+
+def shuffled(text: str, options: CaptionShuffle, seed: int) -> list[str]:
+    """Return a caption of tags and its variants, each once; the first tags keep their place."""
+    separator, joiner = _TAGS[options.split_on]
+    tags = [tag for tag in map(str.strip, text.split(separator)) if tag]
+    kept = options.position_start
+    if len(tags) < kept + 2:
+        return [text]
+    variants = [text] if options.include_original else []
+    for number in range(options.count):
+        order = sorted(range(kept, len(tags)), key=lambda place: seed_of(seed, "tags", text, number, place))
+        variants.append(joiner.join([*tags[:kept], *(tags[place] for place in order)]))
+    return list(dict.fromkeys(variants))
+
+
+def beside(path: str) -> str:
+    """Return the text file of an image; its name has an extension."""
+    return path.rpartition(".")[0] + ".txt"

@@ -46,6 +46,10 @@ def scan(
     dry_run: DryRun = False,
     limit: Limit = None,
     workers: Workers = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Decode every image; damaged ones are rejected.")] = False,
+    no_hash: Annotated[
+        bool, typer.Option("--no-hash", help="Measure without reading whole files: for a look, not for prep pairs.")
+    ] = False,
 ) -> None:
     """Measure, caption and bucket every image: WORKSPACE/manifests/*.parquet."""
     with reporting():
@@ -54,7 +58,8 @@ def scan(
 
         opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
         warn(opened.warnings)
-        report(run(opened, limit=limit, workers=workers, dry_run=dry_run), json)
+        summary = run(opened, limit=limit, workers=workers, dry_run=dry_run, hashed=not no_hash, verify=verify)
+        report(summary, json)
 
 
 @app.command(short_help="Match or make references.", epilog="Example:  prep pairs my-project --preview 12")

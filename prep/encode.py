@@ -74,13 +74,13 @@ class Images:
         made = each(pixels_of, [picture for _, picture in todo], workers)
         for (key, picture), (_, pixels) in zip(todo, made, strict=True):
             if isinstance(pixels, Crash):
-                self.unsettled[str(picture.file)] = pixels.reason
+                self.unsettled[picture.name] = pixels.reason
             elif not isinstance(pixels, Refusal):
                 yield _Decoded(key, picture.geometry.bucket, pixels)
             elif pixels.lasting:
                 self.rejected[key] = pixels.reason
             else:
-                self.unsettled[str(picture.file)] = pixels.reason
+                self.unsettled[picture.name] = pixels.reason
 
     def _encode(self, batch: Sequence[_Decoded]) -> list[tuple[str, Array]]:
         """Encode a batch; a latent that is not finite is rejected."""

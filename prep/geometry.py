@@ -5,21 +5,35 @@ The arithmetic equals SimpleTuner's for the settings supported here, so that the
 """
 
 import math
-from collections.abc import MutableMapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from schemas.keys import seed_of
 from schemas.rows import Geometry
 
 Size: TypeAlias = tuple[int, int]  # width, height
-Targets: TypeAlias = MutableMapping[float, Size]  # aspect of a bucket -> its target size
 
 # Areas in megapixels that stand for a customary square: within 0.05, the edge is taken from here.
 _CUSTOMARY = {0.25: 512, 0.5: 768, 1.0: 1024, 2.0: 1536, 4.0: 2048}
 
 # An image of this much off a square may be resized to one without a crop: a change of shape that nobody sees.
 _NEARLY_SQUARE = 0.0101
+
+
+@dataclass(slots=True)
+class Targets:
+    """The target size of each bucket of one (resolution, alignment): the first image of a bucket decides it."""
+
+    sizes: dict[float, Size] = field(default_factory=dict)  # aspect of a bucket -> target
+    others: dict[float, set[Size]] = field(default_factory=dict)  # sizes that later images would have had
+
+    def first(self, aspect: float, size: Size) -> Size:
+        """Return the size of a bucket, `size` if it has none yet."""
+        chosen = self.sizes.setdefault(aspect, size)
+        if chosen != size:
+            self.others.setdefault(aspect, set()).add(size)
+        return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +44,13 @@ class Policy:
     resolution_type: Literal["pixel", "area", "pixel_area"]
     alignment: int
     rounding: int = 2  # decimals of an aspect ratio
-    square: bool = False  # crop to a square
-    crop_style: Literal["random", "center", "centre", "corner"] = "random"
+    crop_aspect: Literal["preserve", "square", "closest", "random"] = "preserve"
+    aspects: tuple[tuple[float, float], ...] = ()  # (aspect, weight), for `closest` and `random`
+    crop_style: Literal["random", "center", "centre", "corner", "face"] = "random"
     downsample: float | None = None  # resolution to scale to before a crop
+    least_aspect: float | None = None  # width / height
+    most_aspect: float | None = None
+    most_upscale: float | None = None  # share by which an image may be enlarged
 
     def by_area(self, resolution: float) -> tuple[float, bool]:
         """Return (pixels or megapixels, whether it is an area)."""
@@ -40,21 +58,69 @@ class Policy:
             return int(resolution) ** 2 / 1e6, True
         return resolution, self.resolution_type == "area"
 
+    def aspect_of(self, size: Size) -> float:
+        """Return an image's aspect ratio, rounded as buckets are named."""
+        return round(size[0] / size[1], self.rounding)
 
-def fit(size: Size, policy: Policy, targets: Targets, random_crop: tuple[object, ...]) -> Geometry | str:
+
+def fit(size: Size, policy: Policy, targets: Targets, name: tuple[object, ...]) -> Geometry | str:
     """Return how an image of `size` becomes a training picture, or the reason why it cannot.
 
     `targets` remembers the target size of each bucket of this (resolution, alignment); call in a fixed order of
-    images and pass the same mapping. `random_crop` seeds the place of a random crop.
+    images and pass the same. `name` seeds what is drawn: (seed, dataset id, path).
     """
-    resolution, area = policy.by_area(policy.resolution)
-    ratio = round(size[0] / size[1], policy.rounding)
-    if ratio == 0:
+    aspects = aspects_for(size, policy)
+    if isinstance(aspects, str):
+        return aspects
+    fitted = framed(size, policy, targets, drawn_aspect(aspects, name))
+    return placed(fitted, policy.crop_style, name) if isinstance(fitted, Geometry) else fitted
+
+
+def aspects_for(size: Size, policy: Policy) -> Sequence[tuple[float, float]] | str:
+    """Return the (aspect, weight) that an image may be cropped to, or the reason why there is none.
+
+    More than one only under `crop_aspect: random`.
+    """
+    own = policy.aspect_of(size)
+    if own == 0:
         return f"too narrow: {size[0]}x{size[1]}, its aspect ratio rounds to 0"
     if round(size[1] / size[0], policy.rounding) == 0:
         return f"too wide: {size[0]}x{size[1]}, the inverse of its aspect ratio rounds to 0"
+    if policy.least_aspect is not None and own < policy.least_aspect:
+        return f"too narrow: {size[0]}x{size[1]}, minimum_aspect_ratio is {policy.least_aspect:g}"
+    if policy.most_aspect is not None and own > policy.most_aspect:
+        return f"too wide: {size[0]}x{size[1]}, maximum_aspect_ratio is {policy.most_aspect:g}"
+    if policy.crop_aspect not in ("closest", "random"):
+        return [(1.0 if policy.crop_aspect == "square" else own, 1.0)]
+    allowed = [one for one in policy.aspects if _enlarged(size, policy, one[0]) is None]
+    if not allowed:
+        return _enlarged(size, policy, min(policy.aspects)[0]) or "too small: no aspect is left"
+    return [min(allowed, key=lambda one: abs(one[0] - own))] if policy.crop_aspect == "closest" else allowed
+
+
+def drawn_aspect(aspects: Sequence[tuple[float, float]], name: tuple[object, ...]) -> float:
+    """Draw one aspect by its weight."""
+    if len(aspects) == 1:
+        return aspects[0][0]
+    left = seed_of(*name, "aspect") / 2**63 * sum(weight for _, weight in aspects)
+    for aspect, weight in aspects:
+        left -= weight
+        if left < 0:
+            return aspect
+    return aspects[-1][0]
+
+
+def _enlarged(size: Size, policy: Policy, ratio: float) -> str | None:
+    """Return the reason why an image would be enlarged too much for an aspect, None if it would not."""
+    fitted = framed(size, policy, None, ratio)
+    return fitted if isinstance(fitted, str) else None
+
+
+def framed(size: Size, policy: Policy, targets: Targets | None, ratio: float) -> Geometry | str:
+    """Return target and intermediary size of an image cropped to an aspect, the box in the middle; or why not."""
+    resolution, area = policy.by_area(policy.resolution)
     edge = _edge(resolution, area, policy.alignment)
-    if policy.square:
+    if policy.crop_aspect == "square":
         target, resized = (edge, edge), _sizes(size, 1.0, resolution, area, policy, None)[1]
         resized = _cover(resized, target)
     else:
@@ -64,9 +130,35 @@ def fit(size: Size, policy: Policy, targets: Targets, random_crop: tuple[object,
             resized = target if abs(size[0] / size[1] - 1) <= _NEARLY_SQUARE else _cover(resized, target)
     if policy.downsample is not None and not _at_size(size, target, edge, area):
         downsample, down_area = policy.by_area(policy.downsample)
-        resized = _cover(_sizes(size, ratio, downsample, down_area, policy, None)[1], target)
-    top, left = _crop(resized, target, policy.crop_style, random_crop)
-    return Geometry(*target, *resized, top, left)
+        own = policy.aspect_of(size)
+        resized = _cover(_sizes(size, own, downsample, down_area, policy, None)[1], target)
+    scale = max(resized[0] / size[0], resized[1] / size[1])
+    # A pixel of rounding is no enlargement.
+    if policy.most_upscale is not None and scale > (1 + policy.most_upscale) * (1 + 1 / min(resized)):
+        allowed = 1 + policy.most_upscale
+        return f"too small: {size[0]}x{size[1]} would be enlarged {scale:.2f} times, allowed are {allowed:g}"
+    return Geometry(*target, *resized, (resized[1] - target[1]) // 2, (resized[0] - target[0]) // 2)
+
+
+def placed(
+    fitted: Geometry, style: str, name: tuple[object, ...], variant: int = 0, face: Sequence[float] = ()
+) -> Geometry:
+    """Move the box of a geometry to where the crop style wants it.
+
+    `name` and `variant` seed a random place; `face` is the centre of one, as shares of width and height.
+    """
+    spare_top = fitted.intermediary_height - fitted.target_height
+    spare_left = fitted.intermediary_width - fitted.target_width
+    if style == "corner":
+        return replace(fitted, crop_top=0, crop_left=0)
+    if style == "face" and len(face) == 2:
+        left = round(face[0] * fitted.intermediary_width - fitted.target_width / 2)
+        top = round(face[1] * fitted.intermediary_height - fitted.target_height / 2)
+        return replace(fitted, crop_top=min(max(top, 0), spare_top), crop_left=min(max(left, 0), spare_left))
+    if style == "random" and (spare_top or spare_left):
+        seed = seed_of(*name, "crop", variant)
+        return replace(fitted, crop_top=seed % (spare_top + 1), crop_left=(seed // (1 << 31)) % (spare_left + 1))
+    return fitted
 
 
 def rounded(length: float, alignment: int) -> int:
@@ -126,7 +218,7 @@ def _sizes_by_area(
     else:
         width, height = int(target[1] * true), target[1]
     if targets is not None:
-        target = targets.setdefault(round(target[0] / target[1], policy.rounding), target)
+        target = targets.first(round(target[0] / target[1], policy.rounding), target)
     if target[0] > width:
         missing = target[0] - width
         width, height = width + missing, height + int(missing / true)
@@ -151,14 +243,3 @@ def _cover(resized: Size, target: Size) -> Size:
     if height < target[1]:
         width, height = int(width * target[1] / height), target[1]
     return max(width, target[0]), max(height, target[1])
-
-
-def _crop(resized: Size, target: Size, style: str, random_crop: tuple[object, ...]) -> tuple[int, int]:
-    """Return (top, left) of the target box."""
-    spare_left, spare_top = resized[0] - target[0], resized[1] - target[1]
-    if style == "corner":
-        return 0, 0
-    if style == "random":
-        seed = seed_of(*random_crop)
-        return seed % (spare_top + 1), (seed // (1 << 31)) % (spare_left + 1)
-    return spare_top // 2, spare_left // 2

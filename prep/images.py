@@ -1,32 +1,34 @@
 """Image files: their headers, and their pixels as every later stage sees them.
 
-The colour policy lives here and in `schemas.keys.PIXEL_POLICY`: orientation applied, alpha over white, 8-bit RGB.
+The colour policy lives here, in `schemas.datasets.ImagePolicy` and in `schemas.keys.PIXEL_POLICY`: orientation
+applied, profiles converted to sRGB, alpha over white, 8-bit RGB.
 """
 
 import io
+import json
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
+from prep.headers import Header, Read, parse
 from schemas.rows import Geometry
-
-EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
-    | {".jxl", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".tga"}
-)
 
 Pixels = npt.NDArray[np.uint8]  # height × width × 3, RGB
 
+HEAD_BYTES = 4096  # of a file, enough for most headers
+
+_HARD_LIMIT = 2_000_000_000  # pixels; what `maximum_megapixels` may be set to
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT_ALREADY = ("TIFF",)  # formats whose size and pixels Pillow turns itself
-_TURNED = (5, 6, 7, 8)  # orientations that swap width and height
+TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -36,60 +38,148 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BACK = {**_UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+
+# Formats that Pillow names without being able to show a picture, or only by running a program (EPS: Ghostscript).
+_NOT_PICTURES = ("EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF")
+
+_COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
 
 
 # What Pillow's readers raise on damaged files; UnidentifiedImageError is an OSError.
 _FAULTS = (
     *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, ArithmeticError, LookupError, TypeError),
-    *(AttributeError, struct.error, zlib.error),
+    *(AttributeError, AssertionError, struct.error, zlib.error),
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What a file says of itself before any pixel is decoded; sizes are those of the upright picture."""
+def read_header(head: bytes, size: int, read: Read) -> Header | str:
+    """Read a file's header, or return the reason why the file cannot be used.
 
-    width: int
-    height: int
-    orientation: int
-    format: str
-    mode: str
+    `head` is its first `HEAD_BYTES`, `size` its length in bytes, `read(offset, length)` reads more of it.
+    """
+    if size == 0:
+        return "unreadable: the file is empty"
+    return parse(head, size, read) or _ask_pillow(io.BufferedReader(_Window(size, read), HEAD_BYTES))
 
 
-def read_header(path: Path) -> Header | str:
-    """Read a file's header, or return the reason why it cannot be used."""
+class _Window(io.RawIOBase):
+    """A file of which only what is asked for is read."""
+
+    def __init__(self, size: int, read: Read) -> None:
+        self._size, self._read, self._place = size, read, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._place = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence])
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any, /) -> int:
+        piece = self._read(self._place, min(len(buffer), max(0, self._size - self._place)))
+        buffer[: len(piece)] = piece
+        self._place += len(piece)
+        return len(piece)
+
+
+def _ask_pillow(file: BinaryIO) -> Header | str:
+    """Read the header of a format that `prep.headers` does not know."""
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=_formats()) as image:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with _opened(file) as image:
             orientation = _orientation(image)
             width, height = image.size
-            turned = orientation in _TURNED and image.format not in _UPRIGHT_ALREADY
+            turned = orientation in TURNED and image.format not in _UPRIGHT_ALREADY
             return Header(
                 width=height if turned else width,
                 height=width if turned else height,
                 orientation=orientation,
                 format=image.format or "",
                 mode=image.mode,
+                bits=_bits(image),
+                frames=_frames(image),
+                alpha=image.has_transparency_data,
+                icc=bool(image.info.get("icc_profile")),
             )
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as fault:
-        return f"too large: {fault}"
     except _FAULTS as fault:
         return f"unreadable: {_reason(fault)}"
 
 
-def decode(data: bytes) -> Image.Image | str:
-    """Decode a whole file to an upright 8-bit RGB picture, or return the reason why it cannot be."""
+def _bits(image: Image.Image) -> int:
+    mode = image.mode
+    if mode == "1":
+        return 1
+    return 16 if mode.startswith("I;16") else 32 if mode in ("I", "F") else 8
+
+
+def _frames(image: Image.Image) -> int:
+    """Count the pictures in a file; where that fails, the first is what there is."""
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_formats()) as image:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            orientation = 1 if image.format in _UPRIGHT_ALREADY else _orientation(image)
+        return int(getattr(image, "n_frames", 1))
+    except _FAULTS:
+        return 1
+
+
+@cache
+def looks(view: str) -> Mapping[str, Any]:
+    """Read a view: what differs from the defaults in how a file becomes an upright picture."""
+    return json.loads(view) if view else {}
+
+
+def decode(data: bytes, view: str = "") -> Image.Image | str:
+    """Decode a whole file to an upright 8-bit RGB picture, or return the reason why it cannot be.
+
+    `view` is `DatasetConfig.view`, by default empty.
+    """
+    says = looks(view)
+    try:
+        with _opened(io.BytesIO(data)) as image:
+            turn = _turn(image, ignored=says.get("orientation") == "ignore")
             image.load()
-            picture = _as_rgb(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as fault:
-        return f"too large: {fault}"
+            background = _colour(says.get("alpha_background", "white"))
+            picture = _as_rgb(image, background, profiled=says.get("color_profile") != "ignore")
     except _FAULTS as fault:
         return f"unreadable: {_reason(fault)}"
-    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+    picture = picture.transpose(turn) if turn is not None else picture
+    return _part(picture, *says["part"]) if "part" in says else picture
+
+
+@contextmanager
+def _opened(file: BinaryIO) -> Iterator[Image.Image]:
+    """Open a picture; raises what Pillow raises, and ValueError if it is absurdly large."""
+    Image.MAX_IMAGE_PIXELS = None  # the limit is `maximum_megapixels`, checked by prep scan before anything is decoded
+    with warnings.catch_warnings(), Image.open(file, formats=_formats()) as image:
+        warnings.simplefilter("ignore")
+        if image.width * image.height > _HARD_LIMIT:
+            raise ValueError(f"{image.width}x{image.height} pixels are absurdly many")
+        yield image
+
+
+def _turn(image: Image.Image, *, ignored: bool) -> Image.Transpose | None:
+    """Return how to turn a picture as Pillow gives it."""
+    orientation, turned_already = _orientation(image), image.format in _UPRIGHT_ALREADY
+    if ignored:
+        return _BACK.get(orientation) if turned_already else None
+    return None if turned_already else _UPRIGHT.get(orientation)
+
+
+def _part(picture: Image.Image, index: int, count: int) -> Image.Image:
+    """Cut one of several pictures side by side; columns that are left over on the right are dropped."""
+    width = picture.width // count
+    return picture.crop((index * width, 0, (index + 1) * width, picture.height))
+
+
+def _colour(name: str) -> tuple[int, int, int]:
+    if name in _COLOURS:
+        return _COLOURS[name]
+    red, green, blue = bytes.fromhex(name.removeprefix("#"))
+    return red, green, blue
 
 
 def frame(picture: Image.Image, geometry: Geometry) -> Pixels:
@@ -104,9 +194,16 @@ def frame(picture: Image.Image, geometry: Geometry) -> Pixels:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Return Pillow's formats but for EPS, which it hands to Ghostscript: a picture must not run a program."""
+    """Return Pillow's formats of pictures: a picture must not run a program."""
     Image.init()
-    return tuple(name for name in Image.ID if name != "EPS")
+    return tuple(name for name in Image.ID if name not in _NOT_PICTURES)
+
+
+@cache
+def extensions() -> frozenset[str]:
+    """Return the file extensions of pictures, lower case, without the dot."""
+    readable = {*_formats()} & {*Image.OPEN}
+    return frozenset(end[1:] for end, kind in Image.registered_extensions().items() if kind in readable)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -117,13 +214,39 @@ def _orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _as_rgb(image: Image.Image, background: tuple[int, int, int], *, profiled: bool) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_in_eight_bits(np.asarray(image), image.mode, image.format)).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    profile = image.info.get("icc_profile") if profiled else None
+    if not image.has_transparency_data:
+        return _in_srgb(image, profile)
+    layered = image.convert("RGBA")
+    colours = _in_srgb(layered.convert("RGB"), profile) if profile else layered
+    flat = Image.new("RGBA", image.size, (*background, 255))
+    top = colours.convert("RGBA")
+    top.putalpha(layered.getchannel("A"))
+    return Image.alpha_composite(flat, top).convert("RGB")
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert to RGB, by the picture's colour profile if it has one that fits; sRGB's own changes nothing."""
+    if not profile:
+        return image.convert("RGB")
+    coloured = image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if coloured.mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
+            return coloured
+        converted = ImageCms.profileToProfile(coloured, source, _srgb(), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):  # damaged, or of another kind of picture
+        return coloured.convert("RGB")
+    assert converted is not None, "only a conversion in place returns None"
+    return converted
+
+
+@cache
+def _srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 def _in_eight_bits(values: npt.NDArray[np.generic], mode: str, kind: str | None) -> npt.NDArray[np.uint8]:

@@ -7,11 +7,13 @@ import math
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from families import Source, open_project
+from prep.frames import name_of
+from prep.geometry import placed
 from prep.pixels import Refusal, reference_picture, store
 from prep.pool import Crash, default_workers, each
 from prep.sheet import contact_sheet
@@ -82,7 +84,12 @@ def _pair_dataset(
     cut = limit if limit is not None and limit < len(images) else None
     images = images[:limit]
     references = [_read_references(project, dataset) for dataset in project.references_of(target)]
-    rows = [_pair(project, target, image, references) for image in images if image.reject is None]
+    rows = [
+        row
+        for image in images
+        if image.reject is None
+        for row in _variants(project, target, _pair(project, target, image, references))
+    ]
     rows, generated, reused = _generate(project, target, rows, workers, dry_run)
     provenance = replace(pairs_provenance(project, target), limit=cut)
     written = provenance != read_provenance(table, PairRow) or rows != _known(table)
@@ -91,7 +98,8 @@ def _pair_dataset(
     kept = [row for row in rows if row.reject is None]
     if not kept:
         log.warning("%s: no pair is left to train on", target.id)
-    tell_rejected(target.id, [(row.target_path, row.reject) for row in rows if row.reject is not None])
+    rejected = [(row.target_path, row.reject) for row in rows if row.reject is not None]
+    tell_rejected(target.id, rejected, len(rejected))
     asked = {row.target_path for row in rows}
     summary = DatasetPairs(
         dataset_id=target.id,
@@ -105,6 +113,18 @@ def _pair_dataset(
         written=written,
     )
     return summary, rows
+
+
+def _variants(project: Project, target: DatasetConfig, row: PairRow) -> Iterator[PairRow]:
+    """Yield a pair once for each random crop that is cached; references that share the target's box move with it."""
+    yield replace(row, variants=target.variants)
+    name = name_of(project, target, row.target_path)
+    for variant in range(1, target.variants):
+        geometry = placed(row.geometry, target.crop_style, name, variant)
+        moved = [replace(one, geometry=geometry) if one.geometry == row.geometry else one for one in row.references]
+        sample = digest("sample", target.id, row.target_path, variant)[:_SAMPLE_ID_DIGITS]
+        yield replace(row, sample_id=sample, variant=variant, variants=target.variants, geometry=geometry,
+                      references=moved)  # fmt: skip
 
 
 def _read_references(project: Project, dataset: DatasetConfig) -> _References:
@@ -134,7 +154,10 @@ def _pair(project: Project, target: DatasetConfig, image: ImageRow, references: 
         dataset_id=target.id,
         target_image_id=image.image_id,
         target_path=image.path,
+        variant=0,
+        variants=1,
         geometry=image.geometry,
+        view=target.view,
         references=[] if missing else matched,
         prompts=prompts,
         bucket=image.geometry.bucket,
@@ -160,7 +183,8 @@ def _match(image: ImageRow, references: _References) -> Reference | str:
                 f"{image.width}x{image.height}; reference_strict needs the same aspect"
             )
     geometry = image.geometry if references.strict else row.geometry
-    return Reference(name, row.image_id, row.path, None, None, geometry.bucket, geometry, row.captions)
+    view = references.dataset.view
+    return Reference(name, row.image_id, row.path, None, None, geometry.bucket, geometry, view, row.captions)
 
 
 def _folded(path: str) -> str:
@@ -179,6 +203,7 @@ def _degraded(project: Project, target: DatasetConfig, image: ImageRow, entry: G
         seed=seed_of(project.trainer.prep_seed, "degrade", image.image_id, recipe),
         bucket=image.geometry.bucket,
         geometry=image.geometry,
+        view=target.view,
         prompts=list(entry.captions),
     )
 
@@ -197,7 +222,7 @@ def _generate(
         for reference in row.references
         if reference.dataset_id in stored
     }
-    by_place = {picture.place: picture for _, picture in sorted(wanted, key=lambda one: one[0], reverse=True)}
+    by_place = {picture.store: picture for _, picture in sorted(wanted, key=lambda one: one[0], reverse=True)}
     missing = [picture for place, picture in sorted(by_place.items()) if not place.exists()]
     total = len(by_place)
     if dry_run:
@@ -207,14 +232,14 @@ def _generate(
     with progress(f"degrade {target.id}", total, "image", done=total - len(missing)) as bar:
         for picture, fault in each(store, missing, workers):
             if isinstance(fault, Crash) or (isinstance(fault, Refusal) and not fault.lasting):
-                unsettled[str(picture.file)] = fault.reason
+                unsettled[picture.name] = fault.reason
             elif isinstance(fault, Refusal):
-                refused[picture.place] = f"reference not made: {fault.reason}"
+                refused[picture.store] = f"reference not made: {fault.reason}"
             bar.update()
     if unsettled:
         listed = "\n".join(f"  {file}: {reason}" for file, reason in sorted(unsettled.items())[:20])
         raise UserError(f"{len(unsettled)} references could not be made; run prep scan and prep pairs again:\n{listed}")
-    rejected = {number: refused[picture.place] for number, picture in wanted if picture.place in refused}
+    rejected = {number: refused[picture.store] for number, picture in wanted if picture.store in refused}
     rows = [replace(row, reject=rejected.get(number, row.reject)) for number, row in enumerate(rows)]
     return rows, len(missing) - len(refused), total - len(missing)
 

@@ -3,7 +3,7 @@
 `pixels_of` runs on the pool; it gives the same bytes whether a degraded picture was stored before or is made now.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -11,6 +11,7 @@ import numpy as np
 
 from prep.degrade import degrade
 from prep.images import Pixels, decode, frame
+from prep.places import Place, place_of, read_bytes
 from schemas.keys import content_id, pixels_key
 from schemas.project import Project
 from schemas.recipes import parse_recipe
@@ -22,15 +23,22 @@ from schemas.storage import write_aside
 class Picture:
     """All that one training picture is made of."""
 
-    file: Path  # the image
+    place: Place
+    path: str  # of the image, in its place
     image_id: str  # that its bytes must have
+    view: str  # how the file becomes an upright picture
     geometry: Geometry
     recipe: str | None = None
     seed: int | None = None
     stored: Path | None = None  # where prep pairs keeps it, if degraded
 
     @property
-    def place(self) -> Path:
+    def name(self) -> str:
+        """Name the image for a person."""
+        return self.place.name(self.path)
+
+    @property
+    def store(self) -> Path:
         """Return where a degraded picture is kept; others have no such place."""
         assert self.stored is not None, "only degraded pictures are stored"
         return self.stored
@@ -46,25 +54,20 @@ class Refusal:
 
 def target_picture(project: Project, row: PairRow) -> Picture:
     """Describe the target of a pair."""
-    return Picture(
-        project.folder_of(project.dataset(row.dataset_id)) / row.target_path, row.target_image_id, row.geometry
-    )
+    place = place_of(project, project.dataset(row.dataset_id))
+    return Picture(place, row.target_path, row.target_image_id, row.view, row.geometry)
 
 
 def reference_picture(project: Project, row: PairRow, reference: Reference) -> Picture:
     """Describe one reference of a pair."""
+    place = place_of(project, project.dataset(row.store_of(reference)))
+    plain = Picture(place, reference.path, reference.image_id, reference.view, reference.geometry)
     if reference.recipe is None or reference.seed is None:
-        folder = project.folder_of(project.dataset(reference.dataset_id))
-        return Picture(folder / reference.path, reference.image_id, reference.geometry)
-    key = pixels_key(reference.image_id, reference.geometry.as_key(), reference.recipe, reference.seed)
-    return Picture(
-        file=project.folder_of(project.dataset(row.dataset_id)) / reference.path,
-        image_id=reference.image_id,
-        geometry=reference.geometry,
-        recipe=reference.recipe,
-        seed=reference.seed,
-        stored=project.pixel_store / key[:2] / f"{key}.png",
-    )
+        return plain
+    geometry = reference.geometry.as_key()
+    key = pixels_key(reference.image_id, geometry, reference.view, reference.recipe, reference.seed)
+    stored = project.pixel_store / key[:2] / f"{key}.png"
+    return replace(plain, recipe=reference.recipe, seed=reference.seed, stored=stored)
 
 
 def pixels_of(picture: Picture) -> Pixels | Refusal:
@@ -74,13 +77,13 @@ def pixels_of(picture: Picture) -> Pixels | Refusal:
         if stored is not None:
             return np.ascontiguousarray(stored[:, :, ::-1], np.uint8)
     try:
-        data = picture.file.read_bytes()
+        data = read_bytes(picture.place, picture.path)
     except OSError as fault:
         return Refusal(f"cannot be read: {fault.strerror or fault}", lasting=False)
     if content_id(data) != picture.image_id:
         return Refusal("changed since prep scan", lasting=False)
     try:
-        decoded = decode(data)
+        decoded = decode(data, picture.view)
     except MemoryError:
         return Refusal("not enough memory to decode it", lasting=False)
     if isinstance(decoded, str):
@@ -98,6 +101,6 @@ def store(picture: Picture) -> Refusal | None:
         return pixels
     done, data = cv2.imencode(".png", pixels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
     assert done, "an 8-bit colour picture always encodes"
-    with write_aside(picture.place) as aside:
+    with write_aside(picture.store) as aside:
         aside.write_bytes(data.tobytes())
     return None

@@ -14,14 +14,23 @@ from typing import Any, TypeVar, get_args
 import json5
 from pydantic import ValidationError
 
-from schemas.datasets import CompositeImage, Generator, HuggingFace
+from schemas import datasets
+from schemas.datasets import Generator
 from schemas.errors import Fault, UserError
 from schemas.options import Options, facts, facts_of
 from schemas.recipes import RECIPE_ALIASES, RECIPES
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 
-_NESTED: Mapping[str, type[Options]] = {"huggingface": HuggingFace, "composite_image_config": CompositeImage}
+_NESTED: Mapping[str, type[Options]] = {
+    "huggingface": datasets.HuggingFace,
+    "composite_image_config": datasets.CompositeImage,
+    "filter_func": datasets.FilterFunc,
+    "parquet": datasets.MetadataTable,
+    "crop_aspect_buckets": datasets.AspectBucket,
+    "caption_shuffle": datasets.CaptionShuffle,
+    "image_policy": datasets.ImagePolicy,
+}
 
 _SHOWN = 60  # characters of a faulty value
 

@@ -98,12 +98,17 @@ def reporting() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def tell_rejected(dataset_id: str, rejected: Sequence[tuple[str, str]]) -> None:
-    """Name the first few rejected rows; the table has them all."""
+def tell_rejected(dataset_id: str, rejected: Sequence[tuple[str, str]], count: int) -> None:
+    """Name the first few of `count` rejected rows; the table has them all."""
     for path, reason in rejected[:_NAMED]:
-        log.warning("%s: %s: %s", dataset_id, path, reason)
-    if len(rejected) > _NAMED:
-        log.warning("%s: and %d more; column `reject` of the table has them all", dataset_id, len(rejected) - _NAMED)
+        log.warning("%s: %s: %s", dataset_id, printable(path), reason)
+    if count > _NAMED:
+        log.warning("%s: and %d more; column `reject` of the table has them all", dataset_id, count - _NAMED)
+
+
+def printable(text: str) -> str:
+    """Spell a name on one line, whatever is in it."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def warn(warnings: Iterable[str]) -> None:

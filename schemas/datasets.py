@@ -3,11 +3,13 @@
 Names are SimpleTuner's. An option is declared here and nowhere else; docs/options.md and the JSON Schema follow.
 """
 
+import re
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
+from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema, model_validator
 from pydantic.json_schema import JsonSchemaValue
 
+from schemas.keys import canonical
 from schemas.options import Options, option
 from schemas.recipes import JpegArtifacts, Superresolution
 from schemas.trainer import CaptionStrategy, ImageSize, ResolutionType
@@ -24,6 +26,31 @@ def _as_list(value: object) -> object:
 
 def _no_repeats(value: object) -> object:
     return 0 if value is None or value == "" else value
+
+
+def _full_probability(value: object) -> object:
+    return 1.0 if value is None or value == "" else value
+
+
+def _as_buckets(value: object) -> object:
+    """Read the numbers of `crop_aspect_buckets` as objects."""
+    numbers = isinstance(value, list) and [isinstance(one, int | float) and not isinstance(one, bool) for one in value]
+    if not isinstance(value, list) or not numbers:
+        return value
+    renamed = {"aspect_ratio": "aspect", "aspect_bucket": "aspect"}
+    return [
+        {"aspect": one} if plain else {renamed.get(key, key): part for key, part in one.items()}
+        if isinstance(one, dict) else one
+        for one, plain in zip(value, numbers, strict=True)
+    ]  # fmt: skip
+
+
+def _as_words(value: object) -> object:
+    return [word for word in re.split(r"[\s,]+", value) if word] if isinstance(value, str) else value or []
+
+
+def _no_list(value: object) -> object:
+    return [] if value is None or value == "" else value
 
 
 def _no_captions(value: object) -> object:
@@ -69,25 +96,111 @@ class CompositeImage(Options):
     """How one picture that shows several side by side is cut."""
 
     enabled: bool = option(True, "cut at all", stages="scan")
-    image_count: int = option(2, "pictures side by side", stages="scan", ge=1)
+    image_count: int = option(2, "pictures side by side", stages="scan", ge=1, le=64)
     select_index: int = option(0, "which of them, from the left, 0 first", stages="scan", ge=0)
+
+    @model_validator(mode="after")
+    def _inside(self) -> "CompositeImage":
+        if self.select_index >= self.image_count:
+            raise ValueError(f"select_index {self.select_index} is not one of {self.image_count} pictures")
+        return self
+
+
+class FilterFunc(Options):
+    """Which rows of a Hugging Face dataset are used; the others are rejected with a reason."""
+
+    collection: Texts = option((), "values that the column `collection` may have; empty allows all", stages="scan")
+    quality_column: Text | None = option(None, "struct of scores; null is the dataset's own", stages="scan")
+    quality_thresholds: dict[str, float] = option({}, "score -> least value", stages="scan")
+    min_width: int = option(0, "least width in pixels", stages="scan", ge=0)
+    min_height: int = option(0, "least height in pixels", stages="scan", ge=0)
 
 
 class HuggingFace(Options):
-    """Columns of a dataset of `type: huggingface`."""
+    """Where and what a dataset of `type: huggingface` is."""
 
-    caption_column: Texts = option(("caption",), "caption column or columns; dots reach into structs", stages="scan")
+    split: Text = option("train", "split", stages="scan")
+    revision: str | None = option(None, "branch, tag or commit of a hub dataset", stages="scan")
+    data_files: Texts = option((), "files or patterns inside it; empty takes all", stages="scan")
+    streaming: bool = option(False, "scan without downloading the whole; prep cache downloads it", stages="scan")
+    cache_dir: str | None = option(None, "where `datasets` keeps downloads; null is its own place", stages="")
+    num_proc: int | None = option(None, "processes that prepare a download", stages="", ge=1)
     image_column: Text = option("image", "image column", stages="scan")
+    caption_column: Texts = option(
+        ("caption",), "caption column or columns; dots reach into structs, a list is several captions", stages="scan"
+    )
+    fallback_caption_column: Text | None = option(None, "column for rows that have no other caption", stages="scan")
+    width_column: Text | None = option(None, "column of widths; with heights, --no-hash opens no image", stages="scan")
+    height_column: Text | None = option(None, "column of heights", stages="scan")
+    quality_column: Text = option("quality_assessment", "struct of scores for `filter_func`", stages="scan")
+    description_column: Text | None = option(
+        None, "column of descriptions", stages="", no_effect="captions come from caption_column"
+    )
+    file_extension: str = option("jpg", "extension of the rows' names, `<number>.<extension>`", stages="scan")
     composite_image_config: CompositeImage | None = option(None, "cut composite pictures", stages="scan")
+    filter_func: FilterFunc | None = option(None, "use only some rows", stages="scan")
+
+
+class MetadataTable(Options):
+    """A table of captions and sizes beside the images: Parquet, JSON lines or CSV."""
+
+    path: Text = option(..., "the table, from the root or from the images' folder", stages="scan")
+    filename_column: Text = option(..., "column of names, relative to the images' folder", stages="scan")
+    identifier_includes_extension: bool = option(
+        False, "names carry the images' extension; if false, they are compared without", stages="scan"
+    )
+    caption_column: Texts = option((), "caption column or columns; a list is several captions", stages="scan")
+    fallback_caption_column: Text | None = option(None, "column for images that have no other caption", stages="scan")
+    width_column: Text | None = option(None, "column of widths; with heights, --no-hash opens no image", stages="scan")
+    height_column: Text | None = option(None, "column of heights", stages="scan")
+    bbox_column: Text | None = option(None, "column of boxes", stages="", no_effect="boxes are not used")
+
+
+class AspectBucket(Options):
+    """One choice of `crop_aspect_buckets`."""
+
+    aspect: float = option(..., "width / height", stages="scan", gt=0, le=100)
+    weight: float = option(1.0, "how often it is drawn under `crop_aspect: random`", stages="scan", gt=0)
+
+
+class CaptionShuffle(Options):
+    """Variants of a caption of tags in another order."""
+
+    enable: bool = option(False, "make variants", stages="scan")
+    count: int = option(1, "variants per caption", stages="scan", ge=1, le=1000)
+    seed: int | None = option(None, "of the order; null is prep_seed", stages="scan")
+    split_on: Literal["comma", "space", "period"] = option("comma", "what stands between tags", stages="scan")
+    position_start: int = option(0, "first tags that keep their place", stages="scan", ge=0)
+    include_original: bool = option(True, "keep the caption as written too", stages="scan")
+
+
+class ImagePolicy(Options):
+    """What becomes of images that are not plain 8-bit RGB pictures; every kind is counted in the summary."""
+
+    orientation: Literal["apply", "ignore"] = option("apply", "EXIF orientation", stages="scan")
+    alpha: Literal["compose", "reject"] = option(
+        "compose", "transparency is laid over `alpha_background`", stages="scan"
+    )
+    alpha_background: Annotated[str, StringConstraints(pattern=r"^(white|black|gray|#[0-9a-fA-F]{6})$")] = option(
+        "white", "`white`, `black`, `gray` or `#rrggbb`", stages="scan"
+    )
+    color_profile: Literal["convert", "ignore"] = option(
+        "convert", "pictures with an ICC profile are converted to sRGB", stages="scan"
+    )
+    cmyk: Literal["convert", "reject"] = option("convert", "printing colours become RGB", stages="scan")
+    high_depth: Literal["scale", "reject"] = option("scale", "more than 8 bits, or float", stages="scan")
+    animation: Literal["first", "reject"] = option("first", "the first picture of several counts", stages="scan")
+    maximum_megapixels: float = option(179, "larger pictures are rejected unread", stages="scan", gt=0, le=2000)
+
+
+_URL_KEYS = "of `type: aws`"
 
 
 class DatasetConfig(Options):
     """One dataset."""
 
     id: DatasetId = option(..., "unique name; also the name of its files in the workspace", stages="scan pairs")
-    type: Literal["local", "huggingface", "csv", "parquet"] = option(
-        "local", "where its images come from", stages="scan"
-    )
+    type: Literal["local", "huggingface", "csv", "aws"] = option("local", "where its images come from", stages="scan")
     dataset_type: Literal["image", "conditioning", "eval", "text_embeds"] = option(
         "image",
         "what it is for: targets, references, held-out targets, or the place of the text cache",
@@ -98,19 +211,50 @@ class DatasetConfig(Options):
 
     # Files and caches
     instance_data_dir: Text | None = option(
-        None, "folder of images, sub-folders included", stages="scan", alias="instance_data_root"
+        None,
+        "folder of images, sub-folders included; or a URL that fsspec reads: s3://, gs://, hf://, https://",
+        stages="scan",
+        alias="instance_data_root",
     )
     cache_dir: str | None = option(None, "text_embeds: where text shards lie", stages="cache train")
     cache_dir_vae: str | None = option(
         None, "where its latent shards lie; several datasets may share one", stages="cache train"
     )
-    dataset_name: str | None = option(None, "hub name or path, for `type: huggingface`", stages="scan")
-    huggingface: HuggingFace | None = option(None, "columns, for `type: huggingface`", stages="scan")
+    dataset_name: Text | None = option(None, "`type: huggingface`: hub name, or path of a dataset", stages="scan")
+    huggingface: HuggingFace = option(HuggingFace(), "`type: huggingface`: columns, split, filters", stages="scan")
+    csv_file: Text | None = option(None, "`type: csv`: the table, with a header line", stages="scan")
+    csv_url_column: Text = option("url", "`type: csv`: column of URLs, or of paths beside the table", stages="scan")
+    csv_caption_column: Text | None = option(None, "`type: csv`: column of captions", stages="scan")
+    csv_cache_dir: Text | None = option(
+        None, "`type: csv`: where images are downloaded to; null is `downloads/<id>` in the workspace", stages="scan"
+    )
+    aws_bucket_name: Text | None = option(None, f"{_URL_KEYS}: bucket", stages="scan")
+    aws_data_prefix: str | None = option(None, f"{_URL_KEYS}: folder in the bucket", stages="scan")
+    aws_endpoint_url: str | None = option(None, f"{_URL_KEYS}: of a service that is not Amazon's", stages="scan")
+    aws_region_name: str | None = option(None, f"{_URL_KEYS}: region", stages="")
+    aws_access_key_id: str | None = option(None, f"{_URL_KEYS}: null asks the environment", stages="")
+    aws_secret_access_key: str | None = option(None, f"{_URL_KEYS}: null asks the environment", stages="")
+    aws_session_token: str | None = option(None, f"{_URL_KEYS}: null asks the environment", stages="")
+    aws_max_pool_connections: int = option(128, f"{_URL_KEYS}: connections at once", stages="", ge=1)
     metadata_backend: Literal["discovery", "json", "filesystem", "parquet", "huggingface"] = option(
-        "discovery", "where sizes come from", stages="", no_effect="sizes are always read from the images' headers"
+        "discovery",
+        "where sizes come from if images are not opened (`--no-hash`): `parquet` from `parquet`, `huggingface` from "
+        "the dataset's columns; otherwise from the images' headers",
+        stages="scan",
+    )
+    parquet: MetadataTable | None = option(None, "table of captions and sizes", stages="scan")
+    skip_file_discovery: Annotated[tuple[str, ...], BeforeValidator(_as_words), WithJsonSchema(_NO_TEXT)] = option(
+        (),
+        "`metadata` or `aspect`: a manifest of these settings is taken as it is, the folder is not looked at",
+        stages="",
     )
     vae_cache_clear_each_epoch: bool = option(
-        False, "encode anew each epoch", stages="", no_effect="latents are kept: their keys cannot go stale"
+        False,
+        "another random crop each epoch: without `crop_variants`, 4 are cached and shown in turn",
+        stages="pairs",
+    )
+    crop_variants: int | None = option(
+        None, "random crops cached per image, shown in turn, epoch by epoch; null is 1", stages="pairs", ge=1, le=64
     )
     write_batch_size: int = option(
         128, "files per write", stages="", ge=1, no_effect="shards are filled to a fixed size in bytes"
@@ -123,8 +267,16 @@ class DatasetConfig(Options):
     )
     source_dataset_id: str | None = option(None, "the target set this reference set belongs to", stages="pairs")
     conditioning: tuple[Generator, ...] = option((), "generators of references", stages="pairs")
+
+    # Amount
     repeats: Annotated[int, BeforeValidator(_no_repeats)] = option(
         0, "extra showings of each image per epoch; 0 is shown once", stages="pairs", ge=0, le=1_000_000
+    )
+    probability: Annotated[float, BeforeValidator(_full_probability)] = option(
+        1.0, "share of the set that each epoch shows, another one each time", stages="train", gt=0, le=1
+    )
+    max_num_samples: int | None = option(
+        None, "use only so many of the usable images, drawn by seed", stages="scan", ge=1
     )
 
     # Sizes and crops
@@ -137,10 +289,18 @@ class DatasetConfig(Options):
         stages="scan",
     )
     crop: bool = option(False, "crop to `crop_aspect`; without, only to the bucket's alignment", stages="scan")
-    crop_aspect: Literal["square", "preserve"] = option("square", "aspect under `crop: true`", stages="scan")
-    crop_style: Literal["random", "center", "centre", "corner"] = option(
+    crop_aspect: Literal["square", "preserve", "closest", "random"] = option(
+        "square",
+        "aspect under `crop: true`: a square, the image's own, the nearest of `crop_aspect_buckets`, or one drawn",
+        stages="scan",
+    )
+    crop_aspect_buckets: Annotated[tuple[AspectBucket, ...], BeforeValidator(_as_buckets)] = option(
+        (), "aspects (width / height) for `closest` and `random`: numbers, or {aspect, weight}", stages="scan"
+    )
+    crop_style: Literal["random", "center", "centre", "corner", "face"] = option(
         "random",
-        "where the crop lies; random ones are drawn once per image, by seed, and shared by its references",
+        "where the crop lies; random ones are drawn by seed and shared by references, `face` is centred on the "
+        "largest face, on the middle where none is found",
         stages="scan",
     )
     minimum_image_size: ImageSize = option(
@@ -150,14 +310,76 @@ class DatasetConfig(Options):
         None, "under `crop: true`, images are scaled to `target_downsample_size` before the crop", stages="scan", gt=0
     )
     target_downsample_size: ImageSize = option(None, "see `maximum_image_size`", stages="scan", gt=0)
+    minimum_aspect_ratio: ImageSize = option(None, "images of a narrower bucket are rejected", stages="scan", gt=0)
+    maximum_aspect_ratio: ImageSize = option(None, "images of a wider bucket are rejected", stages="scan", gt=0)
+    max_upscale_threshold: float | None = option(
+        None,
+        "images that would be enlarged by more than this share are rejected: 0.2 allows 1.2 times; `closest` and "
+        "`random` first leave out the aspects that would need more",
+        stages="scan",
+        ge=0,
+        le=1,
+    )
+    image_policy: ImagePolicy = option(ImagePolicy(), "transparency, colour profiles, animations ...", stages="scan")
+    exact_duplicates: Literal["report", "reject"] = option(
+        "report", "files of equal bytes: counted, or all but the first rejected", stages="scan"
+    )
+    near_duplicates: Literal["ignore", "report", "reject"] = option(
+        "ignore",
+        "pictures that look alike (perceptual hash; every image is decoded once): counted, or all but the first "
+        "rejected",
+        stages="scan",
+    )
+    near_duplicate_distance: int = option(
+        4, "bits of 64 by which the hashes of pictures that look alike may differ", stages="scan", ge=0, le=16
+    )
 
     # Captions
     caption_strategy: CaptionStrategy | None = option(
         "filename", "where captions come from; null is none", stages="scan"
     )
-    instance_prompt: Texts = option((), "caption or captions under `instanceprompt`", stages="scan")
+    caption_encoding: str = option("utf-8", "encoding of text files; a byte-order mark overrides it", stages="scan")
+    disable_multiline_split: bool = option(False, "a text file is one caption, lines and all", stages="scan")
+    instance_prompt: Annotated[Texts, BeforeValidator(_no_list)] = option(
+        (), "caption or captions under `instanceprompt`", stages="scan"
+    )
     prepend_instance_prompt: bool = option(False, "put `instance_prompt` before every caption", stages="scan")
     only_instance_prompt: bool = option(False, "use `instance_prompt` instead of captions", stages="scan")
+    caption_shuffle: CaptionShuffle = option(CaptionShuffle(), "variants of captions of tags", stages="scan")
+    caption_filter_list: tuple[str, ...] | str | None = option(
+        None,
+        "text_embeds: what to take out of captions, in order: texts, regular expressions, `s/old/new/`; or the path "
+        "of a .txt or .json file of them",
+        stages="",
+    )
+    text_embeds: str | None = option(
+        None, "the `text_embeds` entry whose `caption_filter_list` holds", stages="", alias="text_embed_cache"
+    )
+
+    @property
+    def view(self) -> str:
+        """Spell how its files become upright pictures, as far as that is not the default; part of latent keys."""
+        policy, composite = self.image_policy, self.huggingface.composite_image_config
+        says: dict[str, object] = {
+            name: getattr(policy, name)
+            for name in ("orientation", "alpha_background", "color_profile")
+            if getattr(policy, name) != ImagePolicy.model_fields[name].default
+        }
+        if self.type == "huggingface" and composite is not None and composite.enabled:
+            says["part"] = [composite.select_index, composite.image_count]
+        return canonical(says) if says else ""
+
+    @property
+    def random_crops(self) -> bool:
+        """Tell a set whose crops are drawn."""
+        return self.crop_style == "random"
+
+    @property
+    def variants(self) -> int:
+        """Return how many random crops of an image are cached."""
+        if not self.random_crops:
+            return 1
+        return self.crop_variants or (4 if self.vae_cache_clear_each_epoch else 1)
 
     @property
     def is_target(self) -> bool:

@@ -26,7 +26,10 @@ def manifest_provenance(project: Project, dataset: DatasetConfig) -> Provenance:
 
 def read_manifest(project: Project, dataset: DatasetConfig) -> list[ImageRow]:
     """Read a dataset's manifest; raises UserError if it is missing, stale or damaged."""
-    limit = manifest_provenance(project, dataset).limit
+    provenance = manifest_provenance(project, dataset)
+    if not provenance.hashed:
+        raise UserError(f"{dataset.id}: scanned with --no-hash, for a look; run: {project.command('prep scan')}")
+    limit = provenance.limit
     if limit is not None:
         log.warning("%s: its manifest has the first %d files only (prep scan --limit)", dataset.id, limit)
     return read_table(project.manifest(dataset.id), ImageRow)

@@ -14,7 +14,7 @@ from schemas.storage import write_aside
 CACHE_VERSION = 1
 
 # How a file becomes pixels, besides its geometry; part of every latent key.
-PIXEL_POLICY = "exif-oriented/alpha-on-white/rgb8/lanczos"
+PIXEL_POLICY = "exif-oriented/icc-to-srgb/alpha-on-white/rgb8/lanczos"
 
 _CHUNK = 1 << 20
 
@@ -54,10 +54,11 @@ def seed_of(*parts: object) -> int:
 
 
 def latent_key(
-    encoder: str, image_id: str, geometry: tuple[int, ...], recipe: str | None = None, seed: int | None = None
-) -> str:
-    """Key a latent by all its numbers depend on: encoder, image bytes, pixel policy, geometry, recipe and seed."""
-    return digest("latent", CACHE_VERSION, encoder, image_id, PIXEL_POLICY, geometry, recipe, seed)
+    encoder: str, image_id: str, geometry: tuple[int, ...], view: str = "", recipe: str | None = None,
+    seed: int | None = None,
+) -> str:  # fmt: skip
+    """Key a latent by all its numbers depend on: encoder, image bytes, how they are viewed, geometry, recipe, seed."""
+    return digest("latent", CACHE_VERSION, encoder, image_id, PIXEL_POLICY, view, geometry, recipe, seed)
 
 
 def text_key(encoder: str, prompt: str) -> str:
@@ -65,9 +66,9 @@ def text_key(encoder: str, prompt: str) -> str:
     return digest("text", CACHE_VERSION, encoder, prompt)
 
 
-def pixels_key(image_id: str, geometry: tuple[int, ...], recipe: str, seed: int) -> str:
+def pixels_key(image_id: str, geometry: tuple[int, ...], view: str, recipe: str, seed: int) -> str:
     """Key the pixels of one degraded image."""
-    return digest("pixels", CACHE_VERSION, image_id, PIXEL_POLICY, geometry, recipe, seed)
+    return digest("pixels", CACHE_VERSION, image_id, PIXEL_POLICY, view, geometry, recipe, seed)
 
 
 class FileIds:

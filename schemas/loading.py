@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from schemas.captions import filter_fault
 from schemas.config_file import Findings, normalise, read_json, shown, split_generator, validate
 from schemas.datasets import DatasetConfig
+from schemas.entries import complete, filled, gathered
 from schemas.errors import ConfigError, Fault, UserError
 from schemas.family import FamilySpec
 from schemas.project import CONFIG_NAME, Project, resolved
@@ -22,12 +24,6 @@ from schemas.trainer import TrainerConfig
 _UNREADABLE = object()  # in place of a file's content, its fault being told
 
 _ENABLED = (None, False, 0, "", "0", "false", "False", "no")  # values of `disabled` that leave a dataset in
-
-# Options of config.json that stand in for the same key of a dataset entry that does not give it.
-_DATASET_DEFAULTS = (
-    "resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size",
-    "caption_strategy",
-)  # fmt: skip
 
 
 def load_project(
@@ -61,6 +57,7 @@ def load_project(
         trainer=trainer,
         datasets=tuple(datasets),
         prompt_library=library,
+        caption_filters=_caption_filters(base, datasets_path.name, datasets, found),
         family=family,
         overrides=tuple(overrides),
         warnings=(),
@@ -192,14 +189,11 @@ def _dataset(file: str, index: int, entry: Any, trainer: TrainerConfig, found: F
         return None
     entry = {key: value for key, value in entry.items() if key not in ("disabled", "disable")}
     name = entry.get("id")
+    known = {"id": str(name), "model_family": trainer.model_family, "output_dir": trainer.output_dir or ""}
+    entry = gathered(filled(entry, (file, f"[{index}] "), known, found))
     prefix = f"[{index}] {shown(name)} " if name is not None else f"[{index}] "
     values = normalise(entry, DatasetConfig, DATASET_KEYS, (file, prefix), found)
-    if "dataset_type" not in values and "conditioning_type" in values:
-        values["dataset_type"] = "conditioning"
-    if values.get("dataset_type") == "conditioning":
-        values.setdefault("caption_strategy", None)
-    for key in _DATASET_DEFAULTS:
-        values.setdefault(key, getattr(trainer, key))
+    complete(values, trainer)
     generators = values.pop("conditioning", [])
     generators = [generators] if isinstance(generators, dict) else generators or []
     if isinstance(generators, list):
@@ -214,6 +208,44 @@ def _dataset(file: str, index: int, entry: Any, trainer: TrainerConfig, found: F
     if dataset is None and isinstance(name, str):
         found.dropped.add(name)
     return dataset
+
+
+def _caption_filters(
+    base: Path, file: str, datasets: Sequence[DatasetConfig], found: Findings
+) -> dict[str, tuple[str, ...]]:
+    """Read the caption filters of the `text_embeds` entries."""
+    filters: dict[str, tuple[str, ...]] = {}
+    for dataset in datasets:
+        named = dataset.caption_filter_list
+        if named is None:
+            continue
+        key = f'"{dataset.id}" caption_filter_list'
+        entries = named if isinstance(named, tuple) else _filter_file(resolved(base, named), (file, key), found)
+        for entry in entries:
+            if fault := filter_fault(entry):
+                found.faults.append(Fault(file, key, fault, shown(entry)))
+        filters[dataset.id] = entries
+    return filters
+
+
+def _filter_file(path: Path, where: tuple[str, str], found: Findings) -> tuple[str, ...]:
+    """Read a filter list: a JSON list of texts, or one entry per line."""
+    if not path.exists():
+        found.faults.append(Fault(*where, f"no such file: {path}"))
+        return ()
+    if path.suffix == ".json":
+        raw = _read(path, found)
+        if isinstance(raw, list) and all(isinstance(one, str) for one in raw):
+            return tuple(raw)
+        if raw is not _UNREADABLE:
+            found.faults.append(Fault(path.name, "", "must be a list of texts", shown(raw)))
+        return ()
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as fault:
+        found.faults.append(Fault(*where, f"{path} cannot be read: {fault}"))
+        return ()
+    return tuple(line for line in lines if line.strip())
 
 
 def _prompt_library(base: Path, config_name: str, trainer: TrainerConfig, found: Findings) -> dict[str, str]:

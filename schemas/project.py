@@ -3,6 +3,7 @@
 Made by `schemas.loading.load_project`; a new file or folder of the workspace gets its path here.
 """
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ def resolved(root: Path, path: str) -> Path:
         return root / path
 
 
+def is_url(path: str) -> bool:
+    """Tell a URL from a path of this machine."""
+    return re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Project:
     """Checked options and resolved paths."""
@@ -35,6 +41,7 @@ class Project:
     trainer: TrainerConfig
     datasets: tuple[DatasetConfig, ...]
     prompt_library: Mapping[str, str]
+    caption_filters: Mapping[str, tuple[str, ...]]  # id of a text_embeds entry -> its caption_filter_list
     family: FamilySpec
     overrides: tuple[str, ...]  # of --set
     warnings: tuple[str, ...]
@@ -94,6 +101,25 @@ class Project:
         assert dataset.instance_data_dir is not None, "checked when the project was loaded"
         return resolved(self.root, dataset.instance_data_dir)
 
+    def url_of(self, dataset: DatasetConfig) -> str | None:
+        """Return the URL below which a dataset's images lie, None for a local folder."""
+        if dataset.type == "aws":
+            parts = [dataset.aws_bucket_name, dataset.aws_data_prefix or dataset.instance_data_dir]
+            return "s3://" + "/".join(part.strip("/") for part in parts if part)
+        named = dataset.instance_data_dir
+        return named.rstrip("/") if dataset.type == "local" and named is not None and is_url(named) else None
+
+    def downloads(self, dataset: DatasetConfig) -> Path:
+        """Return the folder that the images of a list of URLs are fetched into."""
+        if dataset.csv_cache_dir is not None:
+            return resolved(self.root, dataset.csv_cache_dir)
+        return self.workspace / "downloads" / dataset.id
+
+    def caption_filter(self, dataset: DatasetConfig) -> tuple[str, ...]:
+        """Return what is taken out of a dataset's captions."""
+        store = dataset.text_embeds or self.text_dataset
+        return self.caption_filters.get(store, ()) if store is not None else ()
+
     def manifest(self, dataset_id: str) -> Path:
         """Return the path of a dataset's manifest."""
         return self.workspace / "manifests" / f"{dataset_id}.parquet"
@@ -109,10 +135,16 @@ class Project:
         return self.workspace / "cache" / "latents"
 
     @property
-    def text_store(self) -> Path:
-        """Return the folder of text embeds, above the encoder keys."""
+    def text_dataset(self) -> str | None:
+        """Return the id of the `text_embeds` entry that is used."""
         stores = [dataset for dataset in self.datasets if dataset.dataset_type == "text_embeds"]
         chosen = next((store for store in stores if store.default), stores[0] if stores else None)
+        return chosen.id if chosen is not None else None
+
+    @property
+    def text_store(self) -> Path:
+        """Return the folder of text embeds, above the encoder keys."""
+        chosen = self.dataset(self.text_dataset) if self.text_dataset is not None else None
         if chosen is not None and chosen.cache_dir is not None:
             return resolved(self.root, chosen.cache_dir)
         return self.workspace / "cache" / "text"
@@ -136,8 +168,17 @@ class Project:
 
     def scan_settings(self, dataset: DatasetConfig) -> str:
         """Hash the settings that a dataset's manifest depends on."""
-        rounding = self.trainer.aspect_bucket_rounding
-        return digest("scan", dataset.fingerprint("scan"), self.alignment, rounding, self.trainer.prep_seed)
+        trainer = self.trainer
+        filters = self.caption_filter(dataset)
+        ours = (self.alignment, trainer.aspect_bucket_rounding, trainer.prep_seed)
+        return digest("scan", dataset.fingerprint("scan"), *ours, filters)
+
+    def caption_settings(self, dataset: DatasetConfig) -> str:
+        """Hash the settings that a dataset's captions depend on, besides the text they are read from."""
+        options = {name: value for name, value in dataset.acting("scan").items() if "caption" in name}
+        prompts = [dataset.instance_prompt, dataset.prepend_instance_prompt, dataset.only_instance_prompt]
+        multiline = dataset.disable_multiline_split
+        return digest(options, prompts, multiline, self.caption_filter(dataset), self.trainer.prep_seed)
 
     def pairs_settings(self, target: DatasetConfig) -> str:
         """Hash the settings that a target set's pair table depends on."""

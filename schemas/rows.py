@@ -46,12 +46,11 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """One file that `prep scan` saw; a rejected one keeps its row and says why."""
+    """One image that `prep scan` saw; a rejected one keeps its row and says why."""
 
     dataset_id: str
-    path: str  # relative to the dataset's folder, POSIX
-    stem: str
-    image_id: str | None  # hash of the file's bytes; null if it could not be read
+    path: str  # relative to the dataset's folder, POSIX; of a table's row, its number
+    image_id: str | None  # hash of the file's bytes; null if it was not read
     size_bytes: int
     mtime_ns: int
     width: int | None  # pixels, after EXIF orientation
@@ -59,8 +58,18 @@ class ImageRow:
     orientation: int | None  # EXIF, 1 to 8; 1 is upright
     format: str | None  # as Pillow names it
     mode: str | None  # as Pillow names it
+    bits: int | None  # per channel, in the file
+    frames: int | None  # pictures in the file; more than 1 is an animation, of which the first counts
+    alpha: bool | None  # transparency of any kind
+    icc: bool | None  # carries a colour profile
+    phash: str | None  # perceptual hash, 16 hexadecimal digits; null unless near duplicates are looked for
+    face: list[float]  # centre of the largest face, x and y as shares of the sides; empty unless looked for and found
+    examined: str | None  # what was done with its decoded pixels: verify, phash, face; null if it was not decoded
+    fault: str | None  # why the file itself cannot be used, whatever the settings; true of these bytes
     captions: list[str]
-    caption_source: str | None  # textfile, filename, instanceprompt
+    caption_source: str | None  # textfile, filename, instanceprompt, parquet, csv, huggingface
+    caption_size_bytes: int | None  # of the text file
+    caption_mtime_ns: int | None
     bucket: str | None  # "WxH"
     target_width: int | None
     target_height: int | None
@@ -98,11 +107,12 @@ class Reference:
     seed: int | None  # of the degradation's draws
     bucket: str
     geometry: Geometry
+    view: str  # how the file becomes an upright picture, where that is not the default: canonical JSON, or empty
     prompts: list[str]  # instead of the sample's, while this one of several references is shown; often empty
 
     def key(self, encoder: str) -> str:
         """Key its latent under an encoder."""
-        return latent_key(encoder, self.image_id, self.geometry.as_key(), self.recipe, self.seed)
+        return latent_key(encoder, self.image_id, self.geometry.as_key(), self.view, self.recipe, self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +123,10 @@ class PairRow:
     dataset_id: str
     target_image_id: str
     target_path: str  # relative to the dataset's folder
+    variant: int  # of its random crops: in epoch e, the variant e modulo `variants` is shown
+    variants: int  # random crops that are cached; 1 unless they differ by epoch
     geometry: Geometry  # of the target
+    view: str  # of the target: see Reference
     references: list[Reference]
     prompts: list[str]
     bucket: str
@@ -122,7 +135,7 @@ class PairRow:
 
     def target_key(self, encoder: str) -> str:
         """Key the target's latent under an encoder."""
-        return latent_key(encoder, self.target_image_id, self.geometry.as_key())
+        return latent_key(encoder, self.target_image_id, self.geometry.as_key(), self.view)
 
     def store_of(self, reference: Reference) -> str:
         """Name the dataset whose store holds a reference's latent: a degraded one lies with its target."""

@@ -449,18 +449,8 @@ TRAINER_KEYS: Mapping[str, str] = (
 DATASET_KEYS: Mapping[str, str] = (
     # Where images come from
     _same(
-        "not in this version: object storage is not read; copy the images to a folder and use type local",
-        """
-        aws_bucket_name aws_region_name aws_endpoint_url aws_access_key_id aws_secret_access_key aws_session_token
-        aws_data_prefix aws_max_pool_connections
-        """,
-    )
-    | _same(
-        "not in this version: no list of URLs is downloaded; fetch the images to a folder and use type local",
-        """
-        csv_file csv_cache_dir csv_caption_column csv_url_column csv_hash_filenames csv_shorten_filenames
-        shorten_filenames
-        """,
+        "ignored: downloads are named by their URL, host and path",
+        "csv_hash_filenames csv_shorten_filenames shorten_filenames",
     )
     | _same(
         "not in this version: remote shards are not read; unpack the images to a folder and use type local",
@@ -475,26 +465,15 @@ DATASET_KEYS: Mapping[str, str] = (
         "memory_filesystem_path memory_filesystem_size memory_filesystem_sudo",
     )
     | _same(
-        "ignored here: write it inside the dataset's huggingface object",
-        "caption_column image_column composite_image_config",
-    )
-    | _same(
         "ignored here: write composite_image_config inside the dataset's huggingface object",
         "composite_image_column split_composite_images",
     )
-    | _same(
-        "not in this version: a Hugging Face dataset is read at its default revision and split, without streaming",
-        "split revision streaming num_proc auto_load data_files",
-    )
-    | {
-        "filter_func": "not in this version: no row is filtered out by column or path",
-        "parquet": "not in this version: a table's columns cannot be named; keep captions in text files",
-    }
+    | {"auto_load": "ignored: a dataset is loaded when it is scanned"}
     # Links to other sets
     | _same(
         "ignored: embeddings and latents live in Parquet shards and are found by content hash",
         """
-        text_embeds text_embed_cache image_embeds conditioning_image_embeds conditioning_image_embed_cache
+        image_embeds conditioning_image_embeds conditioning_image_embed_cache
         cache_dir_conditioning_image_embeds
         """,
     )
@@ -510,7 +489,6 @@ DATASET_KEYS: Mapping[str, str] = (
     )
     | {
         "compress_cache": "ignored: latents always live in Parquet shards, which are never compressed twice",
-        "skip_file_discovery": "not in this version: prep scan always reads the folder again",
         "metadata_update_interval": "ignored: manifests are not saved at timed intervals",
     }
     | _same(
@@ -535,18 +513,8 @@ DATASET_KEYS: Mapping[str, str] = (
     )
     | {"delete_nsfw_images": "not in this version: images are not checked for nudity, and none is deleted"}
     # Which images are used, and in what shape
-    | _same(
-        "not in this version: images of every shape are kept; move extreme ones out of the folder",
-        "minimum_aspect_ratio maximum_aspect_ratio",
-    )
-    | {
-        "crop_aspect_buckets": "not in this version: a crop is square or keeps the image's own aspect ratio",
-        "max_upscale_threshold": "not in this version: use minimum_image_size to leave small images out",
-        "max_num_samples": "not in this version: every usable image of the set is trained on",
-    }
     # How often and when a set is trained on
     | {
-        "probability": "not in this version: every set is drawn in full; weigh it with repeats",
         "ignore_epochs": "ignored: every set counts towards an epoch",
         "shuffle": "ignored: the order of samples is drawn from seed",
         "timestep_sampling_offset": "not in this version: all sets share one distribution of timesteps",
@@ -567,9 +535,6 @@ DATASET_KEYS: Mapping[str, str] = (
     )
     # Captions
     | {
-        "caption_shuffle": "not in this version: the parts of a caption keep their written order",
-        "caption_filter_list": "not in this version: captions are used as written; edit the caption files instead",
-        "disable_multiline_split": "not in this version: each line of a caption file is a caption of its own",
         "data_generator": "not in this version: no images are generated from captions",
     }
     | _same(

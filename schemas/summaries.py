@@ -15,14 +15,64 @@ class DatasetScan:
     dataset_id: str
     seen: int
     kept: int
-    rejected: Mapping[str, int]  # kind of reason -> files
-    read: int  # files whose content was read; the others were unchanged since the last scan
-    removed: int  # rows of the last scan whose file is gone
+    rejected: Mapping[str, int]  # kind of reason -> images
+    read: int  # images whose content was read; the others were unchanged since the last scan
+    decoded: int  # images whose pixels were looked at
+    removed: int  # rows of the last scan whose image is gone
+    changed: int  # rows of the last scan that say something else now
+    settings_changed: bool  # since the last scan
     buckets: Mapping[str, int]  # "WxH" -> kept images
+    batch_fill: Mapping[str, float]  # "WxH" -> share of the places in its batches that an epoch fills
+    upscaled: int  # kept images that are enlarged
+    oddities: Mapping[str, int]  # kept images that are more than plain 8-bit RGB, by what they are
+    equal_files: int  # kept images whose bytes an earlier one has
+    near_duplicates: int  # images that look like an earlier one, where that is looked for
+    collisions: Mapping[str, list[str]]  # aspect of a bucket -> sizes its images would have; the first holds for all
+    faces: int | None  # kept images with a face to crop to; null unless faces are looked for
+    variants: int  # random crops cached per image
     captions: int
     ignored_files: int  # neither images nor captions
+    unreadable_folders: tuple[str, ...]
     manifest: str
     written: bool  # false: nothing changed
+    looked_at: bool  # false: skip_file_discovery let the manifest stand
+
+    @property
+    def upscaled_share(self) -> float:
+        """Return the share of kept images that are enlarged."""
+        return self.upscaled / self.kept if self.kept else 0.0
+
+    def lines(self, dry_run: bool) -> Iterator[str]:
+        """Yield the closing report."""
+        yield (
+            f"{self.dataset_id}: {counted(self.seen, 'image')}, {self.kept} kept, {counted(self.captions, 'caption')}, "
+            f"{counted(len(self.buckets), 'bucket')}; "
+            + (f"{self.read} read, {self.seen - self.read} unchanged" if self.looked_at else "not looked at")
+            + (f", {self.decoded} decoded" if self.decoded else "")
+            + (f", {self.removed} gone" if self.removed else "")
+        )
+        for reason, count in self.rejected.items():
+            yield f"  rejected {count}: {reason}"
+        if self.settings_changed:
+            yield f"  its settings changed since the last scan: {counted(self.changed, 'row')} differ for it"
+        if self.upscaled:
+            yield f"  enlarged {self.upscaled} ({self.upscaled_share:.0%}); max_upscale_threshold limits it"
+        if self.oddities:
+            yield "  " + ", ".join(f"{name}: {count}" for name, count in self.oddities.items())
+        if self.faces is not None:
+            yield f"  faces found in {self.faces}; the other {self.kept - self.faces} are cropped in the middle"
+        yield from self._duplicates()
+        for aspect, sizes in self.collisions.items():
+            yield f"  bucket {aspect}: images of it would be {' or '.join(sizes)}; the first in path order decides"
+        if self.variants > 1:
+            yield f"  {self.variants} random crops of each image are cached and shown in turn"
+        yield f"  {_state(self.written, dry_run)} {self.manifest}"
+
+    def _duplicates(self) -> Iterator[str]:
+        if self.equal_files:
+            yield f"  {counted(self.equal_files, 'file')} repeat another's bytes (exact_duplicates: reject drops them)"
+        if self.near_duplicates:
+            yield f"  {counted(self.near_duplicates, 'picture')} look like another"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +88,7 @@ class ScanSummary:
     def lines(self) -> Iterator[str]:
         """Yield the closing report."""
         for scan in self.datasets:
-            yield (
-                f"{scan.dataset_id}: {scan.seen} images, {scan.kept} kept, {scan.captions} captions, "
-                f"{len(scan.buckets)} buckets; {scan.read} read, {scan.seen - scan.read} unchanged"
-                + (f", {scan.removed} gone" if scan.removed else "")
-            )
-            for reason, count in scan.rejected.items():
-                yield f"  rejected {count}: {reason}"
-            yield f"  {_state(scan.written, self.dry_run)} {scan.manifest}"
+            yield from scan.lines(self.dry_run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +221,11 @@ Summary = ScanSummary | PairsSummary | CacheSummary | TrainSummary
 def as_json(summary: Summary) -> str:
     """Spell a summary as one JSON document."""
     return json.dumps(asdict(summary), ensure_ascii=False, indent=2)
+
+
+def counted(number: int, noun: str) -> str:
+    """Spell a number of things."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _state(written: bool, dry_run: bool) -> str:

@@ -59,6 +59,9 @@ class Sample:
     references: tuple[tuple[Image, tuple[str, ...]], ...]  # with the prompts that go with each
     prompts: tuple[str, ...]
     repeats: int
+    dataset_id: str = ""
+    variant: int = 0  # the epochs that show it: those whose number modulo `variants` is this
+    variants: int = 1
 
 
 class Shelf:
@@ -103,7 +106,9 @@ class Shelf:
             if image.key not in self._latents[image.store]
         }
         missing |= {f"prompt {text!r}" for text in every if text_key(self._text_encoder, text) not in self._text}
-        self.samples.append(Sample(row.sample_id, target, references, prompts, row.repeats))
+        self.samples.append(
+            Sample(row.sample_id, target, references, prompts, row.repeats, row.dataset_id, row.variant, row.variants)
+        )
 
     def fingerprint(self) -> str:
         """Hash what is trained on, so that a resumed run notices another set of pairs, prompts or encoders."""
@@ -111,7 +116,7 @@ class Shelf:
             [one.sample_id, one.target.key, [[image.key, texts] for image, texts in one.references], one.prompts]
             for one in self.samples
         ]
-        return digest(self._text_encoder, samples, [one.repeats for one in self.samples])
+        return digest(self._text_encoder, samples, [[one.repeats, one.variant, one.variants] for one in self.samples])
 
     def shape(self, image: Image) -> tuple[int, ...]:
         """Return the shape C × H × W of a latent."""
@@ -156,9 +161,10 @@ def batches(project: Project, shelf: Shelf) -> Iterator[tuple[int, list[Shown]]]
 
 
 def epoch_batches(project: Project, shelf: Shelf, epoch: int) -> list[list[Shown]]:
-    """Plan one epoch: every sample once and its repeats, in batches of equal shapes, shuffled. None is dropped."""
+    """Plan one epoch: its samples and their repeats, in batches of equal shapes, shuffled. None is dropped."""
     seed, size = project.trainer.seed, project.trainer.train_batch_size
-    turns = [(sample, turn) for sample in shelf.samples for turn in range(sample.repeats + 1)]
+    shown = _of_epoch(project, shelf.samples, epoch)
+    turns = [(sample, turn) for sample in shown for turn in range(sample.repeats + 1)]
     turns.sort(key=lambda item: seed_of(seed, "order", epoch, item[0].sample_id, item[1]))
     alike: dict[tuple[tuple[int, ...], ...], list[Shown]] = {}
     for sample, turn in turns:
@@ -168,6 +174,18 @@ def epoch_batches(project: Project, shelf: Shelf, epoch: int) -> list[list[Shown
     planned = [group[first : first + size] for group in alike.values() for first in range(0, len(group), size)]
     order = sorted(range(len(planned)), key=lambda number: seed_of(seed, "batch", epoch, number))
     return [planned[number] for number in order]
+
+
+def _of_epoch(project: Project, samples: Sequence[Sample], epoch: int) -> list[Sample]:
+    """Return the samples of one epoch: of several crops the one whose turn it is, of a set the share that is drawn."""
+    shown: list[Sample] = []
+    for dataset in training_sets(project):
+        own = [one for one in samples if one.dataset_id == dataset.id and epoch % one.variants == one.variant]
+        if dataset.probability < 1:
+            own.sort(key=lambda one: seed_of(project.trainer.seed, "drawn", epoch, one.sample_id))
+            own = own[: max(1, round(dataset.probability * len(own)))]
+        shown += own
+    return shown
 
 
 def _show(project: Project, sample: Sample, name: tuple[object, ...]) -> Shown:

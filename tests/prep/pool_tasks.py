@@ -53,10 +53,9 @@ def process_then_sleep(seconds):
     return os.getpid()
 
 
-def read_files_or_die(chunk):
-    folder, paths = chunk
-    if any("deadly" in path.name for path in paths):
+def measure_or_die(task):
+    if any("deadly" in path for path in task.paths):
         os._exit(9)
-    from prep.scan import _read_files
+    from prep.measure import measure
 
-    return _read_files((folder, paths))
+    return measure(task)

@@ -20,8 +20,7 @@ KNOWN = json.loads((Path(__file__).parent / "bucket_vectors.json").read_text())
 
 def supported(vector):
     config = vector["config"]
-    cropped_as_here = not config["crop"] or config["crop_aspect"] in ("square", "preserve")
-    return cropped_as_here and not vector["id"].startswith("anomaly")
+    return not vector["id"].startswith("anomaly")
 
 
 VECTORS = [vector for vector in KNOWN["vectors"] if supported(vector)]

@@ -74,7 +74,6 @@ def test_a_row_says_all_that_is_known_of_an_image(tmp_path):
     assert row == ImageRow(
         dataset_id="photos",
         path="day one/a_red car.JPG",
-        stem="a_red car",
         image_id=file_id(path),
         size_bytes=path.stat().st_size,
         mtime_ns=path.stat().st_mtime_ns,
@@ -83,8 +82,18 @@ def test_a_row_says_all_that_is_known_of_an_image(tmp_path):
         orientation=6,
         format="JPEG",
         mode="RGB",
+        bits=8,
+        frames=1,
+        alpha=False,
+        icc=False,
+        phash=None,
+        face=[],
+        examined=None,
+        fault=None,
         captions=["a red car"],
         caption_source="filename",
+        caption_size_bytes=None,
+        caption_mtime_ns=None,
         bucket="48x80",
         target_width=48,
         target_height=80,
@@ -182,7 +191,7 @@ def test_a_name_that_is_not_utf_8_does_not_stop_the_scan(tmp_path):
     assert summary.seen == len(rows_of(tmp_path)) == 2
     assert rows_of(tmp_path)["good.png"].reject is None
     bad = rows_of(tmp_path)["caf\\xe9.png"]
-    assert (bad.reject, bad.stem, bad.captions, bad.bucket) == ("name: it is not UTF-8", "caf\\xe9", [], None)
+    assert (bad.reject, bad.bucket) == ("name: it is not UTF-8", None)
     assert summary.rejected == {"name": 1}
     [again] = scan(tmp_path, workers=1).datasets
     assert (again.read, again.written) == (0, False)
@@ -200,7 +209,7 @@ def test_no_usable_image_is_a_warning(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(log, "propagate", True)
     with caplog.at_level(logging.WARNING, logger="pairline"):
         [summary] = scan(project(tmp_path), workers=1).datasets
-    assert caplog.messages == [f"photos: no usable image below {tmp_path / 'photos'}"]
+    assert caplog.messages == [f"photos: no usable image in {tmp_path / 'photos'}"]
     assert (summary.seen, rows_of(tmp_path)) == (0, {})
 
 
@@ -267,7 +276,9 @@ def test_a_new_caption_changes_its_row_alone_and_no_image_is_read(scanned):
     [summary] = scan(scanned, workers=1).datasets
     assert (summary.read, summary.written) == (0, True)
     assert changed(before, rows_of(scanned)) == {"2.png"}
-    assert rows_of(scanned)["2.png"] == replace(before["2.png"], captions=["another"])
+    text = (scanned / "photos" / "2.txt").stat()
+    known = {"caption_size_bytes": text.st_size, "caption_mtime_ns": text.st_mtime_ns}
+    assert rows_of(scanned)["2.png"] == replace(before["2.png"], captions=["another"], **known)
 
 
 def test_a_replaced_image_changes_its_row_alone(scanned):
@@ -385,7 +396,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
 
 def test_a_file_that_costs_its_worker_is_rejected_and_its_neighbours_are_read(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent)
-    monkeypatch.setattr(prep.scan, "_read_files", importlib.import_module("pool_tasks").read_files_or_die)
+    monkeypatch.setattr(prep.scan, "measure", importlib.import_module("pool_tasks").measure_or_die)
     monkeypatch.setattr(prep.scan, "_CHUNK", 3)
     for name in ("0", "1", "2-deadly", "3", "4", "5"):
         draw(project(tmp_path) / "photos" / f"{name}.png")
@@ -484,7 +495,7 @@ def test_the_summary_is_told_as_lines_and_as_json(scanned):
     (scanned / "photos" / "3.txt").unlink()
     summary = scan(scanned, workers=1)
     head, reason, tail = summary.lines()
-    assert head == "photos: 4 images, 3 kept, 3 captions, 1 buckets; 0 read, 4 unchanged"
+    assert head == "photos: 4 images, 3 kept, 3 captions, 1 bucket; 0 read, 4 unchanged"
     assert reason == "  rejected 1: no caption"
     assert tail == f"  wrote {scanned / 'work' / 'manifests' / 'photos.parquet'}"
     assert json.loads(as_json(summary)) == json.loads(json.dumps(asdict(summary)))

@@ -1,0 +1,295 @@
+"""What prep scan learns of single files: their identity and header, and, where asked for, what their pixels show.
+
+`measure` and `examine` run on the pool. A new fact is a field of `Facts` and a column of the same name in
+`schemas.rows.ImageRow`.
+"""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from prep.captions import read_text
+from prep.headers import Header
+from prep.images import HEAD_BYTES, TURNED, decode, looks, read_header
+from prep.places import Bucket, Downloads, Folder, Place, Rows, open_rows, read_bytes, read_many, row_bytes, row_number
+from schemas.keys import content_id
+from schemas.rows import ImageRow, arrow_schema
+
+_PIECE = 256 << 10  # bytes hashed at a time: they stay in the cache of the core
+_AT_ONCE = 64 << 20  # bytes of a bucket's files in memory at a time
+
+_CHANGED = "changed while it was read"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is remembered of one file's content; names are those of the columns of a manifest."""
+
+    image_id: str | None = None
+    size_bytes: int = 0
+    mtime_ns: int = 0
+    width: int | None = None
+    height: int | None = None
+    orientation: int | None = None
+    format: str | None = None
+    mode: str | None = None
+    bits: int | None = None
+    frames: int | None = None
+    alpha: bool | None = None
+    icc: bool | None = None
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Files to measure, and text files to read, in one go."""
+
+    place: Place
+    paths: Sequence[str]  # of images
+    stats: Sequence[tuple[int, int]]  # (bytes, modification time in ns) of each, as listed
+    texts: Sequence[str]  # of text files, relative to the place
+    hashed: bool  # identify by content
+    view: str = ""
+    encoding: str = "utf-8"
+    multiline: bool = False  # a text file is one caption
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What came of a task."""
+
+    facts: pa.RecordBatch  # one row per path
+    captions: list[list[str] | str]  # of each text file, or the reason why it has none
+
+
+def facts_schema() -> pa.Schema:
+    """Return the columns of `Facts`, typed as in the manifest."""
+    return columns_of(*(field.name for field in fields(Facts)))
+
+
+def columns_of(*names: str) -> pa.Schema:
+    """Return some columns of the manifest."""
+    schema = arrow_schema(ImageRow)
+    return pa.schema([schema.field(name) for name in names])
+
+
+def as_batch(rows: Sequence[Facts]) -> pa.RecordBatch:
+    """Turn facts into columns."""
+    schema = facts_schema()
+    return pa.record_batch(
+        [pa.array([getattr(row, name) for row in rows], schema.field(name).type) for name in schema.names],
+        schema=schema,
+    )
+
+
+def measure(task: Task) -> Measured:
+    """Read headers, ids and captions."""
+    if isinstance(task.place, Bucket):
+        rows = list(_in_bucket(task.place, task))
+    elif isinstance(task.place, Rows):
+        rows = [_row(task.place, path, listed, task) for path, listed in zip(task.paths, task.stats, strict=True)]
+    else:
+        rows = [_file(_spot(task.place, path), task) for path in task.paths]
+    return Measured(as_batch(rows), _texts(task))
+
+
+def _texts(task: Task) -> list[list[str] | str]:
+    """Read text files; those of a bucket all at once."""
+    contents: Sequence[bytes | OSError]
+    if isinstance(task.place, Bucket) and task.texts:
+        contents = read_many(task.place, task.texts)
+    else:
+        contents = [_content(task.place, path) for path in task.texts]
+    return [
+        read_text(content, path, task.encoding, multiline=task.multiline)
+        for content, path in zip(contents, task.texts, strict=True)
+    ]
+
+
+def _content(place: Place, path: str) -> bytes | OSError:
+    try:
+        return read_bytes(place, path)
+    except OSError as fault:
+        return fault
+
+
+def _spot(place: Folder | Downloads, path: str) -> str:
+    return f"{place.root}/{path}" if isinstance(place, Folder) else str(place.file(path))
+
+
+def _file(file: str, task: Task) -> Facts:
+    """Measure a local file through one descriptor."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not make us wait
+    except OSError as fault:
+        return Facts(fault=_told(fault))
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            return Facts(mtime_ns=found.st_mtime_ns, fault="unreadable: not a regular file")
+        size = found.st_size
+        identity = _identity(descriptor) if task.hashed and size else None
+        head = os.pread(descriptor, HEAD_BYTES, 0)
+        header = read_header(head, size, lambda offset, length: os.pread(descriptor, length, offset))
+        after = os.fstat(descriptor)
+        if (after.st_size, after.st_mtime_ns) != (size, found.st_mtime_ns):
+            return Facts(None, after.st_size, after.st_mtime_ns, fault=f"unreadable: {_CHANGED}")
+        return _facts(identity, size, found.st_mtime_ns, header, task)
+    except OSError as fault:
+        return Facts(fault=_told(fault))
+    finally:
+        os.close(descriptor)
+
+
+def _identity(descriptor: int) -> str:
+    """Hash a whole file through one buffer that is used again and again."""
+    state, view = xxhash.xxh3_128(), _buffer()
+    while count := os.readv(descriptor, [view]):
+        state.update(view[:count])
+    return state.hexdigest()
+
+
+@cache
+def _buffer() -> memoryview:
+    return memoryview(bytearray(_PIECE))
+
+
+def _facts(identity: str | None, size: int, mtime_ns: int, header: Header | str, task: Task) -> Facts:
+    if isinstance(header, str):
+        return Facts(identity, size, mtime_ns, fault=header)
+    width, height = header.width, header.height
+    says = looks(task.view)
+    if says.get("orientation") == "ignore" and header.orientation in TURNED:
+        width, height = height, width
+    if "part" in says:
+        width //= says["part"][1]
+    return Facts(
+        image_id=identity,
+        size_bytes=size,
+        mtime_ns=mtime_ns,
+        width=width,
+        height=height,
+        orientation=header.orientation,
+        format=header.format,
+        mode=header.mode,
+        bits=header.bits,
+        frames=header.frames,
+        alpha=header.alpha,
+        icc=header.icc,
+        fault=None if width else "unreadable: no picture is left after cutting it into parts",
+    )
+
+
+def _in_bucket(place: Bucket, task: Task) -> Iterator[Facts]:
+    """Measure files of a bucket: whole where they are hashed, else what their headers need."""
+    listed = list(zip(task.paths, task.stats, strict=True))
+    first = 0
+    while first < len(listed):
+        last, size = first + 1, listed[first][1][0]
+        while last < len(listed) and size + listed[last][1][0] <= _AT_ONCE:
+            size += listed[last][1][0]
+            last += 1
+        some = listed[first:last]
+        for (_, (_, mtime_ns)), data in zip(some, read_many(place, [path for path, _ in some]), strict=True):
+            yield Facts(fault=_told(data)) if isinstance(data, OSError) else _bytes(data, mtime_ns, task)
+        first = last
+
+
+def _row(place: Rows, path: str, listed: tuple[int, int], task: Task) -> Facts:
+    """Measure the image in one row of a dataset."""
+    try:
+        return _bytes(row_bytes(open_rows(place)[row_number(path)][place.image_column]), listed[1], task)
+    except OSError as fault:
+        return Facts(fault=_told(fault))
+
+
+def _bytes(data: bytes, mtime_ns: int, task: Task) -> Facts:
+    header = read_header(data[:HEAD_BYTES], len(data), lambda offset, length: data[offset : offset + length])
+    return _facts(content_id(data) if task.hashed and data else None, len(data), mtime_ns, header, task)
+
+
+def _told(fault: OSError) -> str:
+    return f"unreadable: {fault.strerror or fault}"
+
+
+# What pixels show
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One file whose pixels are to be looked at."""
+
+    place: Place
+    path: str
+    image_id: str | None
+    view: str
+    wanted: str  # words of `verify`, `phash`, `face`
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What was seen."""
+
+    fault: str | None = None
+    lasting: bool = True  # false if it may be otherwise another time
+    phash: str | None = None
+    face: tuple[float, float] | None = None  # centre, as shares of width and height
+
+
+def examine(look: Look) -> Sight:
+    """Decode one file whole; its header said that it can be."""
+    try:
+        data = read_bytes(look.place, look.path)
+    except OSError as fault:
+        return Sight(_told(fault), lasting=False)
+    if look.image_id is not None and content_id(data) != look.image_id:
+        return Sight(f"unreadable: {_CHANGED}", lasting=False)
+    try:
+        picture = decode(data, look.view)
+    except MemoryError:
+        return Sight("unreadable: not enough memory to decode it", lasting=False)
+    if isinstance(picture, str):
+        return Sight(picture)
+    wanted = look.wanted.split()
+    return Sight(
+        phash=perceptual_hash(picture) if "phash" in wanted else None,
+        face=largest_face(picture) if "face" in wanted else None,
+    )
+
+
+def perceptual_hash(picture: Any) -> str:
+    """Hash how a picture looks: signs of its 8×8 lowest cosine frequencies about their median, 16 hex digits.
+
+    Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions (2010), section 3.1.
+    """
+    import cv2  # noqa: PLC0415 - headers alone need none
+
+    gray = np.asarray(picture.convert("L").resize((32, 32), 1), np.float32)
+    lowest = cv2.dct(gray)[:8, :8].ravel()
+    bits = lowest > np.median(lowest[1:])
+    return np.packbits(bits).tobytes().hex()
+
+
+def largest_face(picture: Any) -> tuple[float, float] | None:
+    """Find the centre of the largest face with OpenCV's cascade, as shares of the sides; None if there is none."""
+    scale = min(1.0, 640 / max(picture.size))
+    small = picture.convert("L").resize([max(1, round(side * scale)) for side in picture.size])
+    faces = _cascade().detectMultiScale(np.asarray(small), scaleFactor=1.1, minNeighbors=5, minSize=(24, 24))
+    if len(faces) == 0:
+        return None
+    left, top, width, height = max((tuple(map(int, face)) for face in faces), key=lambda face: (face[2], face))
+    return (left + width / 2) / small.width, (top + height / 2) / small.height
+
+
+@cache
+def _cascade() -> Any:
+    from cv2 import CascadeClassifier, data  # noqa: PLC0415 - headers alone need none
+
+    return CascadeClassifier(data.haarcascades + "haarcascade_frontalface_default.xml")

@@ -1,0 +1,247 @@
+"""`prep report`: one HTML file that shows what the manifests say: figures, buckets, sizes, rejects, captions, crops.
+
+`report` is the public function. Another part of the page (pairs, cache, runs) is a function of (project, thumbnails)
+that returns a `Section`, an entry in `SECTIONS`, and a template in `prep/page` that draws the section's `content`.
+"""
+
+import base64
+import hashlib
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jinja2
+
+from families import Source, open_project
+from prep.page import charts, columns, pictures
+from prep.page.columns import Figure
+from schemas.datasets import DatasetConfig
+from schemas.errors import UserError
+from schemas.project import Project
+from schemas.rows import ImageRow
+from schemas.storage import write_aside
+from schemas.tables import read_provenance
+
+_TEMPLATES = Path(__file__).parent / "page"
+_BUCKETS = 80  # lines of the bucket table
+_KINDS = 40  # lines of the table of reasons
+_REJECTS = 24  # rejected images shown
+
+_ROLES = {"image": "targets", "conditioning": "references", "eval": "held-out targets"}
+
+
+@dataclass(frozen=True, slots=True)
+class ReportSummary:
+    """What `prep report` did."""
+
+    path: str
+    size_bytes: int
+    datasets: tuple[str, ...]  # shown
+    warnings: tuple[str, ...]
+    seconds: float
+    command: str = "prep report"
+
+    def lines(self) -> Iterator[str]:
+        """Yield the closing report."""
+        yield f"wrote {self.path} ({self.size_bytes / 1e6:.1f} MB): {', '.join(self.datasets)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of the page's contents."""
+
+    anchor: str
+    label: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the page: a template of `prep/page`, and what it draws under the name `content`."""
+
+    template: str
+    content: object
+    entries: tuple[Entry, ...]
+    figures: tuple[Figure, ...] = ()  # for the head of the page
+    datasets: tuple[str, ...] = ()  # shown
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rejects:
+    """Why images are not used."""
+
+    kinds: tuple[Figure, ...]  # the most frequent
+    num_kinds: int
+    examples: tuple[pictures.Picture, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a manifest comes to."""
+
+    scanned: str  # when
+    figures: tuple[Figure, ...]
+    oddities: tuple[Figure, ...]
+    formats: tuple[Figure, ...]
+    buckets: tuple[columns.Bucket, ...]  # the largest, narrow ones first
+    num_buckets: int
+    sizes: charts.Scatter | None
+    aspects: charts.Histogram | None
+    rejects: Rejects
+    captions: columns.Captions
+    words: charts.Histogram | None
+    sheet: tuple[pictures.Picture, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetPage:
+    """What is shown of one dataset."""
+
+    dataset: DatasetConfig
+    role: str
+    anchor: str
+    notices: tuple[str, ...]
+    facts: Facts | None  # null if it was not scanned
+
+
+def report(project: Source, *, output: Path | None = None, thumbnails: int = 60) -> ReportSummary:
+    """Write the page, by default WORKSPACE/report.html; of each dataset up to `thumbnails` kept images are shown.
+
+    Nothing is scanned. Raises UserError if no dataset was.
+    """
+    start = time.monotonic()
+    project = open_project(project)
+    sections = [section for make in SECTIONS if (section := make(project, thumbnails)) is not None]
+    if not sections:
+        raise UserError(f"{project.workspace}: nothing was scanned yet; run: {project.command('prep scan')}")
+    page = _page(project, sections)
+    path = output or project.workspace / "report.html"
+    with write_aside(path) as aside:
+        aside.write_bytes(page)
+    datasets = tuple(dict.fromkeys(name for section in sections for name in section.datasets))
+    warnings = (*project.warnings, *(warning for section in sections for warning in section.warnings))
+    return ReportSummary(str(path), len(page), datasets, warnings, time.monotonic() - start)
+
+
+def _page(project: Project, sections: Sequence[Section]) -> bytes:
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"visible": visible, "clipped": clipped, "figure": figure}
+    script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
+    text = templates.get_template("page.html.j2").render(
+        project=project,
+        sections=sections,
+        style=(_TEMPLATES / "page.css").read_text(encoding="utf-8"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    return text.encode("utf-8", "backslashreplace")  # a folder's name may not be UTF-8
+
+
+def visible(text: str) -> str:
+    """Spell out what cannot be seen or would turn the text around it: `\\n`, `\\u202e`. Joiners of letters stay."""
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in "\u200c\u200d"
+        else char
+        for char in text
+    )
+
+
+def clipped(text: str, length: int, ending: int = 0) -> str:
+    """Shorten a text to `length` characters, of which the last `ending` are its own end."""
+    if len(text) <= length:
+        return text
+    return text[: length - ending - 1] + "…" + text[len(text) - ending :]
+
+
+def figure(value: int | float) -> str:
+    """Spell a number: thousands apart, three digits of a small fraction."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def images(project: Project, thumbnails: int) -> Section | None:
+    """Show the manifests; None if there is none."""
+    if not any(project.manifest(dataset.id).exists() for dataset in project.scanned):
+        return None
+    pages = [
+        _dataset(project, dataset, f"dataset-{number}", thumbnails) for number, dataset in enumerate(project.scanned, 1)
+    ]
+    scanned = [page.facts for page in pages if page.facts is not None]
+    totals = [sum(int(facts.figures[at].value) for facts in scanned) for at in range(3)]
+    return Section(
+        template="images.html.j2",
+        content=pages,
+        entries=tuple(Entry(page.anchor, page.dataset.id, _in_brief(page)) for page in pages),
+        figures=(
+            Figure("dataset" if len(pages) == 1 else "datasets", len(pages)),
+            *(Figure(name, total) for name, total in zip(("images", "kept", "rejected"), totals, strict=True)),
+        ),
+        datasets=tuple(page.dataset.id for page in pages if page.facts is not None),
+        warnings=tuple(f"{page.dataset.id}: {notice}" for page in pages for notice in page.notices),
+    )
+
+
+def _in_brief(page: DatasetPage) -> str:
+    if page.facts is None:
+        return "not scanned"
+    seen, kept = page.facts.figures[:2]
+    return f"{figure(kept.value)} of {figure(seen.value)} kept" + (" · see the notice" if page.notices else "")
+
+
+def _dataset(project: Project, dataset: DatasetConfig, anchor: str, thumbnails: int) -> DatasetPage:
+    path, again = project.manifest(dataset.id), f"run: {project.command('prep scan')}"
+    role, notices = _ROLES[dataset.dataset_type], []
+    provenance = read_provenance(path, ImageRow)
+    if provenance is None:
+        state = "Its manifest cannot be read" if path.exists() else "Not scanned yet"
+        return DatasetPage(dataset, role, anchor, (f"{state}; {again}",), None)
+    if provenance.config != project.scan_settings(dataset):
+        notices.append(f"Its settings changed since it was scanned, and this shows what was; {again}")
+    if provenance.limit is not None:
+        notices.append(f"Only its first {provenance.limit:,} files were scanned (--limit)")
+    if not provenance.hashed:
+        notices.append(f"Scanned with --no-hash, for a look; before prep pairs, {again}")
+    return DatasetPage(dataset, role, anchor, tuple(notices), _facts(project, dataset, path, thumbnails))
+
+
+def _facts(project: Project, dataset: DatasetConfig, path: Path, thumbnails: int) -> Facts:
+    manifest = columns.read(path)
+    buckets = columns.buckets(manifest, project.trainer.train_batch_size, dataset.repeats)
+    largest = sorted(buckets, key=lambda bucket: -bucket.images)[:_BUCKETS]
+    captions = columns.captions(manifest)
+    reasons, kinds = columns.kinds(manifest)
+    names = [kind.label for kind in kinds]
+    return Facts(
+        # Not the time of this run: the same manifests make the same page, to the byte.
+        scanned=datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        figures=columns.summary(manifest, len(buckets)),
+        oddities=columns.oddities(manifest),
+        formats=columns.counts(manifest.table["format"], "unknown"),
+        buckets=tuple(bucket for bucket in buckets if bucket in largest),
+        num_buckets=len(buckets),
+        sizes=charts.scatter(manifest, dataset),
+        aspects=charts.aspects(manifest),
+        rejects=Rejects(
+            kinds[:_KINDS],
+            len(kinds),
+            pictures.examples(project, dataset, manifest, (reasons, names), _REJECTS),
+        ),
+        captions=captions,
+        words=charts.words(captions.words),
+        sheet=pictures.sheet(project, dataset, manifest, thumbnails),
+    )
+
+
+SECTIONS: tuple[Callable[[Project, int], Section | None], ...] = (images,)
