@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from schemas.family import FamilySpec
+from schemas.family import FamilySpec, Width
 from schemas.loading import check_folders, load_project
 from schemas.project import Project
 
@@ -29,6 +29,11 @@ FAMILIES: Mapping[str, FamilySpec] = {
         denoiser=("transformer",),
         # T5 is not masked, so that its rows depend on the length they are padded to.
         text_settings={"dev": {"t5_tokens": 512}, "schnell": {"t5_tokens": 256}, "kontext": {"t5_tokens": 512}},
+        latent_channels=Width(16, "vae", "latent_channels"),
+        latent_scale=8,
+        text_tokens="t5_tokens",
+        text_width=Width(4096, "text_encoder_2", "d_model"),
+        pooled_width=Width(768, "text_encoder", "hidden_size"),
         default_flavour="kontext",
         alignment=64,
         smallest_alignment=16,

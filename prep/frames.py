@@ -12,7 +12,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prep.geometry import Policy, Targets, aspects_for, drawn_aspect, framed, placed
+from prep.geometry import (
+    Policy,
+    Targets,
+    aspects_for,
+    crop_draws,
+    drawn_aspect,
+    framed,
+    placed_on_face,
+    random_places,
+)  # fmt: skip
 from schemas.datasets import DatasetConfig
 from schemas.project import Project
 from schemas.rows import Geometry
@@ -153,13 +162,14 @@ def _place(
     if policy.crop_style == "corner":
         numbers[:, 4:] = 0
         return
-    faces = facts["face"].to_pylist() if policy.crop_style == "face" else None
-    room = frames.usable & ((numbers[:, 0] != numbers[:, 2]) | (numbers[:, 1] != numbers[:, 3]))
-    for row in np.flatnonzero(room).tolist():
-        fitted = Geometry(*numbers[row].tolist())
-        face = faces[row] if faces is not None else ()
-        moved = placed(fitted, policy.crop_style, name_of(project, dataset, names[row]), face=face)
-        numbers[row, 4:] = moved.crop_top, moved.crop_left
+    room = np.flatnonzero(frames.usable & (numbers[:, :2] != numbers[:, 2:4]).any(1))
+    if policy.crop_style == "random":
+        draws = crop_draws(name_of(project, dataset, ""), [names[row] for row in room.tolist()])
+        numbers[room, 4], numbers[room, 5] = random_places(np.array(draws, np.int64), numbers[room])
+        return
+    faces = facts["face"].to_pylist()
+    for row in room.tolist():
+        numbers[row, 4:] = placed_on_face(Geometry(*numbers[row].tolist()), faces[row])
 
 
 def _odd(dataset: DatasetConfig, facts: pa.Table) -> dict[int, str]:

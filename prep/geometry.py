@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-from schemas.keys import seed_of
+import numpy as np
+import numpy.typing as npt
+
+from schemas.keys import seed_of, seeds_of
 from schemas.rows import Geometry
 
 Size: TypeAlias = tuple[int, int]  # width, height
+Integers: TypeAlias = npt.NDArray[np.int64]
 
 # Areas in megapixels that stand for a customary square: within 0.05, the edge is taken from here.
 _CUSTOMARY = {0.25: 512, 0.5: 768, 1.0: 1024, 2.0: 1536, 4.0: 2048}
@@ -143,22 +147,41 @@ def framed(size: Size, policy: Policy, targets: Targets | None, ratio: float) ->
 def placed(
     fitted: Geometry, style: str, name: tuple[object, ...], variant: int = 0, face: Sequence[float] = ()
 ) -> Geometry:
-    """Move the box of a geometry to where the crop style wants it.
+    """Move the box of a geometry, which is in the middle, to where the crop style wants it.
 
     `name` and `variant` seed a random place; `face` is the centre of one, as shares of width and height.
     """
-    spare_top = fitted.intermediary_height - fitted.target_height
-    spare_left = fitted.intermediary_width - fitted.target_width
     if style == "corner":
         return replace(fitted, crop_top=0, crop_left=0)
-    if style == "face" and len(face) == 2:
-        left = round(face[0] * fitted.intermediary_width - fitted.target_width / 2)
-        top = round(face[1] * fitted.intermediary_height - fitted.target_height / 2)
-        return replace(fitted, crop_top=min(max(top, 0), spare_top), crop_left=min(max(left, 0), spare_left))
-    if style == "random" and (spare_top or spare_left):
-        seed = seed_of(*name, "crop", variant)
-        return replace(fitted, crop_top=seed % (spare_top + 1), crop_left=(seed // (1 << 31)) % (spare_left + 1))
+    if style == "face":
+        top, left = placed_on_face(fitted, face)
+        return replace(fitted, crop_top=top, crop_left=left)
+    if style == "random":
+        tops, lefts = random_places(np.array([seed_of(*name, "crop", variant)]), np.array([fitted.as_key()]))
+        return replace(fitted, crop_top=int(tops[0]), crop_left=int(lefts[0]))
     return fitted
+
+
+def crop_draws(name: tuple[object, ...], paths: Sequence[str], variant: int = 0) -> list[int]:
+    """Draw the 63 bits that decide where a random crop lies, for each path in place of the last part of `name`."""
+    return seeds_of(name[:-1], paths, ("crop", variant))
+
+
+def random_places(draws: Integers, numbers: Integers) -> tuple[Integers, Integers]:
+    """Return (tops, lefts) of random crops; `numbers` has a row for each, in the order of `Geometry`."""
+    spare_left, spare_top = numbers[:, 2] - numbers[:, 0], numbers[:, 3] - numbers[:, 1]
+    return draws % (spare_top + 1), (draws >> 31) % (spare_left + 1)
+
+
+def placed_on_face(fitted: Geometry, face: Sequence[float]) -> tuple[int, int]:
+    """Return (top, left) of a crop centred on a face as far as the image goes; in the middle without one."""
+    if len(face) != 2:
+        return fitted.crop_top, fitted.crop_left
+    top = round(face[1] * fitted.intermediary_height - fitted.target_height / 2)
+    left = round(face[0] * fitted.intermediary_width - fitted.target_width / 2)
+    spare_top = fitted.intermediary_height - fitted.target_height
+    spare_left = fitted.intermediary_width - fitted.target_width
+    return min(max(top, 0), spare_top), min(max(left, 0), spare_left)
 
 
 def rounded(length: float, alignment: int) -> int:

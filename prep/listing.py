@@ -4,9 +4,8 @@
 """
 
 import csv
-import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from prep.captions import beside, texts_of
 from prep.images import extensions
 from prep.metadata import read_rows, read_table_beside
 from prep.places import Bucket, Downloads, Folder, Rows, open_bucket, open_rows, place_of, stubborn
+from prep.walk import NOT_THERE, walk
 from schemas.console import log, progress
 from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
@@ -27,7 +27,6 @@ from schemas.project import Project, is_url, resolved
 from schemas.storage import write_aside
 
 _AT_ONCE = 32  # downloads
-_NOT_THERE = (-1, 0)  # (size, time) of a file that cannot be asked
 
 
 @dataclass(slots=True)
@@ -60,103 +59,25 @@ class Listing:
             del one[limit:]
 
 
-def list_images(project: Project, dataset: DatasetConfig, *, texts: bool, dry_run: bool) -> Listing:
-    """List a dataset's images in the order of their paths; `texts` looks for text files beside them.
+def list_images(project: Project, dataset: DatasetConfig, *, texts: bool, stats: bool, dry_run: bool) -> Listing:
+    """List a dataset's images in the order of their paths; `texts` looks for text files beside them; without `stats`,
+    local files are not asked for sizes and times.
 
     Raises UserError if they cannot be listed at all.
     """
     place = place_of(project, dataset)
     if isinstance(place, Folder | Bucket):
-        found = _list_bucket(place, texts=texts) if isinstance(place, Bucket) else None
-        found = found or list_folder(place.name("."), project.workspace, texts=texts)
+        if isinstance(place, Bucket):
+            found = _list_bucket(place, texts=texts)
+        else:
+            found = Listing()
+            walk(place.root, project.workspace, found, texts=texts, stats=stats)
         if dataset.parquet is not None:
             read_table_beside(project, dataset, place, found)
         return found
     if isinstance(place, Downloads):
         return _list_entries(project, dataset, place, dry_run=dry_run)
     return _list_rows(place, dataset)
-
-
-# A folder
-
-
-def list_folder(root: str, workspace: Path, *, texts: bool) -> Listing:
-    """List the images below a folder; hidden folders and workspaces are left out, links are followed once."""
-    found, ends = Listing(), extensions()
-    seen: set[tuple[int, int]] = set()
-    kept_out = _identity(str(workspace))
-    stack: list[Iterator[tuple[str, os.DirEntry[str], dict[str, os.DirEntry[str]]]]] = []
-    _enter(root, "", found, stack, seen)
-    while stack:
-        for prefix, entry, captions in stack[-1]:
-            name = entry.name
-            if _is_folder(entry):
-                if name[0] != "." and _identity(entry.path) != kept_out and not _is_workspace(entry.path):
-                    _enter(entry.path, f"{prefix}{name}/", found, stack, seen)
-                    break
-            elif name[0] == "." or name.rpartition(".")[2].lower() not in ends or "." not in name:
-                found.ignored += name[0] == "." or not name.endswith(".txt")
-            else:
-                text = captions.get(beside(name)) if texts else None
-                found.add(prefix + name, _stat(entry), _stat(text) if text is not None else None)
-        else:
-            stack.pop()
-    for folder in found.unreadable:
-        log.warning("%s: cannot be read, its images are left out", folder)
-    return found
-
-
-def _enter(
-    folder: str,
-    prefix: str,
-    found: Listing,
-    stack: list[Iterator[tuple[str, os.DirEntry[str], dict[str, os.DirEntry[str]]]]],
-    seen: set[tuple[int, int]],
-) -> None:
-    """Put a folder's entries, sorted by name, on top of the stack, unless it was seen by way of another link."""
-    identity = _identity(folder)
-    if identity in seen:
-        return
-    if identity is not None:
-        seen.add(identity)
-    try:
-        with os.scandir(folder) as entries:
-            inside = sorted(entries, key=lambda entry: entry.name)
-    except OSError as fault:
-        found.unreadable.append(f"{folder} ({fault.strerror})")
-        return
-    captions = {entry.name: entry for entry in inside if entry.name.endswith(".txt")}
-    stack.append(iter([(prefix, entry, captions) for entry in inside]))
-
-
-def _identity(folder: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(folder)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _is_workspace(folder: str) -> bool:
-    if not any(Path(folder, "manifests").glob("*.parquet")):
-        return False
-    log.warning("%s: left out, it is a workspace", folder)
-    return True
-
-
-def _stat(entry: os.DirEntry[str]) -> tuple[int, int]:
-    try:
-        found = entry.stat()
-    except OSError:
-        return _NOT_THERE
-    return found.st_size, found.st_mtime_ns
 
 
 # A bucket
@@ -214,7 +135,7 @@ def _list_entries(project: Project, dataset: DatasetConfig, place: Downloads, *,
         found.faults = _fetch(wanted, place, dataset.id)
     for path in dict.fromkeys(_path_of(named) for named, _ in entries):
         file = place.file(path)
-        found.add(path, (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else _NOT_THERE)
+        found.add(path, (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else NOT_THERE)
     if dry_run and wanted:
         log.warning("%s: %d images are not downloaded yet", dataset.id, len(wanted))
     return found

@@ -25,10 +25,14 @@ from schemas.rows import ImageRow, arrow_schema
 _PIECE = 256 << 10  # bytes hashed at a time: they stay in the cache of the core
 _AT_ONCE = 64 << 20  # bytes of a bucket's files in memory at a time
 
+_LONGEST_TEXT = 1 << 20  # bytes of a text file that are read
+
+UNKNOWN = (-1, 0)  # size and time
+
 _CHANGED = "changed while it was read"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Facts:
     """What is remembered of one file's content; names are those of the columns of a manifest."""
 
@@ -53,7 +57,7 @@ class Task:
 
     place: Place
     paths: Sequence[str]  # of images
-    stats: Sequence[tuple[int, int]]  # (bytes, modification time in ns) of each, as listed
+    stats: Sequence[tuple[int, int]]  # (bytes, modification time in ns) of each, as listed; none for local files
     texts: Sequence[str]  # of text files, relative to the place
     hashed: bool  # identify by content
     view: str = ""
@@ -67,6 +71,7 @@ class Measured:
 
     facts: pa.RecordBatch  # one row per path
     captions: list[list[str] | str]  # of each text file, or the reason why it has none
+    text_stats: list[tuple[int, int]]  # (bytes, modification time in ns) of each local text file as it was read
 
 
 def facts_schema() -> pa.Schema:
@@ -83,9 +88,9 @@ def columns_of(*names: str) -> pa.Schema:
 def as_batch(rows: Sequence[Facts]) -> pa.RecordBatch:
     """Turn facts into columns."""
     schema = facts_schema()
+    columns = [[getattr(row, name) for row in rows] for name in schema.names]
     return pa.record_batch(
-        [pa.array([getattr(row, name) for row in rows], schema.field(name).type) for name in schema.names],
-        schema=schema,
+        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema
     )
 
 
@@ -97,27 +102,32 @@ def measure(task: Task) -> Measured:
         rows = [_row(task.place, path, listed, task) for path, listed in zip(task.paths, task.stats, strict=True)]
     else:
         rows = [_file(_spot(task.place, path), task) for path in task.paths]
-    return Measured(as_batch(rows), _texts(task))
-
-
-def _texts(task: Task) -> list[list[str] | str]:
-    """Read text files; those of a bucket all at once."""
-    contents: Sequence[bytes | OSError]
-    if isinstance(task.place, Bucket) and task.texts:
-        contents = read_many(task.place, task.texts)
-    else:
-        contents = [_content(task.place, path) for path in task.texts]
-    return [
+    contents = _contents(task)
+    captions = [
         read_text(content, path, task.encoding, multiline=task.multiline)
-        for content, path in zip(contents, task.texts, strict=True)
+        for (content, _), path in zip(contents, task.texts, strict=True)
     ]
+    return Measured(as_batch(rows), captions, [listed for _, listed in contents])
 
 
-def _content(place: Place, path: str) -> bytes | OSError:
+def _contents(task: Task) -> list[tuple[bytes | OSError, tuple[int, int]]]:
+    """Read text files, those of a bucket all at once, with the sizes and times of local ones."""
+    if isinstance(task.place, Bucket):
+        return [(content, UNKNOWN) for content in (read_many(task.place, task.texts) if task.texts else [])]
+    assert isinstance(task.place, Folder) or not task.texts, "only folders and buckets have text files"
+    return [_text(f"{task.place.root}/{path}") for path in task.texts] if isinstance(task.place, Folder) else []
+
+
+def _text(file: str) -> tuple[bytes | OSError, tuple[int, int]]:
     try:
-        return read_bytes(place, path)
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            found = os.fstat(descriptor)
+            return os.read(descriptor, _LONGEST_TEXT), (found.st_size, found.st_mtime_ns)
+        finally:
+            os.close(descriptor)
     except OSError as fault:
-        return fault
+        return fault, UNKNOWN
 
 
 def _spot(place: Folder | Downloads, path: str) -> str:

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 import jinja2
@@ -18,6 +19,7 @@ import jinja2
 from families import Source, open_project
 from prep.page import charts, columns, pictures
 from prep.page.columns import Figure
+from prep.statistics import statistics
 from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
 from schemas.project import Project
@@ -218,25 +220,25 @@ def _dataset(project: Project, dataset: DatasetConfig, anchor: str, thumbnails: 
 
 def _facts(project: Project, dataset: DatasetConfig, path: Path, thumbnails: int) -> Facts:
     manifest = columns.read(path)
-    buckets = columns.buckets(manifest, project.trainer.train_batch_size, dataset.repeats)
+    found = statistics(project, dataset, manifest.table)
+    buckets = columns.buckets(found, project.trainer.train_batch_size, dataset.repeats)
     largest = sorted(buckets, key=lambda bucket: -bucket.images)[:_BUCKETS]
     captions = columns.captions(manifest)
-    reasons, kinds = columns.kinds(manifest)
-    names = [kind.label for kind in kinds]
+    kinds = (columns.kinds(manifest), list(found.rejected))
     return Facts(
         # Not the time of this run: the same manifests make the same page, to the byte.
         scanned=datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        figures=columns.summary(manifest, len(buckets)),
-        oddities=columns.oddities(manifest),
+        figures=columns.summary(manifest, found),
+        oddities=columns.oddities(found),
         formats=columns.counts(manifest.table["format"], "unknown"),
         buckets=tuple(bucket for bucket in buckets if bucket in largest),
         num_buckets=len(buckets),
         sizes=charts.scatter(manifest, dataset),
         aspects=charts.aspects(manifest),
         rejects=Rejects(
-            kinds[:_KINDS],
-            len(kinds),
-            pictures.examples(project, dataset, manifest, (reasons, names), _REJECTS),
+            kinds=tuple(Figure(kind, count) for kind, count in islice(found.rejected.items(), _KINDS)),
+            num_kinds=len(found.rejected),
+            examples=pictures.examples(project, dataset, manifest, kinds, _REJECTS),
         ),
         captions=captions,
         words=charts.words(captions.words),

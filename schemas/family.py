@@ -9,6 +9,15 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class Width:
+    """A size that a checkpoint decides: `usual` in those of the flavours, in any other what its configuration says."""
+
+    usual: int
+    component: str  # sub-folder of a checkpoint
+    key: str  # in the component's config.json
+
+
+@dataclass(frozen=True, slots=True)
 class FamilySpec:
     """Facts of a family that need no tensor."""
 
@@ -18,6 +27,11 @@ class FamilySpec:
     text_encoders: tuple[str, ...]  # sub-folders of a checkpoint that decide what a text embed is
     denoiser: tuple[str, ...]  # sub-folders of a checkpoint that training needs
     text_settings: Mapping[str, Mapping[str, Any]]  # flavour -> what else decides a text embed: lengths, layers
+    latent_channels: Width  # values per cell of a latent
+    latent_scale: int  # pixels per cell of a latent, along each side
+    text_tokens: str  # the one of `text_settings` that says how many rows a text embed has
+    text_width: Width  # values per row of a text embed
+    pooled_width: Width | None  # values of a pooled embed; null for families without one
     default_flavour: str
     alignment: int  # pixels that target sides are multiples of, unless aspect_bucket_alignment says otherwise
     smallest_alignment: int  # pixels that sides must be multiples of for the model to run at all

@@ -1,9 +1,8 @@
-"""What a manifest's columns add up to: figures, buckets, captions, kinds of rejects.
+"""What a manifest's columns add up to, as far as `prep.statistics` does not count it: batches, captions.
 
-A new oddity is a line in `_ODDITIES`. A manifest may have a million rows: columns are reckoned with, never row objects.
+A new figure is a line in `summary`. A manifest may have a million rows: columns are reckoned with, never row objects.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from prep.statistics import Statistics
 from schemas import tables
 from schemas.rows import ImageRow, from_columns
 
@@ -20,14 +20,6 @@ Numbers: TypeAlias = npt.NDArray[np.float64]
 Flags: TypeAlias = npt.NDArray[np.bool_]
 Indices: TypeAlias = npt.NDArray[np.int64]
 
-_ODDITIES: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
-    ("turned by EXIF", "orientation", lambda column: pc.greater(column, 1)),
-    ("transparency", "alpha", lambda column: column),
-    ("ICC profile", "icc", lambda column: column),
-    ("CMYK", "mode", lambda column: pc.equal(column, "CMYK")),
-    ("more than 8 bits", "bits", lambda column: pc.greater(column, 8)),
-    ("animated", "frames", lambda column: pc.greater(column, 1)),
-)
 _FREQUENT = 8  # captions
 _LONGEST = 3
 _WITHOUT = 12  # paths
@@ -104,37 +96,37 @@ def counts(column: Any, null: str) -> tuple[Figure, ...]:
     return tuple(Figure(name, count) for name, count in sorted(found, key=lambda item: (-item[1], item[0])))
 
 
-def summary(manifest: Manifest, num_buckets: int) -> tuple[Figure, ...]:
-    """Return the figures that head a dataset."""
-    seen, kept = len(manifest.kept), int(manifest.kept.sum())
-    width, height = manifest.width[manifest.kept], manifest.height[manifest.kept]
-    wider = numbers(manifest.of_kept("intermediary_width")) > width
-    higher = numbers(manifest.of_kept("intermediary_height")) > height
-    enlarged = int((wider | higher).sum())
+def summary(manifest: Manifest, found: Statistics) -> tuple[Figure, ...]:
+    """Return the figures that head a dataset; the first three are the seen, the kept and the rejected."""
+    area = manifest.width[manifest.kept] * manifest.height[manifest.kept]
+    faces = () if found.faces is None else (Figure("with a face", found.faces, _share(found.faces, found.kept)),)
     return (
-        Figure("seen", seen),
-        Figure("kept", kept),
-        Figure("rejected", seen - kept),
-        Figure("captions", pc.sum(pc.list_value_length(manifest.of_kept("captions"))).as_py() or 0),
-        Figure("buckets", num_buckets),
-        Figure("enlarged", enlarged, f"{enlarged / kept:.1%} of the kept" if kept else ""),
-        Figure("megapixels", float(np.nansum(width * height)) / 1e6, "kept images, as they are"),
+        Figure("seen", len(manifest.kept)),
+        Figure("kept", found.kept),
+        Figure("rejected", len(manifest.kept) - found.kept),
+        Figure("captions", found.captions),
+        Figure("buckets", len(found.buckets)),
+        Figure("enlarged", found.upscaled, _share(found.upscaled, found.kept)),
+        *faces,
+        Figure("megapixels", float(np.nansum(area)) / 1e6, "kept images, as they are"),
     )
 
 
-def oddities(manifest: Manifest) -> tuple[Figure, ...]:
-    """Count what is not a plain upright 8-bit RGB picture, kept or rejected."""
-    return tuple(
-        Figure(label, pc.sum(is_odd(manifest.table[column])).as_py() or 0) for label, column, is_odd in _ODDITIES
-    )
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%} of the kept" if part else ""
 
 
-def buckets(manifest: Manifest, batch_size: int, repeats: int) -> list[Bucket]:
-    """Count kept images by bucket, narrow ones first, and what an epoch of each comes to."""
-    found = [(one.label, int(one.value)) for one in counts(manifest.of_kept("bucket"), "")]
-    largest = max((images for _, images in found), default=1)
+def oddities(found: Statistics) -> tuple[Figure, ...]:
+    """Return what of the kept images is out of the ordinary."""
+    equal = (Figure("same bytes as another", found.equal_files),) if found.equal_files else ()
+    return (*(Figure(name, count) for name, count in found.oddities.items()), *equal)
+
+
+def buckets(found: Statistics, batch_size: int, repeats: int) -> list[Bucket]:
+    """Return the buckets, narrow ones first, and what an epoch of each comes to."""
+    largest = max(found.buckets.values(), default=1)
     lines = []
-    for name, images in found:
+    for name, images in found.buckets.items():
         width, _, height = name.partition("x")
         showings = images * (repeats + 1)
         batches = -(-showings // batch_size)
@@ -143,11 +135,9 @@ def buckets(manifest: Manifest, batch_size: int, repeats: int) -> list[Bucket]:
     return sorted(lines, key=lambda line: (line.width / line.height, line.width))
 
 
-def kinds(manifest: Manifest) -> tuple[Any, tuple[Figure, ...]]:
-    """Return (column of the kinds of rejects, null for the kept; their counts, the most frequent first)."""
-    split = pc.split_pattern(manifest.table["reject"], ":", max_splits=1)
-    column = pc.list_element(split, 0)
-    return column, counts(column.drop_null(), "")
+def kinds(manifest: Manifest) -> Any:
+    """Return the kind of every reject, null for a kept image."""
+    return pc.list_element(pc.split_pattern(manifest.table["reject"], ":", max_splits=1), 0)
 
 
 def captions(manifest: Manifest) -> Captions:

@@ -120,7 +120,7 @@ def _picture(row: ImageRow, thumbnail: str | Refused) -> Picture:
         size=size,
         box=_box(row, size) if size and row.reject is None else None,
         bucket=row.bucket,
-        scale=_scale(row, size) if size and row.reject is None else None,
+        scale=row.geometry.intermediary_width / size[0] if size and row.reject is None else None,
         caption=row.captions[0] if row.captions else "",
         reject=row.reject,
     )
@@ -136,10 +136,6 @@ def _box(row: ImageRow, size: tuple[int, int]) -> Box:
         geometry.target_width * across,
         geometry.target_height * down,
     )
-
-
-def _scale(row: ImageRow, size: tuple[int, int]) -> float:
-    return max(row.geometry.intermediary_width / size[0], row.geometry.intermediary_height / size[1])
 
 
 def _thumbnail(place: Place, dataset: DatasetConfig, row: ImageRow, most: tuple[int, int], share: int) -> str | Refused:

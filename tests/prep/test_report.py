@@ -184,11 +184,12 @@ def test_a_dataset_and_a_folder_may_have_odd_names(tmp_path):
 
 
 def test_the_figures_are_those_of_the_manifest(project):
-    enlarged = replace(KEPT, path="small.png", width=300, height=200, format="PNG", alpha=True, captions=[])
-    turned = replace(KEPT, path="turned.jpg", orientation=6, icc=True, bits=16, captions=["one two", "a red barn"])
+    small = {"width": 300, "height": 200, "format": "PNG", "alpha": True, "frames": 4, "captions": []}
+    enlarged = replace(KEPT, path="small.png", image_id="1" * 32, **small)
+    turned = {"orientation": 6, "icc": True, "bits": 16, "mode": "CMYK", "captions": ["one two", "a red barn"]}
     moving = rejected("moving.gif", "animation: 4 pictures", format="GIF", frames=4, captions=[])
-    unread = rejected("cmyk.jpg", "unreadable: cut short", width=None, height=None, mode="CMYK", format=None, icc=None)
-    write(project, [KEPT, enlarged, turned, moving, unread])
+    unread = rejected("cut.jpg", "unreadable: cut short", width=None, height=None, mode=None, format=None, icc=None)
+    write(project, [KEPT, enlarged, replace(KEPT, path="turned.jpg", **turned), moving, unread])
     figures = page_of(project).figures
     shown = dict(figures[4:])  # the head has four totals
     assert figures[:4] == [("dataset", ["1"]), ("images", ["5"]), ("kept", ["3"]), ("rejected", ["2"])]
@@ -198,8 +199,8 @@ def test_the_figures_are_those_of_the_manifest(project):
     assert shown["enlarged"] == ["1", "33.3% of the kept"]
     assert shown["megapixels"][0] == "1.98"
     assert [shown[name] for name in ("JPEG", "PNG", "GIF", "unknown")] == [["2"], ["1"], ["1"], ["1"]]
-    odd = ("turned by EXIF", "transparency", "ICC profile", "CMYK", "more than 8 bits", "animated")
-    assert [shown[name] for name in odd] == [["1"]] * 6
+    odd = ("turned by EXIF", "transparent", "colour profile", "CMYK", "more than 8 bits", "animated")
+    assert [shown[name] for name in (*odd, "same bytes as another")] == [["1"]] * 7
     assert shown["images with captions"] == ["2"] and shown["without"] == ["1"]
     assert shown["captions per image, median"] == ["1", "0 to 2"]
     assert shown["words, median"] == ["3", "2 to 3"]
@@ -248,6 +249,22 @@ def test_a_picture_that_is_used_whole_has_no_box(project):
 def test_an_upscale_is_marked(project):
     write(project, [replace(KEPT, width=300, height=200)])
     assert "▲ enlarged ×1.28" in page_of(project).text
+
+
+def test_a_picture_that_only_grows_wider_counts_as_enlarged(project):
+    write(project, [replace(KEPT, width=320, height=300), replace(KEPT, path="b.jpg", width=384, height=256)])
+    page = page_of(project)
+    assert dict(page.figures[4:])["enlarged"] == ["1", "50.0% of the kept"]
+    assert page.text.count("▲ enlarged") == 1
+
+
+def test_as_many_kept_images_are_shown_as_asked_for(project):
+    rows = [replace(KEPT, path=f"{number}.jpg") for number in range(9)]
+    write(project, [*rows, rejected("r.jpg", "too small: 3x3, need 64")])
+    page = page_of(project, thumbnails=4)
+    assert page.text.count("1200×800 → 320×256") == 4
+    assert "4 of 9 kept images" in page.text and page.text.endswith("and 5 more")
+    assert "What training sees" not in page_of(project, thumbnails=0).text
 
 
 def test_a_thumbnail_shows_the_whole_upright_picture(project):

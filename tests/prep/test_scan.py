@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import prep.scan
+import prep.reading
 from families import open_project
 from prep.scan import scan
 from schemas.console import log
@@ -396,8 +396,8 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
 
 def test_a_file_that_costs_its_worker_is_rejected_and_its_neighbours_are_read(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent)
-    monkeypatch.setattr(prep.scan, "measure", importlib.import_module("pool_tasks").measure_or_die)
-    monkeypatch.setattr(prep.scan, "_CHUNK", 3)
+    monkeypatch.setattr(prep.reading, "measure", importlib.import_module("pool_tasks").measure_or_die)
+    monkeypatch.setattr(prep.reading, "_CHUNK", 3)
     for name in ("0", "1", "2-deadly", "3", "4", "5"):
         draw(project(tmp_path) / "photos" / f"{name}.png")
     [summary] = scan(tmp_path, workers=2).datasets

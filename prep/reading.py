@@ -1,0 +1,170 @@
+"""Reading a dataset's images on the pool: what is new is measured, and where pixels are asked for, decoded.
+
+`read_new` and `look_closer` are the way in. A file that kills or holds up its worker costs itself alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from prep.captions import beside
+from prep.listing import Listing
+from prep.measure import UNKNOWN, Facts, Look, Measured, Sight, Task, as_batch, examine, measure
+from prep.memory import Memory, gathered, is_broken
+from prep.places import Bucket, Place, Rows
+from prep.pool import Crash, each
+from schemas.console import progress
+from schemas.datasets import DatasetConfig
+
+EXAMINE_LIMIT_S = 60.0  # for decoding one file
+_MEASURE_LIMIT_S = 60.0  # for the headers of one task, then of each of its files
+
+_CHUNK = 1024  # files per task of the pool
+_FAR_CHUNK = 64  # the same where every file is fetched
+
+_SEEN = ("fault", "phash", "face", "examined", "image_id")  # columns that decoding may change
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is asked of a dataset's images."""
+
+    hashed: bool  # identify them by content
+    verify: bool  # decode them
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Text files that were read, by the row of their image."""
+
+    found: dict[int, list[str] | str]  # captions, or the reason why there are none
+    stats: dict[int, tuple[int, int]]  # bytes and modification time in ns, of local ones
+
+
+def read_new(
+    dataset: DatasetConfig, place: Place, listing: Listing, memory: Memory, wanted: Wanted
+) -> tuple[pa.Table, Texts, int]:
+    """Measure what is new; return the facts of all images, the text files read, and how many images were read.
+
+    Images whose name cannot be spelled are not opened: nothing is known of them.
+    """
+    paths = listing.paths
+    new = [row for row in np.flatnonzero(~memory.same_image).tolist() if not is_broken(paths[row])]
+    told = _told(listing, new, hashed=wanted.hashed)
+    unread = [row for row in new if row not in told]
+    fresh = ~memory.same_text & (np.frombuffer(listing.text_sizes, np.int64) >= 0)
+    text_rows = [row for row in np.flatnonzero(fresh).tolist() if not is_broken(paths[row])]
+    far = isinstance(place, Bucket | Rows)
+    blank = Task(place, (), (), (), wanted.hashed, dataset.view, dataset.caption_encoding,
+                 dataset.disable_multiline_split)  # fmt: skip
+    size = _FAR_CHUNK if far else _CHUNK
+    tasks = [
+        replace(
+            blank,
+            paths=[paths[row] for row in rows or ()],
+            stats=[(listing.sizes[row], listing.mtimes[row]) for row in rows or ()] if far else (),
+            texts=[beside(paths[row]) for row in texts or ()],
+        )
+        for rows, texts in zip_longest(_pieces(unread, size), _pieces(text_rows, size))
+    ]
+    batches: list[pa.RecordBatch] = []
+    captions: list[list[str] | str] = []
+    stats: list[tuple[int, int]] = []
+    with progress(f"scan {dataset.id}", len(paths), "image", done=len(paths) - len(unread)) as bar:
+        for measured in _measured(tasks, wanted.workers):
+            batches.append(measured.facts)
+            captions += measured.captions
+            stats += measured.text_stats
+            bar.update(measured.facts.num_rows)
+    batches.append(as_batch([*told.values(), Facts()]))  # the last for images of which nothing is known
+    facts = gathered(memory, [*unread, *told], pa.Table.from_batches(batches))
+    known = {} if far else dict(zip(text_rows, stats, strict=True))
+    return facts, Texts(dict(zip(text_rows, captions, strict=True)), known), len(unread)
+
+
+def _told(listing: Listing, new: Sequence[int], *, hashed: bool) -> dict[int, Facts]:
+    """Return, by row, what is known of new images without opening them: faults, and sizes that a table gives."""
+    told: dict[int, Facts] = {}
+    if not listing.faults and (hashed or not listing.measured):
+        return told
+    for row in new:
+        path = listing.paths[row]
+        if path in listing.faults:
+            told[row] = Facts(fault=listing.faults[path])
+        elif not hashed and path in listing.measured:
+            width, height = listing.measured[path]
+            told[row] = Facts(None, max(0, listing.sizes[row]), listing.mtimes[row], width, height)
+    return told
+
+
+def _pieces(rows: list[int], size: int) -> Iterator[list[int]]:
+    for first in range(0, len(rows), size):
+        yield rows[first : first + size]
+
+
+def _measured(tasks: list[Task], workers: int) -> Iterator[Measured]:
+    """Measure on the pool; the files of a task whose worker died are tried one by one."""
+    pooled = len(tasks) > 1 and workers > 1
+    for task, answer in each(measure, tasks, workers if pooled else 1, _MEASURE_LIMIT_S if pooled else None):
+        if not isinstance(answer, Crash):
+            yield answer
+            continue
+        single = [
+            replace(task, paths=[path], stats=task.stats[row : row + 1], texts=())
+            for row, path in enumerate(task.paths)
+        ]
+        single += [replace(task, paths=(), stats=(), texts=[text]) for text in task.texts]
+        for one, alone in each(measure, single, workers, _MEASURE_LIMIT_S):
+            yield _given_up(one, alone) if isinstance(alone, Crash) else alone
+
+
+def _given_up(task: Task, crash: Crash) -> Measured:
+    """Stand in for a file that costs its worker."""
+    facts = [Facts(fault=f"unreadable: {crash.reason}") for _ in task.paths]
+    return Measured(as_batch(facts), [f"no caption: {crash.reason}" for _ in task.texts], [UNKNOWN for _ in task.texts])
+
+
+def look_closer(
+    dataset: DatasetConfig, place: Place, names: Sequence[str], facts: pa.Table, wanted: Wanted
+) -> tuple[pa.Table, int]:
+    """Decode the images whose pixels are asked for and were not looked at yet; return all facts, and how many."""
+    words = {"verify"} if wanted.verify else set()
+    words |= {"phash"} if dataset.near_duplicates != "ignore" else set()
+    words |= {"face"} if dataset.crop and dataset.crop_style == "face" else set()
+    if not words:
+        return facts, 0
+    columns = {name: facts[name].to_pylist() for name in _SEEN}
+    pixels = pc.fill_null(pc.multiply(facts["width"], facts["height"]), 0).to_pylist()
+    most = dataset.image_policy.maximum_megapixels * 1e6
+    looks: list[tuple[int, Look]] = []
+    for row, name in enumerate(names):
+        missing = words - set((columns["examined"][row] or "").split())
+        if missing and columns["fault"][row] is None and 0 < pixels[row] <= most:
+            asked = " ".join(sorted(missing))
+            looks.append((row, Look(place, name, columns["image_id"][row], dataset.view, asked)))
+    with progress(f"decode {dataset.id}", len(looks), "image") as bar:
+        answers = each(examine, [look for _, look in looks], wanted.workers, EXAMINE_LIMIT_S)
+        for (row, _), (look, sight) in zip(looks, answers, strict=True):
+            _note(columns, row, look, sight)
+            bar.update()
+    for name in _SEEN:
+        facts = facts.set_column(facts.schema.get_field_index(name), facts.schema.field(name), [columns[name]])
+    return facts, len(looks)
+
+
+def _note(columns: dict[str, list[Any]], row: int, look: Look, sight: Sight | Crash) -> None:
+    """Note what was seen; what may be otherwise another time is forgotten with the file's identity."""
+    if isinstance(sight, Crash) or not sight.lasting:
+        columns["fault"][row] = f"unreadable: {sight.reason}" if isinstance(sight, Crash) else sight.fault
+        columns["image_id"][row] = None
+        return
+    columns["fault"][row] = sight.fault
+    columns["examined"][row] = " ".join(sorted({*(columns["examined"][row] or "").split(), *look.wanted.split()}))
+    columns["phash"][row] = sight.phash or columns["phash"][row]
+    columns["face"][row] = list(sight.face) if sight.face is not None else columns["face"][row]
