@@ -18,7 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from schemas.errors import UserError
 from schemas.keys import CACHE_VERSION, FileIds, digest
-from schemas.project import TINY, Project, resolved
+from schemas.paths import resolved
+from schemas.project import TINY, Project
 from schemas.storage import write_aside
 
 _LAYOUT = ("model_index.json", "scheduler/*")

@@ -7,10 +7,13 @@ import codecs
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from schemas.captions import Filter, parse_filter
-from schemas.datasets import CaptionShuffle, DatasetConfig
 from schemas.keys import seed_of
+
+if TYPE_CHECKING:  # workers of the pool start in half the time without what checks options
+    from schemas.datasets import CaptionShuffle, DatasetConfig
 
 _MARKS = (  # byte-order marks, the longer of two that begin alike first
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -40,20 +43,25 @@ def read_text(content: bytes | OSError, path: str, encoding: str, *, multiline: 
     if isinstance(content, OSError):
         missing = isinstance(content, FileNotFoundError)
         return f"no caption: {name} is missing" if missing else f"no caption: {name}: {content.strerror or content}"
-    marked = next((codec for mark, codec in _MARKS if content.startswith(mark)), encoding)
+    marked = next((codec for mark, codec in _MARKS if content.startswith(mark)), None)
+    hint = "" if marked else "; caption_encoding names another encoding"
     try:
-        text = content.decode(marked)
-    except UnicodeDecodeError as fault:
-        hint = "" if marked != "utf-8" else "; caption_encoding names another"
-        return f"no caption: {name} is not {marked.upper()} (byte {fault.start}){hint}"
-    lines = [text.strip()] if multiline else [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
-    return [line.replace("\r\n", "\n") for line in lines if line] or f"no caption: {name} is empty"
+        text = re.sub(r"\r\n?", "\n", content.decode(marked or encoding))
+    except UnicodeError as fault:
+        told = f" (byte {fault.start})" if isinstance(fault, UnicodeDecodeError) else ""
+        return f"no caption: {name} is not {(marked or encoding).removesuffix('-sig').upper()}{told}{hint}"
+    if "\0" in text:
+        return f"no caption: {name} holds zero bytes, as UTF-16 without a byte-order mark does{hint}"
+    lines = [line for line in map(str.strip, [text] if multiline else text.split("\n")) if line]
+    return lines or f"no caption: {name} is empty"
 
 
 def texts_of(value: object) -> list[str]:
     """Return the captions in a table's cell: a text, a list of texts, or nothing."""
     if isinstance(value, list | tuple):
         return [text for one in value for text in texts_of(one)]
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
     text = "" if value is None or value != value else str(value).strip()
     return [text] if text else []
 
@@ -62,12 +70,12 @@ def texts_of(value: object) -> list[str]:
 class Captioner:
     """What a dataset's options make of the captions that were found."""
 
-    dataset: DatasetConfig
+    dataset: "DatasetConfig"
     filters: tuple[Filter, ...]
     seed: int
 
     @classmethod
-    def of(cls, dataset: DatasetConfig, filters: Iterable[str], seed: int) -> "Captioner":
+    def of(cls, dataset: "DatasetConfig", filters: Iterable[str], seed: int) -> "Captioner":
         """Prepare for a dataset; `filters` are the entries of its caption_filter_list."""
         shuffled = dataset.caption_shuffle.seed
         return cls(dataset, tuple(map(parse_filter, filters)), seed if shuffled is None else shuffled)
@@ -90,7 +98,7 @@ class Captioner:
     def of_found(self, found: list[str] | str, source: str) -> Captions:
         """Caption an image by what was found for it, or say why it has none; references may go without."""
         if isinstance(found, str):
-            return Captions([], None, found if self.dataset.is_target else None)
+            return self._without(found)
         if self.dataset.prepend_instance_prompt:
             found = [f"{prompt} {text}" for prompt in self.dataset.instance_prompt for text in found]
         return self._finished(found, source)
@@ -99,10 +107,13 @@ class Captioner:
         if self.filters:
             texts = [text for text in map(self._filtered, texts) if text]
             if not texts:
-                return Captions([], None, "no caption: caption_filter_list leaves nothing of it")
+                return self._without("no caption: caption_filter_list leaves nothing of it")
         if self.dataset.caption_shuffle.enable:
             texts = [variant for text in texts for variant in shuffled(text, self.dataset.caption_shuffle, self.seed)]
         return Captions(texts, source)
+
+    def _without(self, reason: str) -> Captions:
+        return Captions([], None, reason if self.dataset.is_target else None)
 
     def _filtered(self, text: str) -> str:
         for one in self.filters:
@@ -110,18 +121,21 @@ class Captioner:
         return text.strip()
 
 
-def shuffled(text: str, options: CaptionShuffle, seed: int) -> list[str]:
+def shuffled(text: str, options: "CaptionShuffle", seed: int) -> list[str]:
     """Return a caption of tags and its variants, each once; the first tags keep their place."""
     separator, joiner = _TAGS[options.split_on]
     tags = [tag for tag in map(str.strip, text.split(separator)) if tag]
     kept = options.position_start
     if len(tags) < kept + 2:
         return [text]
-    variants = [text] if options.include_original else []
+    end = "." if options.split_on == "period" and text.rstrip().endswith(".") else ""
+    written = joiner.join(tags) + end  # the caption itself, but for its blanks
+    variants = {written: text} if options.include_original else {}
     for number in range(options.count):
         order = sorted(range(kept, len(tags)), key=lambda place: seed_of(seed, "tags", text, number, place))
-        variants.append(joiner.join([*tags[:kept], *(tags[place] for place in order)]))
-    return list(dict.fromkeys(variants))
+        variant = joiner.join([*tags[:kept], *(tags[place] for place in order)]) + end
+        variants.setdefault(variant, variant)
+    return list(variants.values())
 
 
 def beside(path: str) -> str:

@@ -105,6 +105,26 @@ def cache(
         report(run(opened, limit=limit, workers=workers, dry_run=dry_run), json)
 
 
+@app.command("report", short_help="Show what was scanned on one page.", epilog="Example:  prep report my-project")
+def report_page(
+    project: ProjectPath,
+    workspace: Workspace = None,
+    root: Root = None,
+    settings: Settings = None,
+    json: Json = False,
+    output: Annotated[Path | None, typer.Option(help="The file to write.  [default: WORKSPACE/report.html]")] = None,
+    thumbnails: Annotated[int, typer.Option(min=0, metavar="N", help="Images shown of each dataset.")] = 60,
+) -> None:
+    """Show what the manifests say as one HTML file that opens without a network: WORKSPACE/report.html."""
+    with reporting():
+        from families import open_project
+        from prep.report import report as run
+
+        opened = open_project(project, root=root, workspace=workspace, overrides=settings or ())
+        warn(opened.warnings)
+        report(run(opened, output=output, thumbnails=thumbnails), json)
+
+
 def main() -> None:
     """Run the command line."""
     app(prog_name="prep")

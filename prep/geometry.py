@@ -137,8 +137,7 @@ def framed(size: Size, policy: Policy, targets: Targets | None, ratio: float) ->
         own = policy.aspect_of(size)
         resized = _cover(_sizes(size, own, downsample, down_area, policy, None)[1], target)
     scale = max(resized[0] / size[0], resized[1] / size[1])
-    # A pixel of rounding is no enlargement.
-    if policy.most_upscale is not None and scale > (1 + policy.most_upscale) * (1 + 1 / min(resized)):
+    if policy.most_upscale is not None and round(scale, 2) > 1 + policy.most_upscale:
         allowed = 1 + policy.most_upscale
         return f"too small: {size[0]}x{size[1]} would be enlarged {scale:.2f} times, allowed are {allowed:g}"
     return Geometry(*target, *resized, (resized[1] - target[1]) // 2, (resized[0] - target[0]) // 2)

@@ -23,7 +23,8 @@ from schemas.console import log, progress
 from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
 from schemas.keys import content_id
-from schemas.project import Project, is_url, resolved
+from schemas.paths import is_url, resolved
+from schemas.project import Project
 from schemas.storage import write_aside
 
 _AT_ONCE = 32  # downloads
@@ -59,24 +60,30 @@ class Listing:
             del one[limit:]
 
 
-def list_images(project: Project, dataset: DatasetConfig, *, texts: bool, stats: bool, dry_run: bool) -> Listing:
-    """List a dataset's images in the order of their paths; `texts` looks for text files beside them; without `stats`,
-    local files are not asked for sizes and times.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a listing is to find out."""
 
-    Raises UserError if they cannot be listed at all.
-    """
+    texts: bool  # look for text files beside images
+    stats: bool  # ask for sizes and times of local files
+    dry_run: bool  # fetch nothing
+    many: Callable[[], None] | None = None  # called once there are many images
+
+
+def list_images(project: Project, dataset: DatasetConfig, asked: Asked) -> Listing:
+    """List a dataset's images in the order of their paths; raises UserError if they cannot be listed at all."""
     place = place_of(project, dataset)
     if isinstance(place, Folder | Bucket):
         if isinstance(place, Bucket):
-            found = _list_bucket(place, texts=texts)
+            found = _list_bucket(place, texts=asked.texts)
         else:
             found = Listing()
-            walk(place.root, project.workspace, found, texts=texts, stats=stats)
+            walk(place.root, project.workspace, found, texts=asked.texts, stats=asked.stats, many=asked.many)
         if dataset.parquet is not None:
             read_table_beside(project, dataset, place, found)
         return found
     if isinstance(place, Downloads):
-        return _list_entries(project, dataset, place, dry_run=dry_run)
+        return _list_entries(project, dataset, place, dry_run=asked.dry_run)
     return _list_rows(place, dataset)
 
 

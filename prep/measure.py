@@ -148,7 +148,7 @@ def _file(file: str, task: Task) -> Facts:
         identity = _identity(descriptor) if task.hashed and size else None
         head = os.pread(descriptor, HEAD_BYTES, 0)
         header = read_header(head, size, lambda offset, length: os.pread(descriptor, length, offset))
-        after = os.fstat(descriptor)
+        after = os.fstat(descriptor) if identity is not None else found
         if (after.st_size, after.st_mtime_ns) != (size, found.st_mtime_ns):
             return Facts(None, after.st_size, after.st_mtime_ns, fault=f"unreadable: {_CHANGED}")
         return _facts(identity, size, found.st_mtime_ns, header, task)

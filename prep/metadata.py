@@ -17,7 +17,8 @@ from prep.captions import texts_of
 from prep.places import Bucket, Folder, open_bucket, stubborn
 from schemas.datasets import DatasetConfig, FilterFunc, MetadataTable
 from schemas.errors import UserError
-from schemas.project import Project, resolved
+from schemas.paths import resolved
+from schemas.project import Project
 
 _READERS: Mapping[str, Callable[[Any], pa.Table]] = {
     "parquet": pq.read_table,

@@ -3,6 +3,7 @@
 `each` is the way in. Workers are spawned, so tasks are functions of a module and nothing leaks in from the parent.
 """
 
+import gc
 import os
 import pickle
 import signal
@@ -13,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import multiprocess
 from multiprocess.connection import wait
@@ -41,32 +42,19 @@ def default_workers() -> int:
 def each(
     task: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int, limit_s: float | None = None
 ) -> Iterator[tuple[ItemT, ResultT | Crash]]:
-    """Yield (item, result) in the order of `items`, worked on ahead by `workers` processes; by one worker, in here.
-
-    A worker that takes longer than `limit_s` seconds for one item is killed, which needs a process even of one worker.
-    A task reports faults in its result. An exception is a bug: it is raised here with the worker's traceback. Raises
-    UserError if workers cannot be started at all.
-    """
-    if workers <= 1 and limit_s is None:
-        for item in items:
-            yield item, task(item)
-        return
-    pool: _Pool[ItemT, ResultT] = _Pool(task, items, max(1, min(workers, len(items))), limit_s)
-    try:
-        yield from pool.results()
-    finally:
-        pool.close()
+    """Yield (item, result) in the order of `items`, worked on ahead by a crew of its own: see `Crew.each`."""
+    with Crew(workers, task) as crew:
+        yield from crew.each(task, items, limit_s)
 
 
-class _Pool(Generic[ItemT, ResultT]):
-    """Workers by their pipe, and the items each is busy with."""
+class Crew:
+    """Worker processes that go from task to task; none is started before it is needed, or summoned."""
 
-    def __init__(
-        self, task: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int, limit_s: float | None
-    ) -> None:
+    def __init__(self, workers: int, warm: Callable[[Any], Any]) -> None:
+        """`warm` is a task whose module each worker loads at once."""
         self._context = multiprocess.get_context("spawn")
-        self._task, self._items, self._workers, self._limit_s = task, items, workers, limit_s
-        self._next = 0  # position of the item to hand out next
+        self.workers, self._warm = max(1, workers), warm
+        self._limit_s: float | None = None
         self._idle: list[Any] = []  # pipes
         self._busy: dict[Any, int] = {}  # pipe -> position of its item
         self._processes: dict[Any, Any] = {}
@@ -74,19 +62,52 @@ class _Pool(Generic[ItemT, ResultT]):
         self._since: dict[Any, float] = {}  # pipe -> when its worker began the item, if there is a limit
         self._overdue: set[Any] = set()  # pipes whose worker was killed for taking too long
 
-    def results(self) -> Iterator[tuple[ItemT, ResultT | Crash]]:
-        done: dict[int, ResultT | Crash] = {}
-        for position, item in enumerate(self._items):
-            while position not in done:
-                self._hand_out(position + _AHEAD * self._workers)
-                for pipe in wait(list(self._busy), self._patience()):
-                    if pipe in self._starting:
-                        self._welcome(pipe)
-                    else:
-                        finished = self._busy.pop(pipe)
-                        done[finished] = self._fetch(pipe, self._items[finished])
-                self._kill_overdue()
-            yield item, done.pop(position)
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in list(self._processes):
+            self._dismiss(pipe)
+
+    def summon(self) -> None:
+        """Start the workers now, so that they are ready when there is work; one worker is this process."""
+        if self.workers > 1:
+            self._idle += [self._start() for _ in range(self.workers - len(self._processes))]
+
+    def each(
+        self, task: Callable[[ItemT], ResultT], items: Sequence[ItemT], limit_s: float | None = None
+    ) -> Iterator[tuple[ItemT, ResultT | Crash]]:
+        """Yield (item, result) in the order of `items`, worked on ahead by the workers; by one worker, in here.
+
+        A worker that takes longer than `limit_s` seconds for one item is killed, which needs a process even of one
+        worker. A task reports faults in its result. An exception is a bug: it is raised here with the worker's
+        traceback. Raises UserError if workers cannot be started at all.
+        """
+        if self.workers == 1 and limit_s is None:
+            for item in items:
+                yield item, task(item)
+            return
+        self._limit_s = limit_s
+        done: dict[int, Any] = {}
+        handed = 0  # items that were handed out
+        try:
+            for position, item in enumerate(items):
+                while position not in done:
+                    end = min(position + _AHEAD * self.workers, len(items))
+                    while handed < end and len(self._busy) < self.workers:
+                        self._hand_out(handed, task, items[handed])
+                        handed += 1
+                    for pipe in wait(list(self._busy), self._patience()):
+                        if pipe in self._starting:
+                            self._welcome(pipe)
+                        else:
+                            finished = self._busy.pop(pipe)
+                            done[finished] = self._fetch(pipe, items[finished])
+                    self._kill_overdue()
+                yield item, done.pop(position)
+        finally:
+            for pipe in list(self._busy):  # left over when the caller, or a worker, stopped early
+                self._dismiss(pipe)
 
     def _patience(self) -> float | None:
         """Return how long to wait before someone may be overdue."""
@@ -102,16 +123,14 @@ class _Pool(Generic[ItemT, ResultT]):
                 self._overdue.add(pipe)
                 self._processes[pipe].kill()  # told when its result is fetched
 
-    def _hand_out(self, end: int) -> None:
-        """Give items before position `end` to idle workers, starting workers up to their number."""
-        while self._next < min(end, len(self._items)) and len(self._busy) < self._workers:
-            pipe = self._idle.pop() if self._idle else self._start()
-            self._busy[pipe] = self._next
-            with suppress(BrokenPipeError):  # it died before its first item: told when its result is fetched
-                pipe.send_bytes(pickle.dumps(self._items[self._next]))
-            if pipe not in self._starting:
-                self._clock(pipe)
-            self._next += 1
+    def _hand_out(self, position: int, task: Callable[[Any], Any], item: object) -> None:
+        """Give an item to an idle worker, or a new one."""
+        pipe = self._idle.pop() if self._idle else self._start()
+        self._busy[pipe] = position
+        with suppress(BrokenPipeError):  # it died before its first item: told when its result is fetched
+            pipe.send_bytes(pickle.dumps((task, item)))
+        if pipe not in self._starting:
+            self._clock(pipe)
 
     def _clock(self, pipe: Any) -> None:
         if self._limit_s is not None:
@@ -119,8 +138,8 @@ class _Pool(Generic[ItemT, ResultT]):
 
     def _start(self) -> Any:
         here, there = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(there, self._task), daemon=True)
-        with _interrupts_ignored():  # the worker inherits it: the parent decides
+        process = self._context.Process(target=_serve, args=(there, self._warm), daemon=True)
+        with _interrupts_ignored(), _nameless_main():  # the worker inherits the first: the parent decides
             process.start()
         there.close()
         self._processes[here] = process
@@ -139,7 +158,7 @@ class _Pool(Generic[ItemT, ResultT]):
                 'if __name__ == "__main__": (or pass workers=1)'
             ) from None
 
-    def _fetch(self, pipe: Any, item: ItemT) -> ResultT | Crash:
+    def _fetch(self, pipe: Any, item: object) -> Any:
         self._since.pop(pipe, None)
         try:
             result, failure = pickle.loads(pipe.recv_bytes())
@@ -155,15 +174,17 @@ class _Pool(Generic[ItemT, ResultT]):
         if failure is not None:
             raise RuntimeError(f"a worker process failed on {item!r}:\n{failure}")
         self._idle.append(pipe)
-        answer: ResultT = result
-        return answer
+        return result
 
-    def close(self) -> None:
-        for pipe, process in self._processes.items():
-            pipe.close()
-            if pipe in self._busy:
-                process.terminate()
-            process.join()
+    def _dismiss(self, pipe: Any) -> None:
+        """End a worker: one that is idle by itself, a busy one by force."""
+        process = self._processes.pop(pipe)
+        pipe.close()
+        if self._busy.pop(pipe, None) is not None or pipe in self._starting:
+            process.terminate()
+        if pipe in self._idle:
+            self._idle.remove(pipe)
+        process.join()
 
 
 @contextmanager
@@ -179,7 +200,21 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _serve(pipe: Any, task: Callable[[Any], Any]) -> None:
+@contextmanager
+def _nameless_main() -> Iterator[None]:
+    """Keep a worker from running the program's main file again: its tasks are functions of modules."""
+    main = sys.modules["__main__"]
+    hidden = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
+    for name in hidden:
+        setattr(main, name, None)
+    try:
+        yield
+    finally:
+        for name, value in hidden.items():
+            setattr(main, name, value)
+
+
+def _serve(pipe: Any, _warm: Callable[[Any], Any]) -> None:
     """Run in the worker: one item in, one result out, until the pipe closes.
 
     Both are pickled here: the pipe's own `send` would go through `dill`, which takes twenty times as long.
@@ -187,10 +222,11 @@ def _serve(pipe: Any, task: Callable[[Any], Any]) -> None:
     os.environ["OPENCV_FOR_THREADS_NUM"] = "1"  # should OpenCV be loaded later
     if "cv2" in sys.modules:
         sys.modules["cv2"].setNumThreads(1)
+    gc.freeze()  # what is imported by now is never looked through again
     pipe.send(None)
     while True:
         try:
-            item = pickle.loads(pipe.recv_bytes())
+            task, item = pickle.loads(pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
             return
         try:

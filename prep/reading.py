@@ -17,7 +17,7 @@ from prep.listing import Listing
 from prep.measure import UNKNOWN, Facts, Look, Measured, Sight, Task, as_batch, examine, measure
 from prep.memory import Memory, gathered, is_broken
 from prep.places import Bucket, Place, Rows
-from prep.pool import Crash, each
+from prep.pool import Crash, Crew, each
 from schemas.console import progress
 from schemas.datasets import DatasetConfig
 
@@ -36,7 +36,7 @@ class Wanted:
 
     hashed: bool  # identify them by content
     verify: bool  # decode them
-    workers: int
+    crew: Crew
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def read_new(
     captions: list[list[str] | str] = []
     stats: list[tuple[int, int]] = []
     with progress(f"scan {dataset.id}", len(paths), "image", done=len(paths) - len(unread)) as bar:
-        for measured in _measured(tasks, wanted.workers):
+        for measured in _measured(tasks, wanted.crew):
             batches.append(measured.facts)
             captions += measured.captions
             stats += measured.text_stats
@@ -108,10 +108,12 @@ def _pieces(rows: list[int], size: int) -> Iterator[list[int]]:
         yield rows[first : first + size]
 
 
-def _measured(tasks: list[Task], workers: int) -> Iterator[Measured]:
+def _measured(tasks: list[Task], crew: Crew) -> Iterator[Measured]:
     """Measure on the pool; the files of a task whose worker died are tried one by one."""
-    pooled = len(tasks) > 1 and workers > 1
-    for task, answer in each(measure, tasks, workers if pooled else 1, _MEASURE_LIMIT_S if pooled else None):
+    if len(tasks) == 1 or crew.workers == 1:
+        yield from map(measure, tasks)
+        return
+    for task, answer in crew.each(measure, tasks, _MEASURE_LIMIT_S):
         if not isinstance(answer, Crash):
             yield answer
             continue
@@ -120,7 +122,7 @@ def _measured(tasks: list[Task], workers: int) -> Iterator[Measured]:
             for row, path in enumerate(task.paths)
         ]
         single += [replace(task, paths=(), stats=(), texts=[text]) for text in task.texts]
-        for one, alone in each(measure, single, workers, _MEASURE_LIMIT_S):
+        for one, alone in each(measure, single, crew.workers, _MEASURE_LIMIT_S):
             yield _given_up(one, alone) if isinstance(alone, Crash) else alone
 
 
@@ -149,7 +151,7 @@ def look_closer(
             asked = " ".join(sorted(missing))
             looks.append((row, Look(place, name, columns["image_id"][row], dataset.view, asked)))
     with progress(f"decode {dataset.id}", len(looks), "image") as bar:
-        answers = each(examine, [look for _, look in looks], wanted.workers, EXAMINE_LIMIT_S)
+        answers = wanted.crew.each(examine, [look for _, look in looks], EXAMINE_LIMIT_S)
         for (row, _), (look, sight) in zip(looks, answers, strict=True):
             _note(columns, row, look, sight)
             bar.update()

@@ -25,6 +25,7 @@ from schemas.errors import UserError
 from schemas.project import Project
 from schemas.rows import ImageRow
 from schemas.storage import write_aside
+from schemas.summaries import ReportSummary
 from schemas.tables import read_provenance
 
 _TEMPLATES = Path(__file__).parent / "page"
@@ -33,22 +34,6 @@ _KINDS = 40  # lines of the table of reasons
 _REJECTS = 24  # rejected images shown
 
 _ROLES = {"image": "targets", "conditioning": "references", "eval": "held-out targets"}
-
-
-@dataclass(frozen=True, slots=True)
-class ReportSummary:
-    """What `prep report` did."""
-
-    path: str
-    size_bytes: int
-    datasets: tuple[str, ...]  # shown
-    warnings: tuple[str, ...]
-    seconds: float
-    command: str = "prep report"
-
-    def lines(self) -> Iterator[str]:
-        """Yield the closing report."""
-        yield f"wrote {self.path} ({self.size_bytes / 1e6:.1f} MB): {', '.join(self.datasets)}"
 
 
 @dataclass(frozen=True, slots=True)

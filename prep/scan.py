@@ -5,6 +5,7 @@ known. Everything is columns from the first to the last: a million images are an
 """
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,10 +18,11 @@ from prep.captioning import CaptionColumns, caption_all
 from prep.captions import Captioner
 from prep.frames import Frames, frame_all, policy_of
 from prep.geometry import Targets
-from prep.listing import Listing, list_images
+from prep.listing import Asked, Listing, list_images
+from prep.measure import measure
 from prep.memory import CONTENT_APART_FROM, Memory, changed_rows, known_rows, numbers_of, recall, spelled
 from prep.places import place_of
-from prep.pool import default_workers
+from prep.pool import Crew, default_workers
 from prep.reading import Wanted, look_closer, read_new
 from prep.selection import select
 from prep.statistics import statistics
@@ -41,10 +43,10 @@ class _Run:
 
     project: Project
     limit: int | None
-    workers: int
     dry_run: bool
     hashed: bool
     verify: bool
+    crew: Crew
     targets: dict[tuple[float, bool, int], Targets] = field(default_factory=dict)  # by (resolution, area, alignment)
 
 
@@ -64,18 +66,17 @@ def scan(
     """
     start = time.monotonic()
     project = open_project(project, need_images=True)
-    run = _Run(project, limit, workers or default_workers(), dry_run, hashed, verify)
-    if dry_run:
+    alone = nullcontext() if dry_run else only_one(project.workspace / "manifests", "prep scan")
+    with alone, Crew(workers or default_workers(), measure) as crew:
+        run = _Run(project, limit, dry_run, hashed, verify, crew)
         scans = tuple(scan_dataset(run, dataset)[0] for dataset in project.scanned)
-    else:
-        with only_one(project.workspace / "manifests", "prep scan"):
-            scans = tuple(scan_dataset(run, dataset)[0] for dataset in project.scanned)
     return ScanSummary(scans, project.warnings, time.monotonic() - start, dry_run)
 
 
 def look(project: Project, dataset: DatasetConfig) -> pa.Table:
     """Return the manifest that a scan would write now, measured but not identified; nothing is written."""
-    return scan_dataset(_Run(project, None, default_workers(), True, False, False), dataset)[1]
+    with Crew(default_workers(), measure) as crew:
+        return scan_dataset(_Run(project, None, True, False, False, crew), dataset)[1]
 
 
 def scan_dataset(run: _Run, dataset: DatasetConfig) -> tuple[DatasetScan, pa.Table]:
@@ -91,7 +92,8 @@ def scan_dataset(run: _Run, dataset: DatasetConfig) -> tuple[DatasetScan, pa.Tab
     source = digest(dataset.type, _where(project, dataset), dataset.view)
     known_table = known_rows(manifest, before, source)
     stats = known_table is not None
-    listing = list_images(project, dataset, texts=captioner.reads_text, stats=stats, dry_run=run.dry_run)
+    many = None if stats else run.crew.summon
+    listing = list_images(project, dataset, Asked(captioner.reads_text, stats, run.dry_run, many))
     cut = run.limit if run.limit is not None and run.limit < len(listing.paths) else None
     if cut is not None:
         listing.cut(cut)
@@ -180,7 +182,7 @@ def _made(
 ) -> tuple[pa.Table, _Done]:
     """Read what is new, and make all rows."""
     project, place, names = run.project, place_of(run.project, dataset), spelled(listing.paths)
-    wanted = Wanted(run.hashed, run.verify, run.workers)
+    wanted = Wanted(run.hashed, run.verify, run.crew)
     facts, texts, read = read_new(dataset, place, listing, memory, wanted)
     facts, examined = look_closer(dataset, place, names, facts, wanted)
     captions = caption_all(dataset, captioner, listing, memory, texts)

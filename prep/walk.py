@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -13,6 +13,8 @@ from prep.images import extensions
 from schemas.console import log
 
 _Entries: TypeAlias = dict[str, os.DirEntry[str]]
+
+_MANY = 4096
 
 NOT_THERE = (-1, 0)  # (size, time) of a file that cannot be asked
 NOT_ASKED = (0, 0)  # of one that was not
@@ -36,16 +38,25 @@ class _Walk:
     texts: bool  # look for text files beside images
     stats: bool  # ask for sizes and times
     kept_out: tuple[int, int] | None  # the workspace
+    many: Callable[[], None] | None  # called once there are many images
     seen: set[tuple[int, int]] = field(default_factory=set)  # folders, against links in circles
     stack: list[tuple[str, Iterator[os.DirEntry[str]], _Entries]] = field(default_factory=list)
 
 
-def walk(root: str, workspace: Path, found: Found, *, texts: bool, stats: bool) -> None:
-    """List the images below a folder; hidden folders and workspaces are left out, links are followed once."""
-    on = _Walk(texts, stats, _identity(str(workspace)))
+def walk(
+    root: str, workspace: Path, found: Found, *, texts: bool, stats: bool, many: Callable[[], None] | None = None
+) -> None:
+    """List the images below a folder; hidden folders and workspaces are left out, links are followed once.
+
+    `many` is called, once, when there are so many images that workers are worth starting before all are listed.
+    """
+    on = _Walk(texts, stats, _identity(str(workspace)), many)
     _enter(root, "", found, on)
     while on.stack:
         prefix, entries, captions = on.stack[-1]
+        if on.many is not None and len(found.paths) >= _MANY:
+            on.many()
+            on.many = None
         folder = _take(prefix, entries, captions, found, on)
         if folder is None:
             on.stack.pop()

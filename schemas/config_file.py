@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import json5
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from schemas import datasets
 from schemas.datasets import Generator
@@ -34,6 +36,21 @@ _NESTED: Mapping[str, type[Options]] = {
 
 _SHOWN = 60  # characters of a faulty value
 
+# What pydantic's kinds of errors are called here; others keep its words.
+_PROBLEMS: Mapping[str, str] = (
+    dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number")
+    | dict.fromkeys(("float_type", "float_parsing", "finite_number"), "must be a number")
+    | dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false")
+    | dict.fromkeys(("tuple_type", "list_type"), "must be a list")
+    | dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be an object")
+    | {"string_type": "must be text", "string_too_short": "must not be empty"}
+)
+_PATTERNS: Mapping[str, tuple[str, str]] = {  # option -> what its pattern is for, and what it allows
+    "id": ("must be fit for a file name", 'no / \\ : * ? " < > | and no dot in front'),
+    "tracker_run_name": ("must be fit for a folder", "letters, digits, blanks, _ . - and / between folders"),
+    "alpha_background": ("must be a colour", "white, black, gray or #rrggbb"),
+}
+
 
 @dataclass(slots=True)
 class Findings:
@@ -42,6 +59,7 @@ class Findings:
     faults: list[Fault] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     dropped: set[str] = field(default_factory=set)  # ids of datasets too faulty to go on with
+    disabled: set[str] = field(default_factory=set)  # ids of datasets that are left out
 
 
 def read_json(path: Path) -> Any:
@@ -88,9 +106,6 @@ def normalise(
             continue
         elif key in model.model_fields:
             values[key] = value
-            if isinstance(value, bool) and _is_number(model.model_fields[key].annotation):
-                found.faults.append(Fault(file, prefix + spelled, "must be a number", shown(value)))
-                del values[key]
             if note := facts(model.model_fields[key])["no_effect"]:
                 found.warnings.append(f"{file}: {prefix}{key} has no effect: {note}")
         elif key in unneeded:
@@ -106,17 +121,21 @@ def validate(
 ) -> OptionsT | None:
     """Check values against a model. With faults, return what the sound options say, so that checking can go on.
 
-    None if even that cannot be, because a required option is missing or faulty.
+    None if even that cannot be, because a required option is missing or faulty. An option that is null, and may not
+    be, counts as not given.
     """
     file, prefix = where
+    flags: dict[str, bool] = {}
+    sifted: dict[str, Any] = _sifted(dict(values), {model}, (), flags)
+    found.faults += [Fault(file, prefix + key, "must be a number", shown(flag)) for key, flag in flags.items()]
     try:
-        return model.model_validate(values)
+        return model.model_validate(sifted)
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        details = [one for one in error.errors(include_url=False) if _key_path(one["loc"]) not in flags]
     found.faults += [_fault(file, prefix, dict(detail)) for detail in details]
-    faulty = {detail["loc"][0] for detail in details if detail["loc"]}
+    faulty = {detail["loc"][0] for detail in details if detail["loc"]} | {re.split(r"[.\[]", key)[0] for key in flags}
     try:
-        return model.model_validate({key: value for key, value in values.items() if key not in faulty})
+        return model.model_validate({key: value for key, value in sifted.items() if key not in faulty})
     except ValidationError:
         return None
 
@@ -149,9 +168,35 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
-def _is_number(annotation: Any) -> bool:
-    kinds = {annotation, *get_args(annotation)}
-    return bool(kinds & {int, float}) and bool not in kinds
+def _sifted(value: Any, kinds: set[Any], place: tuple[str | int, ...], flags: dict[str, bool]) -> Any:
+    """Take out nulls that say nothing, and every true or false in place of a number, which goes to `flags`."""
+    if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+        flags[_key_path(place)] = value
+        return None
+    if isinstance(value, list):
+        return [_sifted(one, kinds, (*place, number), flags) for number, one in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    fields = {name: _kinds(one.annotation) for kind in kinds for name, one in _fields(kind).items()}
+    kept: dict[Any, Any] = {}
+    for key, one in value.items():
+        inner = fields.get(key, kinds)
+        sifted = _sifted(one, inner, (*place, key), flags)
+        if sifted is not None or NoneType in inner or key not in fields:
+            kept[key] = sifted
+    return kept
+
+
+def _fields(kind: Any) -> Mapping[str, FieldInfo]:
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, Options) else {}
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Return the types that an option may hold, those inside lists and objects too."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    parts = get_args(annotation)
+    return set().union(*map(_kinds, parts)) if parts else {annotation}
 
 
 def _nearest(key: str, known: Iterable[str]) -> str | None:
@@ -179,8 +224,11 @@ def _fault(file: str, prefix: str, detail: dict[str, Any]) -> Fault:
     if kind == "value_error":
         value_shown = value if place else None
         return Fault(file, key.rstrip("."), str(context["error"]), value_shown)
-    message = str(detail["msg"]).replace("Input should be", "must be").partition(", unable to parse")[0]
-    return Fault(file, key, message[0].lower() + message[1:], value)
+    if kind == "string_pattern_mismatch" and place[-1] in _PATTERNS:
+        problem, hint = _PATTERNS[str(place[-1])]
+        return Fault(file, key, problem, value, hint)
+    message = str(detail["msg"]).replace("Input should be", "must be")
+    return Fault(file, key, _PROBLEMS.get(kind, message[0].lower() + message[1:]), value)
 
 
 def _key_path(place: tuple[str | int, ...]) -> str:

@@ -34,19 +34,29 @@ def _full_probability(value: object) -> object:
 
 def _as_buckets(value: object) -> object:
     """Read the numbers of `crop_aspect_buckets` as objects."""
-    numbers = isinstance(value, list) and [isinstance(one, int | float) and not isinstance(one, bool) for one in value]
-    if not isinstance(value, list) or not numbers:
+    return [_as_bucket(one) for one in value] if isinstance(value, list) else value
+
+
+def _as_bucket(value: object) -> object:
+    if isinstance(value, AspectBucket):
         return value
+    given = value if isinstance(value, dict) else {"aspect": value}
+    if not given or any(isinstance(one, bool | str | list | dict) for one in given.values()):
+        raise ValueError("must be a list of numbers (width / height), or of objects {aspect, weight}")
     renamed = {"aspect_ratio": "aspect", "aspect_bucket": "aspect"}
-    return [
-        {"aspect": one} if plain else {renamed.get(key, key): part for key, part in one.items()}
-        if isinstance(one, dict) else one
-        for one, plain in zip(value, numbers, strict=True)
-    ]  # fmt: skip
+    return {renamed.get(key, key): one for key, one in given.items()}
 
 
 def _as_words(value: object) -> object:
     return [word for word in re.split(r"[\s,]+", value) if word] if isinstance(value, str) else value or []
+
+
+def _as_filters(value: object) -> object:
+    if value is None or isinstance(value, str) or (
+        isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+    ):  # fmt: skip
+        return value
+    raise ValueError("must be a list of texts, or the path of a .txt or .json file of them")
 
 
 def _no_list(value: object) -> object:
@@ -346,7 +356,7 @@ class DatasetConfig(Options):
     prepend_instance_prompt: bool = option(False, "put `instance_prompt` before every caption", stages="scan")
     only_instance_prompt: bool = option(False, "use `instance_prompt` instead of captions", stages="scan")
     caption_shuffle: CaptionShuffle = option(CaptionShuffle(), "variants of captions of tags", stages="scan")
-    caption_filter_list: tuple[str, ...] | str | None = option(
+    caption_filter_list: Annotated[tuple[str, ...] | str | None, BeforeValidator(_as_filters)] = option(
         None,
         "text_embeds: what to take out of captions, in order: texts, regular expressions, `s/old/new/`; or the path "
         "of a .txt or .json file of them",

@@ -11,6 +11,7 @@ from typing import Any
 from schemas.config_file import Findings, shown
 from schemas.datasets import DatasetConfig, HuggingFace
 from schemas.errors import Fault
+from schemas.simpletuner import DATASET_KEYS
 from schemas.trainer import TrainerConfig
 
 # Options of config.json that stand in for the same key of a dataset entry that does not give it.
@@ -34,7 +35,9 @@ def filled(value: Any, where: tuple[str, str], known: Mapping[str, str], found: 
 
     def fill(match: re.Match[str]) -> str:
         name = match.group(1)
-        text = os.environ.get(name.removeprefix("env:")) if name.startswith("env:") else known[name]
+        if not name.startswith("env:"):
+            return known.get(name, match.group(0))
+        text = os.environ.get(name.removeprefix("env:"))
         if text is None:
             problem = f"the environment has no {name.removeprefix('env:')}"
             found.faults.append(Fault(file, place.rstrip("."), problem, shown(value), "set it before the command"))
@@ -43,29 +46,39 @@ def filled(value: Any, where: tuple[str, str], known: Mapping[str, str], found: 
     return re.sub(r"\{(id|model_family|output_dir|env:[A-Za-z_][A-Za-z0-9_]*)\}", fill, value)
 
 
-def gathered(entry: dict[str, Any]) -> dict[str, Any]:
+def gathered(entry: dict[str, Any], where: tuple[str, str], found: Findings) -> dict[str, Any]:
     """Put the options of a Hugging Face dataset that stand at the top of its entry where they belong, and back."""
-    if entry.get("type") != "huggingface" or not isinstance(entry.get("huggingface", {}), dict):
+    given = entry.get("huggingface") or {}
+    if not isinstance(given, dict):
         return entry
-    inner = dict(entry.get("huggingface") or {})
-    own = HuggingFace.model_fields.keys() - DatasetConfig.model_fields.keys()
-    outer = {key: value for key, value in entry.items() if key not in own}
-    inner |= {key: value for key, value in entry.items() if key in own and key not in inner}
-    if "dataset_name" in inner:
-        outer.setdefault("dataset_name", inner.pop("dataset_name"))
-    return {**outer, "huggingface": inner}
+    shared = {"cache_dir"} if entry.get("type") == "huggingface" else set()
+    inside = HuggingFace.model_fields.keys() - DatasetConfig.model_fields.keys() | shared
+    outside = {"dataset_name", *DATASET_KEYS} - inside
+    tops = {name.lstrip("-").replace("-", "_"): name for name in entry}
+    moved = {key: entry[name] for key, name in tops.items() if key in inside}
+    back = {key: one for key, one in given.items() if key in outside}
+    for key, value in {**moved, **{key: entry[tops[key]] for key in back if key in tops}}.items():
+        if key in given and given[key] != value:
+            problem = f"is {shown(given[key])} inside huggingface"
+            found.faults.append(Fault(where[0], where[1] + key, problem, shown(value), "keep one"))
+    outer = {name: entry[name] for key, name in tops.items() if key not in inside and name != "huggingface"}
+    outer |= {key: one for key, one in back.items() if key not in tops}
+    inner = {**moved, **{key: one for key, one in given.items() if key not in back}}
+    return {**outer, "huggingface": inner} if inner else outer
 
 
 def complete(values: dict[str, Any], trainer: TrainerConfig) -> None:
     """Put in what an entry leaves to its type, and to config.json."""
-    if "dataset_type" not in values and "conditioning_type" in values:
+    if "dataset_type" not in values and values.get("conditioning_type") is not None:
         values["dataset_type"] = "conditioning"
     if values.get("dataset_type") == "conditioning":
         values.setdefault("caption_strategy", None)
+    if values.get("type") == "huggingface":
+        values.setdefault("caption_strategy", "huggingface")
     if values.get("type") == "csv" and values.get("csv_caption_column"):
         values.setdefault("caption_strategy", "csv")
-    for key in ("huggingface", "caption_shuffle", "image_policy"):
-        if values.get(key, ...) is None:
-            del values[key]
+    table = values.get("parquet")
+    if values.get("metadata_backend") == "parquet" and isinstance(table, dict):
+        values["parquet"] = {"width_column": "width", "height_column": "height", **table}
     for key in _DEFAULTS:
         values.setdefault(key, getattr(trainer, key))

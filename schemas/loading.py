@@ -6,7 +6,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +16,8 @@ from schemas.datasets import DatasetConfig
 from schemas.entries import complete, filled, gathered
 from schemas.errors import ConfigError, Fault, UserError
 from schemas.family import FamilySpec
-from schemas.project import CONFIG_NAME, Project, resolved
+from schemas.paths import resolved
+from schemas.project import CONFIG_NAME, Project
 from schemas.rules import RULES, missing_folders, root_hint
 from schemas.simpletuner import DATASET_KEYS, TRAINER_KEYS
 from schemas.trainer import TrainerConfig
@@ -44,16 +45,19 @@ def load_project(
     base = (Path(root) if root is not None else config_path.parent).resolve()
     found = Findings()
     trainer, given = _trainer(config_path, overrides, found)
+    products = (Path(workspace) if workspace is not None else config_path.parent / "work").resolve()
     family = _family(trainer, families, config_path, found)
     # Named, it starts from the root like every path; not named, it lies beside config.json.
     named = "data_backend_config" in trainer.model_fields_set
     datasets_path = resolved(base if named else config_path.parent, trainer.data_backend_config)
-    datasets = _datasets(datasets_path, config_path, trainer, base, found)
+    runs = trainer.output_dir or str(products / "runs" / trainer.tracker_run_name)
+    known = {"model_family": trainer.model_family, "output_dir": runs}
+    datasets = _datasets(datasets_path, _Setting(config_path, base, trainer, known), found)
     library = _prompt_library(base, config_path.name, trainer, found)
     project = Project(
         config_path=config_path,
         root=base,
-        workspace=(Path(workspace) if workspace is not None else config_path.parent / "work").resolve(),
+        workspace=products,
         trainer=trainer,
         datasets=tuple(datasets),
         prompt_library=library,
@@ -164,12 +168,21 @@ def _family(trainer: TrainerConfig, families: Mapping[str, FamilySpec], path: Pa
     return spec
 
 
-def _datasets(
-    path: Path, config_path: Path, trainer: TrainerConfig, base: Path, found: Findings
-) -> list[DatasetConfig]:
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """What the entries of the dataset file are read with."""
+
+    config_path: Path
+    base: Path
+    trainer: TrainerConfig
+    known: Mapping[str, str]  # placeholder -> text
+
+
+def _datasets(path: Path, setting: _Setting, found: Findings) -> list[DatasetConfig]:
     if not path.exists():
-        hint = root_hint(trainer.data_backend_config, base) or "data_backend_config names the file"
-        found.faults.append(Fault(config_path.name, "data_backend_config", f"no such file: {path}", hint=hint))
+        named = setting.trainer.data_backend_config
+        hint = root_hint(named, setting.base) or "data_backend_config names the file"
+        found.faults.append(Fault(setting.config_path.name, "data_backend_config", f"no such file: {path}", hint=hint))
         return []
     raw = _read(path, found)
     if raw is _UNREADABLE:
@@ -177,23 +190,24 @@ def _datasets(
     if not isinstance(raw, list) or not raw:
         found.faults.append(Fault(path.name, "", f"must be a list of at least one dataset, found {shown(raw)}"))
         return []
-    datasets = [_dataset(path.name, index, entry, trainer, found) for index, entry in enumerate(raw)]
-    return [dataset for dataset in datasets if dataset is not None and not dataset.disabled]
+    datasets = [_dataset(path.name, index, entry, setting, found) for index, entry in enumerate(raw)]
+    return [dataset for dataset in datasets if dataset is not None]
 
 
-def _dataset(file: str, index: int, entry: Any, trainer: TrainerConfig, found: Findings) -> DatasetConfig | None:
+def _dataset(file: str, index: int, entry: Any, setting: _Setting, found: Findings) -> DatasetConfig | None:
     if not isinstance(entry, dict):
         found.faults.append(Fault(file, f"[{index}]", "must be an object", shown(entry)))
         return None
-    if any(entry.get(key) not in _ENABLED for key in ("disabled", "disable")):
+    switches = ("disabled", "disable", "--disabled", "--disable")
+    if any(entry.get(key) not in _ENABLED for key in switches):
+        found.disabled.add(str(entry.get("id")))
         return None
-    entry = {key: value for key, value in entry.items() if key not in ("disabled", "disable")}
-    name = entry.get("id")
-    known = {"id": str(name), "model_family": trainer.model_family, "output_dir": trainer.output_dir or ""}
-    entry = gathered(filled(entry, (file, f"[{index}] "), known, found))
+    name = filled(entry.get("id"), (file, f"[{index}] id"), setting.known, Findings())
     prefix = f"[{index}] {shown(name)} " if name is not None else f"[{index}] "
-    values = normalise(entry, DatasetConfig, DATASET_KEYS, (file, prefix), found)
-    complete(values, trainer)
+    entry = {key: value for key, value in entry.items() if key not in switches}
+    entry = filled(entry, (file, prefix), {**setting.known, "id": str(name)}, found)
+    values = normalise(gathered(entry, (file, prefix), found), DatasetConfig, DATASET_KEYS, (file, prefix), found)
+    complete(values, setting.trainer)
     generators = values.pop("conditioning", [])
     generators = [generators] if isinstance(generators, dict) else generators or []
     if isinstance(generators, list):
@@ -220,7 +234,7 @@ def _caption_filters(
         if named is None:
             continue
         key = f'"{dataset.id}" caption_filter_list'
-        entries = named if isinstance(named, tuple) else _filter_file(resolved(base, named), (file, key), found)
+        entries = named if isinstance(named, tuple) else _filter_file(base, named, (file, key), found)
         for entry in entries:
             if fault := filter_fault(entry):
                 found.faults.append(Fault(file, key, fault, shown(entry)))
@@ -228,10 +242,14 @@ def _caption_filters(
     return filters
 
 
-def _filter_file(path: Path, where: tuple[str, str], found: Findings) -> tuple[str, ...]:
+def _filter_file(base: Path, named: str, where: tuple[str, str], found: Findings) -> tuple[str, ...]:
     """Read a filter list: a JSON list of texts, or one entry per line."""
+    path = resolved(base, named)
+    if not named:
+        return ()
     if not path.exists():
-        found.faults.append(Fault(*where, f"no such file: {path}"))
+        hint = root_hint(named, base) or "a list of texts may stand here too"
+        found.faults.append(Fault(*where, f"no such file: {path}", shown(named), hint))
         return ()
     if path.suffix == ".json":
         raw = _read(path, found)

@@ -3,7 +3,6 @@
 Made by `schemas.loading.load_project`; a new file or folder of the workspace gets its path here.
 """
 
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,23 +11,11 @@ from pathlib import Path
 from schemas.datasets import DatasetConfig
 from schemas.family import FamilySpec
 from schemas.keys import digest
+from schemas.paths import is_url, resolved
 from schemas.trainer import TrainerConfig
 
 TINY = "tiny"
 CONFIG_NAME = "config.json"
-
-
-def resolved(root: Path, path: str) -> Path:
-    """Resolve a path of a configuration file: `~` is the home folder, a relative one starts from `root`."""
-    try:
-        return root / Path(path).expanduser()
-    except RuntimeError:  # the home of a user that does not exist
-        return root / path
-
-
-def is_url(path: str) -> bool:
-    """Tell a URL from a path of this machine."""
-    return re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,8 @@
 """Rules that span several options or both files: each a function that appends what it finds.
 
-A new rule is a function here and a name in `RULES`.
+A new rule is a function here and a name in `RULES`; what merely has no effect is a line in one of the `_inactive_...`.
 """
 
-import codecs
 from collections.abc import Callable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -11,9 +10,17 @@ from pathlib import Path
 from schemas.config_file import Findings, shown
 from schemas.datasets import DatasetConfig
 from schemas.errors import Fault
+from schemas.options import Options
 from schemas.project import Project, resolved
 
-_MOST_MEGAPIXELS = 20  # of a size limit; more is an edge in pixels by mistake
+# Limits of the three image sizes, beyond which the unit is mistaken.
+_MOST_MEGAPIXELS = 20
+_FEWEST_PIXELS = 10  # of an edge
+_FEWEST_SCALED_PIXELS = 512  # of an edge that images are scaled to, under `pixel`
+
+_SIZES = ("minimum_image_size", "maximum_image_size", "target_downsample_size")
+_CROPS = ("resolution", "resolution_type", "crop", "crop_aspect", "crop_aspect_buckets", "crop_style")
+_CHOSEN = ("closest", "random")  # values of crop_aspect that need aspects
 
 
 def root_hint(relative: str, base: Path) -> str | None:
@@ -39,12 +46,19 @@ def missing_folders(project: Project, file: str) -> Iterator[Fault]:
             yield Fault(file, key, f"no such folder: {project.folder_of(dataset)}", hint=hint)
 
 
+# Faults
+
+
 def _rule_ids(project: Project, file: str, found: Findings) -> None:
     seen: set[str] = set()
     for dataset in project.datasets:
         if dataset.id in seen:
             found.faults.append(Fault(file, f'"{dataset.id}" id', "given to two datasets", hint="ids are unique"))
         seen.add(dataset.id)
+    first, *others = [one.id for one in project.datasets if one.dataset_type == "text_embeds" and one.default] or [""]
+    for name in others:
+        problem = "two text_embeds entries are the default"
+        found.faults.append(Fault(file, f'"{name}" default', problem, "true", f'"{first}" is one already'))
 
 
 # What a dataset of each type must say.
@@ -57,26 +71,16 @@ def _rule_sources(project: Project, file: str, found: Findings) -> None:
     for dataset in project.scanned:
         needed = _NEEDED[dataset.type]
         if getattr(dataset, needed) is None:
-            found.faults.append(Fault(file, f'"{dataset.id}" {needed}', "missing, but required"))
+            hint = f'a dataset of type "{dataset.type}" lies there'
+            found.faults.append(Fault(file, f'"{dataset.id}" {needed}', "missing, but required", hint=hint))
         backend = dataset.metadata_backend if "metadata_backend" in dataset.model_fields_set else None
         key, table = f'"{dataset.id}" metadata_backend', dataset.parquet
         if backend is not None and (backend == "huggingface") != (dataset.type == "huggingface"):
-            problem = "goes with type 'huggingface', and that with no other"
-            found.faults.append(Fault(file, key, problem, shown(backend)))
+            problem, hint = "goes with type 'huggingface', and that with no other", "leave it out"
+            found.faults.append(Fault(file, key, problem, shown(backend), hint))
         if backend == "parquet" and (table is None or not (table.width_column and table.height_column)):
             hint = '"parquet": {"path": ..., "filename_column": ..., "width_column": ..., "height_column": ...}'
-            found.faults.append(Fault(file, key, "needs columns of widths and heights", shown(backend), hint))
-        for name in sorted(dataset.model_fields_set):
-            wanted = _type_of(name)
-            remote = (project.url_of(dataset) or "").startswith("s3")
-            if wanted is not None and wanted != dataset.type and not (wanted == "aws" and remote):
-                found.warnings.append(f'{file}: "{dataset.id}" {name} has no effect: it is for type {wanted!r}')
-
-
-def _type_of(name: str) -> str | None:
-    """Return the type of dataset that an option is for, None if it is for all."""
-    known = {"dataset_name": "huggingface", "huggingface": "huggingface"}
-    return known.get(name) or next((kind for kind in ("csv", "aws") if name.startswith(f"{kind}_")), None)
+            found.faults.append(Fault(file, key, "needs a table of widths and heights", shown(backend), hint))
 
 
 def _rule_roles(project: Project, file: str, found: Findings) -> None:
@@ -85,62 +89,89 @@ def _rule_roles(project: Project, file: str, found: Findings) -> None:
         if dataset.dataset_type == "conditioning" and dataset.conditioning_type is None:
             hint = "reference_strict takes the target's crop, reference_loose its own"
             found.faults.append(Fault(file, key, "missing, but required of references", hint=hint))
-        elif dataset.is_target and dataset.conditioning_type is not None:
-            hint = 'references have "dataset_type": "conditioning"'
-            found.faults.append(Fault(file, key, "is for references", shown(dataset.conditioning_type), hint))
-        if dataset.is_target and dataset.source_dataset_id is not None:
-            key = f'"{dataset.id}" source_dataset_id'
-            found.faults.append(Fault(file, key, "is for references", shown(dataset.source_dataset_id)))
+        hint = 'references have "dataset_type": "conditioning"'
+        for name in ("conditioning_type", "source_dataset_id"):
+            value = getattr(dataset, name)
+            if dataset.is_target and value is not None:
+                found.faults.append(Fault(file, f'"{dataset.id}" {name}', "is for references", shown(value), hint))
     if not project.targets and not found.faults:
         found.faults.append(Fault(file, "", "no dataset of targets is enabled; nothing to prepare or train on"))
     held_out = project.trainer.eval_dataset_id
     targets = [target.id for target in project.targets]
     if held_out is not None and held_out not in targets:
         hint = f"sets of targets: {', '.join(targets)}"
-        found.faults.append(
-            Fault(project.config_path.name, "eval_dataset_id", "no such set of targets", shown(held_out), hint)
-        )
+        config = project.config_path.name
+        found.faults.append(Fault(config, "eval_dataset_id", "no such set of targets", shown(held_out), hint))
 
 
 def _rule_links(project: Project, file: str, found: Findings) -> None:
     by_id = {dataset.id: dataset for dataset in project.datasets}
-    listed = {name for target in project.targets for name in target.conditioning_data}
     for dataset in project.datasets:
         for name in sorted({one for one in dataset.conditioning_data if dataset.conditioning_data.count(one) > 1}):
-            found.faults.append(Fault(file, f'"{dataset.id}" conditioning_data', "names a set twice", shown(name)))
-        named = [("conditioning_data", name) for name in dataset.conditioning_data if name not in dataset.generated_ids]
+            key = f'"{dataset.id}" conditioning_data'
+            found.faults.append(Fault(file, key, "names a set twice", shown(name), "keep one"))
+        named = [("conditioning_data", name) for name in dict.fromkeys(dataset.conditioning_data)]
         named += [("source_dataset_id", name) for name in [dataset.source_dataset_id] if name is not None]
         for key, name in named:
-            if name in found.dropped:
+            if name in found.dropped or name in dataset.generated_ids:
                 continue
-            if name not in by_id:
-                hint = f"datasets: {', '.join(by_id)}"
-                found.faults.append(Fault(file, f'"{dataset.id}" {key}', "no such dataset", shown(name), hint))
-            elif by_id[name].dataset_type not in (
-                ("conditioning",) if key == "conditioning_data" else ("image", "eval")
-            ):
-                kind = "a set of references" if key == "conditioning_data" else "a set of targets"
-                hint = 'references have "dataset_type": "conditioning"'
-                found.faults.append(Fault(file, f'"{dataset.id}" {key}', f"must name {kind}", shown(name), hint))
-        if dataset.dataset_type == "conditioning" and not (dataset.id in listed or dataset.source_dataset_id):
-            found.warnings.append(
-                f'{file}: "{dataset.id}" is no target set\'s conditioning_data: it is scanned, not used'
-            )
+            if wrong := _wrong_link(dataset, key, by_id.get(name), name in found.disabled):
+                known = f"datasets: {', '.join(by_id)}"
+                found.faults.append(Fault(file, f'"{dataset.id}" {key}', wrong[0], shown(name), wrong[1] or known))
         for generated in dataset.generated_ids:
             if generated in by_id or dataset.generated_ids.count(generated) > 1:
                 problem = f"two reference sets would have the id '{generated}'"
                 found.faults.append(Fault(file, f'"{dataset.id}" conditioning', problem))
 
 
+def _wrong_link(
+    dataset: DatasetConfig, key: str, other: DatasetConfig | None, disabled: bool
+) -> tuple[str, str | None] | None:
+    """Return (problem, hint) of a link to another dataset, None if it is sound."""
+    if other is None:
+        return "no such dataset", "it is disabled" if disabled else None
+    if other.id == dataset.id:
+        return "names the dataset itself", "name another"
+    if key == "conditioning_data" and other.dataset_type != "conditioning":
+        return "must name a set of references", 'references have "dataset_type": "conditioning"'
+    if key == "source_dataset_id" and not other.is_target:
+        return "must name a set of targets", 'references have "dataset_type": "conditioning"'
+    return None
+
+
+def _rule_circles(project: Project, file: str, found: Findings) -> None:
+    after = {dataset.id: set(dataset.conditioning_data) - {dataset.id} for dataset in project.datasets}
+    for dataset in project.datasets:
+        if dataset.source_dataset_id in after and dataset.source_dataset_id != dataset.id:
+            after[dataset.source_dataset_id].add(dataset.id)
+    while circle := _circle(after):
+        told, hint = " -> ".join(circle), "targets name their references, or references their targets"
+        found.faults.append(Fault(file, f'"{circle[0]}" conditioning_data', f"goes in a circle: {told}", hint=hint))
+        for name in circle[1:]:
+            after.pop(name, None)
+
+
+def _circle(after: dict[str, set[str]]) -> list[str]:
+    """Return the ids of one circle, the first again at the end; none if there is none."""
+    try:
+        TopologicalSorter(after).prepare()
+    except CycleError as fault:
+        return list(reversed(fault.args[1]))
+    return []
+
+
 def _rule_captions(project: Project, file: str, found: Findings) -> None:
     combined = project.trainer.conditioning_multidataset_sampling == "combined"
     for dataset in project.scanned:
-        key = f'"{dataset.id}" caption_strategy'
         prompted = dataset.caption_strategy == "instanceprompt" or dataset.prepend_instance_prompt
         if (prompted or dataset.only_instance_prompt) and not dataset.instance_prompt:
-            found.faults.append(Fault(file, f'"{dataset.id}" instance_prompt', "missing, but required"))
+            key, hint = f'"{dataset.id}" instance_prompt', "a text, or a list of texts"
+            found.faults.append(Fault(file, key, "missing, but required", hint=hint))
         if wrong := _strategy_fault(dataset):
-            found.faults.append(Fault(file, key, *wrong))
+            found.faults.append(Fault(file, f'"{dataset.id}" caption_strategy', *wrong))
+        if not _is_encoding(dataset.caption_encoding):
+            key, hint = f'"{dataset.id}" caption_encoding', "for example utf-8, utf-16, cp1252"
+            found.faults.append(Fault(file, key, "unknown encoding", shown(dataset.caption_encoding), hint))
         if dataset.text_embeds is not None and dataset.text_embeds not in _stores(project):
             known = f"text_embeds entries: {', '.join(_stores(project)) or 'none'}"
             key = f'"{dataset.id}" text_embeds'
@@ -160,6 +191,14 @@ def _stores(project: Project) -> list[str]:
     return [dataset.id for dataset in project.datasets if dataset.dataset_type == "text_embeds"]
 
 
+def _is_encoding(name: str) -> bool:
+    """Tell an encoding of text, as Python knows them, from other words."""
+    try:
+        return "a".encode(name).decode(name) == "a"
+    except (LookupError, ValueError):
+        return False
+
+
 # Where captions of a dataset of each type may come from, besides nowhere and instanceprompt.
 _STRATEGIES = {
     "local": ("textfile", "filename", "parquet"),
@@ -169,54 +208,51 @@ _STRATEGIES = {
 }
 
 
-def _strategy_fault(dataset: DatasetConfig) -> tuple[str, str | None, str | None] | None:
+def _strategy_fault(dataset: DatasetConfig) -> tuple[str, str, str] | None:
     """Return (problem, value, hint) of a caption strategy that its dataset cannot have."""
     strategy = dataset.caption_strategy
     if dataset.only_instance_prompt:
         return None
     if strategy is not None and strategy not in (*_STRATEGIES[dataset.type], "instanceprompt"):
         hint = f"such datasets have {', '.join(_STRATEGIES[dataset.type])}, instanceprompt or null"
-        return f"not for datasets of type {dataset.type!r}", shown(strategy), hint
+        return f"not for datasets of type '{dataset.type}'", shown(strategy), hint
     if strategy == "parquet" and (dataset.parquet is None or not dataset.parquet.caption_column):
         return "needs a table", shown(strategy), 'give "parquet" with path, filename_column and caption_column'
     if strategy == "csv" and dataset.csv_caption_column is None:
-        return "needs csv_caption_column", shown(strategy), None
-    try:
-        codecs.lookup(dataset.caption_encoding)
-    except LookupError:
-        return "with an unknown caption_encoding", shown(dataset.caption_encoding), "for example utf-8 or cp1252"
+        return "needs csv_caption_column", shown(strategy), "the column of csv_file that holds captions"
     return None
 
 
 def _rule_crops(project: Project, file: str, found: Findings) -> None:
     for dataset in project.scanned:
         prefix = f'"{dataset.id}" '
-        chosen = dataset.crop and dataset.crop_aspect in ("closest", "random")
-        if chosen and not dataset.crop_aspect_buckets:
+        if dataset.crop_aspect in _CHOSEN and not dataset.crop_aspect_buckets:
+            problem = f"missing, but required by crop_aspect {dataset.crop_aspect}"
             hint = '"crop_aspect_buckets": [1.0, 0.75, 1.5]'
-            found.faults.append(Fault(file, f"{prefix}crop_aspect_buckets", "missing, but required", hint=hint))
+            found.faults.append(Fault(file, f"{prefix}crop_aspect_buckets", problem, hint=hint))
         least, most = dataset.minimum_aspect_ratio, dataset.maximum_aspect_ratio
         if least is not None and most is not None and least > most:
-            problem = f"is above maximum_aspect_ratio {most:g}"
-            found.faults.append(Fault(file, f"{prefix}minimum_aspect_ratio", problem, shown(least)))
-        for name in ("minimum_image_size", "maximum_image_size", "target_downsample_size"):
+            problem, hint = f"is above maximum_aspect_ratio {most:g}", "no image would be left"
+            found.faults.append(Fault(file, f"{prefix}minimum_aspect_ratio", problem, shown(least), hint))
+        for name in _SIZES:
             value = getattr(dataset, name)
-            if dataset.resolution_type == "area" and value is not None and value > _MOST_MEGAPIXELS:
-                hint = 'resolution_type is "area"; "pixel_area" takes an edge in pixels'
-                problem = f"must be megapixels, at most {_MOST_MEGAPIXELS}"
-                found.faults.append(Fault(file, prefix + name, problem, shown(value), hint))
+            if value is not None and (wrong := _size_fault(name, value, dataset.resolution_type)):
+                hint = f'resolution_type is "{dataset.resolution_type}"'
+                found.faults.append(Fault(file, prefix + name, wrong, shown(value), hint))
 
 
-def _rule_cycles(project: Project, file: str, found: Findings) -> None:
-    after = {dataset.id: set(dataset.conditioning_data) for dataset in project.datasets}
-    for dataset in project.datasets:
-        if dataset.source_dataset_id in after:
-            after[dataset.source_dataset_id].add(dataset.id)
-    try:
-        TopologicalSorter(after).prepare()
-    except CycleError as fault:
-        circle = " -> ".join(reversed(fault.args[1]))
-        found.faults.append(Fault(file, f'"{fault.args[1][0]}" conditioning_data', f"goes in a circle: {circle}"))
+def _size_fault(name: str, value: float, kind: str) -> str | None:
+    """Return the reason why an image size cannot be of its unit, None if it can."""
+    if kind == "area":
+        return f"must be megapixels, below {_MOST_MEGAPIXELS}" if value >= _MOST_MEGAPIXELS else None
+    scaled = name != "minimum_image_size"
+    if value <= _FEWEST_PIXELS:
+        return f"must be an edge in pixels, above {_FEWEST_PIXELS}"
+    if scaled and kind == "pixel" and value < _FEWEST_SCALED_PIXELS:
+        return f"must be an edge in pixels, at least {_FEWEST_SCALED_PIXELS}"
+    if scaled and kind == "pixel_area" and value**2 >= _MOST_MEGAPIXELS * 1e6:
+        return f"must be the edge of a square below {_MOST_MEGAPIXELS} megapixels"
+    return None
 
 
 def _rule_resolution(project: Project, file: str, found: Findings) -> None:
@@ -230,28 +266,63 @@ def _rule_resolution(project: Project, file: str, found: Findings) -> None:
             found.faults.append(Fault(file, f'"{dataset.id}" resolution', problem, shown(dataset.resolution), hint))
 
 
+# Warnings
+
+
 def _rule_inactive(project: Project, file: str, found: Findings) -> None:
     for dataset in project.scanned:
-        if dataset.conditioning and not dataset.is_target:
-            found.warnings.append(f'{file}: "{dataset.id}" conditioning has no effect: it is not a set of targets')
-        sizes = [dataset.maximum_image_size, dataset.target_downsample_size]
-        if any(sizes) and not dataset.crop:
-            found.warnings.append(
-                f'{file}: "{dataset.id}" maximum_image_size and target_downsample_size have no effect without '
-                '"crop": true'
-            )
-        elif dataset.crop and sizes[0] and not sizes[1]:
-            found.warnings.append(
-                f'{file}: "{dataset.id}" maximum_image_size has no effect without target_downsample_size: images are '
-                "scaled to their bucket at once"
-            )
-        found.warnings += [f'{file}: "{dataset.id}" {told}' for told in _inactive(dataset)]
+        told = [
+            *_inactive_sources(project, dataset),
+            *_inactive_sizes(dataset),
+            *_inactive_crops(dataset),
+            *_inactive_captions(dataset),
+            *_inactive_roles(project, dataset),
+        ]
+        found.warnings += [f'{file}: "{dataset.id}" {one}' for one in told]
 
 
-def _inactive(dataset: DatasetConfig) -> Iterator[str]:
-    """Yield what has no effect, or not the one that may be expected."""
+def _inactive_sources(project: Project, dataset: DatasetConfig) -> Iterator[str]:
     given = dataset.model_fields_set
-    if dataset.crop_aspect_buckets and not (dataset.crop and dataset.crop_aspect in ("closest", "random")):
+    remote = (project.url_of(dataset) or "").startswith("s3")
+    for name in sorted(given):
+        wanted = "huggingface" if name == "dataset_name" else name.partition("_")[0]
+        if wanted in ("csv", "aws") and wanted != dataset.type and not (wanted == "aws" and remote):
+            yield f"{name} has no effect: it is for type '{wanted}'"
+    if dataset.type != "huggingface":
+        inner = dataset.huggingface.model_fields_set if "huggingface" in given else set()
+        for name in sorted({*inner, *({"dataset_name"} & given)}):
+            yield f"{name} has no effect: it is for type 'huggingface'"
+    if dataset.instance_data_dir is not None and (dataset.type in ("csv", "huggingface") or dataset.aws_data_prefix):
+        yield f"instance_data_dir has no effect: images of type '{dataset.type}' lie elsewhere"
+    if dataset.parquet is not None and "parquet" not in (dataset.caption_strategy, dataset.metadata_backend):
+        yield 'parquet has no effect without "caption_strategy": "parquet" or "metadata_backend": "parquet"'
+    for name in ("cache_dir", "default"):
+        if getattr(dataset, name):
+            yield f"{name} has no effect: it is for text_embeds"
+    if unread := set(dataset.skip_file_discovery) - {"metadata", "aspect"}:
+        yield f"skip_file_discovery: {', '.join(sorted(unread))} has no effect, metadata and aspect have"
+
+
+def _inactive_sizes(dataset: DatasetConfig) -> Iterator[str]:
+    most, scaled = dataset.maximum_image_size, dataset.target_downsample_size
+    if (most or scaled) and not dataset.crop:
+        yield 'maximum_image_size and target_downsample_size have no effect without "crop": true'
+    elif most and not scaled:
+        yield (
+            "maximum_image_size has no effect without target_downsample_size: images are scaled to their bucket at once"
+        )
+    elif scaled and not most:
+        yield (
+            "target_downsample_size has no effect without maximum_image_size: images are scaled to their bucket at once"
+        )
+    if dataset.minimum_image_size and not dataset.is_target:
+        yield "minimum_image_size has no effect: a reference may be smaller than its target"
+
+
+def _inactive_crops(dataset: DatasetConfig) -> Iterator[str]:
+    given = dataset.model_fields_set
+    chosen = dataset.crop_aspect in _CHOSEN
+    if dataset.crop_aspect_buckets and not (dataset.crop and chosen):
         yield 'crop_aspect_buckets has no effect without "crop": true and "crop_aspect": "closest" or "random"'
     if not dataset.crop and "crop_aspect" in given:
         yield 'crop_aspect has no effect without "crop": true'
@@ -259,19 +330,53 @@ def _inactive(dataset: DatasetConfig) -> Iterator[str]:
         yield 'crop_style face has no effect without "crop": true: what is cut to the alignment is cut in the middle'
     if dataset.vae_cache_clear_each_epoch and not dataset.random_crops:
         yield "vae_cache_clear_each_epoch has no effect: its crops are the same in every epoch"
-    elif dataset.vae_cache_clear_each_epoch and dataset.crop_variants is None:
+    elif dataset.vae_cache_clear_each_epoch and dataset.crop_variants is None and dataset.is_target:
         yield f"vae_cache_clear_each_epoch: {dataset.variants} random crops are cached (crop_variants), shown in turn"
     if dataset.crop_variants is not None and not dataset.random_crops:
         yield "crop_variants has no effect: only random crops differ"
     if "near_duplicate_distance" in given and dataset.near_duplicates == "ignore":
         yield 'near_duplicate_distance has no effect without "near_duplicates"'
-    if dataset.disable_multiline_split and dataset.caption_strategy != "textfile":
-        yield 'disable_multiline_split has no effect without "caption_strategy": "textfile"'
-    if dataset.prepend_instance_prompt and dataset.caption_strategy == "instanceprompt":
+
+
+def _inactive_captions(dataset: DatasetConfig) -> Iterator[str]:
+    given, strategy, only = dataset.model_fields_set, dataset.caption_strategy, dataset.only_instance_prompt
+    for name in ("disable_multiline_split", "caption_encoding"):
+        if getattr(dataset, name) and name in given and (strategy != "textfile" or only):
+            yield f'{name} has no effect without "caption_strategy": "textfile"'
+    if dataset.prepend_instance_prompt and (strategy == "instanceprompt" or only):
         yield "prepend_instance_prompt has no effect: instance_prompt is the caption already"
+    prompted = strategy == "instanceprompt" or only or dataset.prepend_instance_prompt
+    if dataset.instance_prompt and not prompted:
+        yield 'instance_prompt has no effect without "caption_strategy": "instanceprompt" or "prepend_instance_prompt"'
+    if dataset.caption_shuffle.enable and strategy is None and not only:
+        yield "caption_shuffle has no effect: the set has no captions"
+    elif not dataset.caption_shuffle.enable and dataset.caption_shuffle.model_fields_set - {"enable"}:
+        yield 'caption_shuffle has no effect without "enable": true'
+
+
+def _inactive_roles(project: Project, dataset: DatasetConfig) -> Iterator[str]:
+    if dataset.is_target:
+        return
+    for name in ("conditioning", "conditioning_data", "crop_variants", "vae_cache_clear_each_epoch"):
+        if getattr(dataset, name):
+            yield f"{name} has no effect: it is not a set of targets"
+    for name, usual in (("repeats", 0), ("probability", 1.0)):
+        if getattr(dataset, name) != usual:
+            yield f"{name} has no effect: references are shown with their targets"
+    targets = [
+        one for one in project.targets if dataset.id in one.conditioning_data or one.id == dataset.source_dataset_id
+    ]
+    if not (targets or dataset.source_dataset_id):
+        yield "is no target set's conditioning_data: it is scanned, not used"
+    elif targets and dataset.conditioning_type == "reference_strict":
+        said: list[Options] = [targets[0], project.trainer]  # what config.json says was not said of this dataset
+        odd = [name for name in _CROPS if name in dataset.model_fields_set
+               and getattr(dataset, name) not in [getattr(one, name, None) for one in said]]  # fmt: skip
+        if odd:
+            yield f'{", ".join(odd)} has no effect: strict references take the crops of "{targets[0].id}"'
 
 
 RULES: tuple[Callable[[Project, str, Findings], None], ...] = (
-    _rule_ids, _rule_roles, _rule_sources, _rule_links, _rule_cycles, _rule_captions, _rule_resolution, _rule_crops,
+    _rule_ids, _rule_roles, _rule_sources, _rule_links, _rule_circles, _rule_captions, _rule_resolution, _rule_crops,
     _rule_inactive,
 )  # fmt: skip

@@ -215,7 +215,23 @@ class TrainSummary:
         yield f"LoRA {self.lora}"
 
 
-Summary = ScanSummary | PairsSummary | CacheSummary | TrainSummary
+@dataclass(frozen=True, slots=True)
+class ReportSummary:
+    """What `prep report` did."""
+
+    path: str
+    size_bytes: int
+    datasets: tuple[str, ...]  # shown
+    warnings: tuple[str, ...]
+    seconds: float
+    command: str = "prep report"
+
+    def lines(self) -> Iterator[str]:
+        """Yield the closing report."""
+        yield f"wrote {self.path} ({self.size_bytes / 1e6:.1f} MB): {', '.join(self.datasets)}"
+
+
+Summary = ScanSummary | PairsSummary | CacheSummary | TrainSummary | ReportSummary
 
 
 def as_json(summary: Summary) -> str:
