@@ -327,7 +327,7 @@ def test_keys_of_latents_depend_on_the_bytes_the_geometry_and_the_degradation(tm
     box = row.geometry.as_key()
     assert row.target_key("e1") == latent_key("e1", row.target_image_id, box)
     assert own.key("e1") == latent_key("e1", own.image_id, box)
-    assert made.key("e1") == latent_key("e1", row.target_image_id, box, made.recipe, made.seed)
+    assert made.key("e1") == latent_key("e1", row.target_image_id, box, "", made.recipe, made.seed)
     assert row.target_key("e1") != row.target_key("e2")
 
 
@@ -364,10 +364,10 @@ def test_any_number_of_workers_makes_the_same(tmp_path):
 def test_an_image_that_cannot_be_decoded_rejects_the_pair_of_its_generated_reference(tmp_path):
     project(tmp_path, {**EDITS, "conditioning": BLUR})
     draw(tmp_path / "edits" / "good.png")
-    whole = draw(tmp_path / "edits" / "half.png", seed=1).read_bytes()
-    (tmp_path / "edits" / "half.png").write_bytes(whole[: len(whole) // 2])  # its header is whole
+    whole = draw(tmp_path / "edits" / "half.tif", seed=1).read_bytes()
+    (tmp_path / "edits" / "half.tif").write_bytes(whole[: len(whole) // 2])  # its header is whole
     summary, rows = paired(tmp_path)
-    assert rows["half.png"].reject.startswith("reference not made: unreadable: ")
+    assert rows["half.tif"].reject.startswith("reference not made: unreadable: ")
     assert rows["good.png"].reject is None
     assert (summary.pairs, summary.generated, summary.rejected) == (1, 1, {"reference not made": 1})
 
@@ -384,7 +384,7 @@ def test_a_picture_whose_file_changed_since_the_scan_is_not_made(tmp_path):
     assert rows_of(tmp_path)["a.png"] == row  # the table is as it was
     picture = reference_picture(open_project(tmp_path), row, row.references[0])
     assert pixels_of(picture) == store(picture) == Refusal("changed since prep scan", lasting=False)
-    gone = replace(picture, file=tmp_path / "gone.png")
+    gone = replace(picture, path="gone.png")
     assert pixels_of(gone) == Refusal("cannot be read: No such file or directory", lasting=False)
 
 

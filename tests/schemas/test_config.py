@@ -235,20 +235,59 @@ def test_other_ids_are_file_names(name, tmp_path):
 
 def test_conditioning_data_must_name_a_dataset(tmp_path):
     datasets = [{"id": "photos", "instance_data_dir": "photos", "conditioning_data": ["refs", "photos"]}]
-    unknown, target = faults_of(written(tmp_path, datasets=datasets))
-    assert unknown == ('multidatabackend.json: "photos" conditioning_data = "refs": no such dataset; datasets: photos')
-    assert target.startswith(
-        'multidatabackend.json: "photos" conditioning_data = "photos": must name a set of references'
-    )
-
-
-def test_conditioning_data_must_not_name_a_text_store(tmp_path):
-    datasets = [
-        {"id": "photos", "instance_data_dir": "photos", "conditioning_data": "text"},
-        {"id": "text", "dataset_type": "text_embeds"},
+    place = 'multidatabackend.json: "photos" conditioning_data'
+    assert faults_of(written(tmp_path, datasets=datasets)) == [
+        f'{place} = "refs": no such dataset; datasets: photos',
+        f'{place} = "photos": names the dataset itself; name another',
     ]
-    [fault] = faults_of(written(tmp_path, datasets=datasets))
-    assert "must name a set of references" in fault
+
+
+def test_conditioning_data_must_name_references_and_nothing_else(tmp_path):
+    targets = {"id": "photos", "instance_data_dir": "photos", "conditioning_data": ["text", "more"]}
+    others = [{"id": "text", "dataset_type": "text_embeds"}, {"id": "more", "instance_data_dir": "more"}]
+    place, hint = 'multidatabackend.json: "photos" conditioning_data', 'references have "dataset_type": "conditioning"'
+    assert faults_of(written(tmp_path, datasets=[targets, *others])) == [
+        f'{place} = "{name}": must name a set of references; {hint}' for name in ("text", "more")
+    ]
+
+
+def test_a_link_to_a_disabled_set_says_so(tmp_path):
+    targets = {"id": "photos", "instance_data_dir": "photos", "conditioning_data": "refs"}
+    [fault] = faults_of(written(tmp_path, datasets=[targets, {**REFERENCES, "disabled": True}]))
+    assert fault == 'multidatabackend.json: "photos" conditioning_data = "refs": no such dataset; it is disabled'
+
+
+@pytest.mark.parametrize("given", ["refs", ["refs"]])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_set_and_its_references_may_stand_in_any_order_and_be_linked_both_ways(given, order, tmp_path):
+    targets = {"id": "photos", "instance_data_dir": "photos", "conditioning_data": given}
+    for links in ({}, {"source_dataset_id": "photos"}):
+        project = open_project(written(tmp_path, datasets=[targets, {**REFERENCES, **links}][::order]))
+        assert [one.id for one in project.references_of(project.dataset("photos"))] == ["refs"]
+        assert project.dataset("photos").conditioning_data == ("refs",)
+        assert project.warnings == ()
+
+
+def test_sets_that_reference_each_other_go_in_a_circle_and_every_circle_is_told(tmp_path):
+    def references(name, other):
+        return {**REFERENCES, "id": name, "conditioning_data": other}
+
+    targets = {"id": "photos", "instance_data_dir": "photos", "conditioning_data": "a"}
+    datasets = [targets, references("a", "b"), references("b", "a"), references("c", "d"), references("d", "c")]
+    faults = faults_of(written(tmp_path, datasets=datasets))
+    circles = [fault.rpartition("goes in a circle: ")[2].partition(";")[0].split(" -> ") for fault in faults]
+    assert [(len(one), one[0] == one[-1], set(one)) for one in circles] == [(3, True, {"a", "b"}), (3, True, {"c", "d"})]
+    [between, role] = faults_of(written(tmp_path, datasets=[targets, references("a", "photos")]))
+    assert sorted([between, role])[0].startswith('multidatabackend.json: "a" conditioning_data = "photos": must name')
+    assert any("goes in a circle: " in one and "photos -> a" in one for one in (between, role))
+
+
+def test_several_default_text_stores_are_a_fault(tmp_path):
+    stores = [{"id": name, "dataset_type": "text_embeds", "default": True} for name in ("one", "two")]
+    [fault] = faults_of(written(tmp_path, datasets=[*json.loads(PHOTOS), *stores]))
+    assert fault == (
+        'multidatabackend.json: "two" default = true: two text_embeds entries are the default; "one" is one already'
+    )
 
 
 def test_source_dataset_id_must_name_a_set_of_targets(tmp_path):
@@ -285,13 +324,16 @@ def test_targets_must_not_say_what_is_for_references(kind, tmp_path):
         'multidatabackend.json: "photos" conditioning_type = "reference_loose": is for references; '
         'references have "dataset_type": "conditioning"'
     )
-    assert source == 'multidatabackend.json: "photos" source_dataset_id = "more": is for references'
+    assert source == (
+        'multidatabackend.json: "photos" source_dataset_id = "more": is for references; '
+        'references have "dataset_type": "conditioning"'
+    )
 
 
 def test_conditioning_data_that_names_a_set_twice_is_a_fault(tmp_path):
     targets = {"id": "photos", "instance_data_dir": "photos", "conditioning_data": ["refs", "refs"]}
     [fault] = faults_of(written(tmp_path, datasets=[targets, REFERENCES]))
-    assert fault == 'multidatabackend.json: "photos" conditioning_data = "refs": names a set twice'
+    assert fault == 'multidatabackend.json: "photos" conditioning_data = "refs": names a set twice; keep one'
 
 
 @pytest.mark.parametrize(
@@ -321,7 +363,10 @@ def test_the_held_out_set_must_be_a_set_of_targets(tmp_path):
 
 def test_a_dataset_of_images_needs_a_folder(tmp_path):
     faults = faults_of(written(tmp_path, datasets=[{"id": "photos"}, {"id": "text", "dataset_type": "text_embeds"}]))
-    assert faults == ['multidatabackend.json: "photos" instance_data_dir: missing, but required']
+    assert faults == [
+        'multidatabackend.json: "photos" instance_data_dir: missing, but required; '
+        'a dataset of type "local" lies there'
+    ]
 
 
 @pytest.mark.parametrize(
@@ -330,7 +375,9 @@ def test_a_dataset_of_images_needs_a_folder(tmp_path):
 def test_options_that_show_the_instance_prompt_need_one(how, tmp_path):
     dataset = {"id": "photos", "instance_data_dir": "photos", **how}
     [fault] = faults_of(written(tmp_path, datasets=[dataset]))
-    assert fault == 'multidatabackend.json: "photos" instance_prompt: missing, but required'
+    assert fault == (
+        'multidatabackend.json: "photos" instance_prompt: missing, but required; a text, or a list of texts'
+    )
     assert open_project(written(tmp_path, datasets=[{**dataset, "instance_prompt": "a photo"}]))
 
 
@@ -346,12 +393,12 @@ def test_captions_that_a_folder_of_images_does_not_have_are_a_fault(strategy, tm
 
 def test_simpletuner_keys_that_are_not_needed_are_warnings(tmp_path):
     config = {"--push_to_hub": True, "use_ema": False}
-    datasets = [{"id": "photos", "instance_data_dir": "photos", "probability": 0.5}]
+    datasets = [{"id": "photos", "instance_data_dir": "photos", "start_epoch": 2}]
     warnings = open_project(written(tmp_path, config, datasets)).warnings
     assert [text.partition(": ")[0] for text in warnings] == ["config.json", "config.json", "multidatabackend.json"]
     assert warnings[0].startswith("config.json: push_to_hub: ignored: nothing is uploaded")
     assert warnings[1].startswith("config.json: use_ema: not in this version")
-    assert warnings[2].startswith('multidatabackend.json: [0] "photos" probability: not in this version')
+    assert warnings[2].startswith('multidatabackend.json: [0] "photos" start_epoch: not in this version')
 
 
 def test_options_without_effect_are_warnings_that_say_what_happens_instead(tmp_path):
@@ -468,11 +515,17 @@ def test_a_file_in_place_of_a_folder_is_missing_too(tmp_path):
     assert "no such folder" in fault
 
 
-def test_datasets_that_are_not_folders_are_valid_but_cannot_be_read_yet(tmp_path):
-    datasets = [{"id": "hub", "type": "huggingface", "dataset_name": "a/b", "caption_strategy": "huggingface"}]
-    assert open_project(written(tmp_path, datasets=datasets)).targets
-    [fault] = faults_of(tmp_path, need_images=True)
-    assert fault.startswith('multidatabackend.json: "hub" type = "huggingface": ') and '"disabled": true' in fault
+def test_only_local_folders_and_lists_must_be_there_when_the_project_is_opened(tmp_path):
+    there = [
+        {"id": "hub", "type": "huggingface", "dataset_name": "a/b"},
+        {"id": "bucket", "type": "aws", "aws_bucket_name": "photos"},
+        {"id": "url", "instance_data_dir": "s3://photos/sub"},
+    ]
+    assert len(open_project(written(tmp_path, datasets=there), need_images=True).targets) == 3
+    [fault] = faults_of(
+        written(tmp_path, datasets=[*there, {"id": "list", "type": "csv", "csv_file": "list.csv"}]), need_images=True
+    )
+    assert fault == f'multidatabackend.json: "list" csv_file: no such file: {tmp_path / "list.csv"}'
 
 
 def test_text_embeds_go_to_the_default_store(tmp_path):
@@ -825,7 +878,10 @@ def test_a_change_is_noticed_by_the_stages_that_read_it_and_by_no_other(tmp_path
     assert changed(["conditioning_multidataset_sampling=combined"]) == (False, False)
     assert changed(conditioning=[{"type": "jpeg"}]) == (False, True)
     assert changed(write_batch_size=7) == (False, False)
-    assert changed(metadata_backend="json", vae_cache_clear_each_epoch=True) == (False, False)
+    assert changed(skip_file_discovery="metadata", crop_variants=None) == (False, False)
+    assert changed(vae_cache_clear_each_epoch=True) == changed(crop_variants=4) == (False, True)
+    assert changed(caption_encoding="cp1252") == (True, True)
+    assert changed(probability=0.5) == (False, False)
     assert changed(cache_dir_vae="latents") == (False, False)
 
 

@@ -15,6 +15,7 @@ from schemas.keys import (
     latent_key,
     pixels_key,
     seed_of,
+    seeds_of,
     text_key,
 )
 
@@ -22,6 +23,7 @@ LATENT = {
     "encoder": "e1",
     "image_id": "i1",
     "geometry": (64, 64, 64, 80, 8, 0),
+    "view": '{"part":[0,2]}',
     "recipe": '{"type":"jpeg_artifacts"}',
     "seed": 7,
 }
@@ -39,12 +41,13 @@ def test_a_latent_key_hashes_its_ingredients_and_nothing_else():
         "e1",
         "i1",
         keys.PIXEL_POLICY,
+        '{"part":[0,2]}',
         [64, 64, 64, 80, 8, 0],
         '{"type":"jpeg_artifacts"}',
         7,
     )
     assert latent_key("e1", "i1", (1, 2)) == hashed(
-        "latent", keys.CACHE_VERSION, "e1", "i1", keys.PIXEL_POLICY, [1, 2], None, None
+        "latent", keys.CACHE_VERSION, "e1", "i1", keys.PIXEL_POLICY, "", [1, 2], None, None
     )
 
 
@@ -53,8 +56,8 @@ def test_a_text_key_hashes_encoder_and_prompt_and_nothing_else():
 
 
 def test_a_pixels_key_hashes_its_ingredients_and_nothing_else():
-    assert pixels_key("i1", (1, 2), "{}", 7) == hashed(
-        "pixels", keys.CACHE_VERSION, "i1", keys.PIXEL_POLICY, [1, 2], "{}", 7
+    assert pixels_key("i1", (1, 2), "", "{}", 7) == hashed(
+        "pixels", keys.CACHE_VERSION, "i1", keys.PIXEL_POLICY, "", [1, 2], "{}", 7
     )
 
 
@@ -65,6 +68,8 @@ def test_a_pixels_key_hashes_its_ingredients_and_nothing_else():
         {"image_id": "i2"},
         {"recipe": '{"type":"superresolution"}'},
         {"recipe": None},
+        {"view": ""},
+        {"view": '{"part":[1,2]}'},
         {"seed": 8},
         {"seed": None},
         *({"geometry": tuple(n + (i == place) for i, n in enumerate(LATENT["geometry"]))} for place in range(6)),
@@ -80,11 +85,12 @@ def test_every_ingredient_of_a_latent_changes_its_key(change):
 def test_every_ingredient_of_text_and_pixels_changes_their_keys():
     texts = [text_key("e1", "a"), text_key("e2", "a"), text_key("e1", "b"), text_key("e1", "a "), text_key("e1a", "")]
     pixels = [
-        pixels_key("i1", (1, 2), "{}", 7),
-        pixels_key("i2", (1, 2), "{}", 7),
-        pixels_key("i1", (2, 1), "{}", 7),
-        pixels_key("i1", (1, 2), "{ }", 7),
-        pixels_key("i1", (1, 2), "{}", 8),
+        pixels_key("i1", (1, 2), "", "{}", 7),
+        pixels_key("i2", (1, 2), "", "{}", 7),
+        pixels_key("i1", (2, 1), "", "{}", 7),
+        pixels_key("i1", (1, 2), "", "{ }", 7),
+        pixels_key("i1", (1, 2), "", "{}", 8),
+        pixels_key("i1", (1, 2), "v", "{}", 7),
     ]
     assert len({*texts, *pixels}) == len(texts) + len(pixels)
 
@@ -92,7 +98,7 @@ def test_every_ingredient_of_text_and_pixels_changes_their_keys():
 @pytest.mark.parametrize(("constant", "kinds"), [("CACHE_VERSION", 3), ("PIXEL_POLICY", 2)])
 def test_another_version_or_pixel_policy_changes_the_keys_of_what_depends_on_it(constant, kinds, monkeypatch):
     def every_kind():
-        return [latent_key(**LATENT), pixels_key("i1", (1, 2), "{}", 7), text_key("e1", "a")]
+        return [latent_key(**LATENT), pixels_key("i1", (1, 2), "", "{}", 7), text_key("e1", "a")]
 
     before = every_kind()
     monkeypatch.setattr(keys, constant, "another")
@@ -115,6 +121,11 @@ def test_seeds_fit_63_bits_and_depend_on_every_part():
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert max(seeds) > 2**62 > min(seeds)
     assert seed_of(1, "crop", "a") == xxhash.xxh3_64_intdigest(b'[1,"crop","a"]') // 2
+
+
+def test_many_seeds_at_once_are_the_same_as_one_by_one():
+    names = ["a", "b c.jpg", 'quo"te', "back\\slash", "né", "line\nbreak", "\x00", "日本", ""]
+    assert seeds_of((42, "set"), names, ("crop", 0)) == [seed_of(42, "set", name, "crop", 0) for name in names]
 
 
 def test_a_file_is_identified_by_its_bytes_alone_however_many(tmp_path):

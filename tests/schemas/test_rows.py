@@ -30,7 +30,6 @@ GEOMETRY = Geometry(64, 64, 80, 64, 0, 8)
 IMAGE = ImageRow(
     dataset_id="photos",
     path="day/a.jpg",
-    stem="a",
     image_id="0" * 32,
     size_bytes=1234,
     mtime_ns=10**18,
@@ -39,8 +38,18 @@ IMAGE = ImageRow(
     orientation=6,
     format="JPEG",
     mode="RGB",
+    bits=8,
+    frames=1,
+    alpha=False,
+    icc=True,
+    phash="0123456789abcdef",
+    face=[0.5, 0.25],
+    examined="phash verify",
+    fault=None,
     captions=["one", "zwölf"],
     caption_source="textfile",
+    caption_size_bytes=10,
+    caption_mtime_ns=10**18,
     bucket="64x64",
     target_width=64,
     target_height=64,
@@ -53,7 +62,6 @@ IMAGE = ImageRow(
 REJECTED = ImageRow(
     dataset_id="photos",
     path="b.jpg",
-    stem="b",
     image_id=None,
     size_bytes=0,
     mtime_ns=0,
@@ -62,8 +70,18 @@ REJECTED = ImageRow(
     orientation=None,
     format=None,
     mode=None,
+    bits=None,
+    frames=None,
+    alpha=None,
+    icc=None,
+    phash=None,
+    face=[],
+    examined=None,
+    fault="unreadable: the file is empty",
     captions=[],
     caption_source=None,
+    caption_size_bytes=None,
+    caption_mtime_ns=None,
     bucket=None,
     target_width=None,
     target_height=None,
@@ -82,7 +100,9 @@ geometries = st.builds(Geometry, *[whole] * 6)
 
 def rows_of(row_type, **columns):
     """Draw rows: whole numbers and text by the names of the types, what is nested from `columns`."""
-    plain = {"str": text, "int": whole, "list[str]": st.lists(text, max_size=3)}
+    shares = st.floats(allow_nan=False)
+    plain = {"str": text, "int": whole, "bool": st.booleans(), "list[str]": st.lists(text, max_size=3)}
+    plain |= {"list[float]": st.lists(shares, max_size=2)}
     plain |= {f"{name} | None": st.none() | one for name, one in plain.items()}
     drawn = {field.name: plain[spelled(field.type)] for field in fields(row_type) if field.name not in columns}
     return st.builds(row_type, **drawn, **columns)
@@ -145,7 +165,6 @@ def test_a_manifest_has_these_columns():
         columns(
             dataset_id=STRING,
             path=STRING,
-            stem=STRING,
             image_id=[STRING],
             size_bytes=INT,
             mtime_ns=INT,
@@ -154,8 +173,18 @@ def test_a_manifest_has_these_columns():
             orientation=[INT],
             format=[STRING],
             mode=[STRING],
+            bits=[INT],
+            frames=[INT],
+            alpha=[pa.bool_()],
+            icc=[pa.bool_()],
+            phash=[STRING],
+            face=pa.list_(pa.field("item", pa.float64(), False)),
+            examined=[STRING],
+            fault=[STRING],
             captions=STRINGS,
             caption_source=[STRING],
+            caption_size_bytes=[INT],
+            caption_mtime_ns=[INT],
             bucket=[STRING],
             target_width=[INT],
             target_height=[INT],
@@ -178,6 +207,7 @@ def test_a_pair_table_has_these_columns():
             seed=[INT],
             bucket=STRING,
             geometry=BOX,
+            view=STRING,
             prompts=STRINGS,
         )
     )
@@ -187,7 +217,10 @@ def test_a_pair_table_has_these_columns():
             dataset_id=STRING,
             target_image_id=STRING,
             target_path=STRING,
+            variant=INT,
+            variants=INT,
             geometry=BOX,
+            view=STRING,
             references=pa.list_(pa.field("item", reference, False)),
             prompts=STRINGS,
             bucket=STRING,
@@ -216,7 +249,10 @@ def test_what_is_unknown_is_null_in_the_file(tmp_path):
     write_table(tmp_path / "manifest.parquet", [IMAGE, REJECTED], ImageRow, MADE_FROM)
     table = pq.read_table(tmp_path / "manifest.parquet")
     nulls = {name for name in table.column_names if table.column(name)[1].as_py() is None}
-    assert nulls == {name for name in table.column_names if table.schema.field(name).nullable} - {"reject"}
+    assert nulls == {name for name in table.column_names if table.schema.field(name).nullable} - {
+        "reject",
+        "fault",
+    }
     assert table.column("reject").to_pylist() == [None, "unreadable: the file is empty"]
     assert read_table(tmp_path / "manifest.parquet", ImageRow) == [IMAGE, REJECTED]
 
@@ -234,12 +270,14 @@ def test_a_table_carries_what_it_was_made_from(tmp_path):
     assert read_provenance(tmp_path / "manifest.parquet", ImageRow) == MADE_FROM
     metadata = pq.read_schema(tmp_path / "manifest.parquet").metadata
     assert metadata == {
-        b"pairline.format": b"1",
+        b"pairline.format": b"2",
         b"pairline.row": b"ImageRow",
         b"pairline.config": b"c" * 32,
         b"pairline.inputs": b"d" * 32,
         b"pairline.limit": b"",
         b"pairline.source": b"",
+        b"pairline.captions": b"",
+        b"pairline.hashed": b"yes",
     }
 
 
@@ -272,14 +310,14 @@ def refusal(path, row_type=ImageRow):
 def test_a_table_of_another_kind_is_refused_by_name(tmp_path):
     path = tmp_path / "manifest.parquet"
     write_table(path, [IMAGE], ImageRow, MADE_FROM)
-    assert "expected a PairRow table of format 1, found ImageRow" in refusal(path, PairRow)
+    assert "expected a PairRow table of format 2, found ImageRow" in refusal(path, PairRow)
 
 
 def test_a_table_of_another_format_is_refused_by_number(tmp_path):
     path = tmp_path / "manifest.parquet"
-    metadata = MADE_FROM.metadata(ImageRow) | {"pairline.format": "2"}
+    metadata = MADE_FROM.metadata(ImageRow) | {"pairline.format": "3"}
     pq.write_table(as_columns([IMAGE], ImageRow).replace_schema_metadata(metadata), path)
-    assert "found ImageRow of format 2" in refusal(path)
+    assert "found ImageRow of format 3" in refusal(path)
 
 
 def test_a_table_that_lacks_a_column_is_refused(tmp_path):
