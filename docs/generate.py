@@ -13,7 +13,17 @@ from typing import Any
 
 from families import FAMILIES
 from schemas import rows, shards
-from schemas.datasets import CompositeImage, DatasetConfig, Generator, HuggingFace
+from schemas.datasets import (
+    AspectBucket,
+    CaptionShuffle,
+    CompositeImage,
+    DatasetConfig,
+    FilterFunc,
+    Generator,
+    HuggingFace,
+    ImagePolicy,
+    MetadataTable,
+)
 from schemas.options import Options, facts_of
 from schemas.recipes import RECIPE_ALIASES, RECIPES
 from schemas.simpletuner import DATASET_KEYS, TRAINER_KEYS
@@ -21,6 +31,18 @@ from schemas.trainer import TrainerConfig
 
 ROOT = Path(__file__).parent.parent
 MADE = "<!-- Made by docs/generate.py from the models in schemas/; `make docs` writes it anew. -->\n"
+
+
+# Options that are objects, or lists of objects, of options.
+_NESTED: Mapping[str, type[Options]] = {
+    "crop_aspect_buckets": AspectBucket,
+    "image_policy": ImagePolicy,
+    "caption_shuffle": CaptionShuffle,
+    "parquet": MetadataTable,
+    "huggingface": HuggingFace,
+    "huggingface.composite_image_config": CompositeImage,
+    "huggingface.filter_func": FilterFunc,
+}
 
 
 def documents() -> dict[Path, str]:
@@ -53,12 +75,14 @@ def options_page() -> str:
         "## multidatabackend.json\n",
         "A list of objects. `resolution`, `resolution_type`, the three image-size options and `caption_strategy` "
         "default to the value in `config.json`; references have no captions unless they say so. An entry with "
-        "`conditioning_type` and no `dataset_type` is a set of references.\n",
+        "`conditioning_type` and no `dataset_type` is a set of references. The options of `huggingface` may stand in "
+        "the entry itself. `null` means not given where nothing else is said of it. Texts may hold `{id}`, "
+        "`{model_family}`, `{output_dir}` and `{env:NAME}`.\n",
         _options_table(DatasetConfig),
-        "### huggingface\n",
-        _options_table(HuggingFace),
-        "### huggingface.composite_image_config\n",
-        _options_table(CompositeImage),
+    ]
+    for path, model in _NESTED.items():
+        parts += [f"### {path}\n", f"{inspect.getdoc(model)}\n", _options_table(model)]
+    parts += [
         "### conditioning\n",
         "Each entry of `conditioning` makes one set of references, named `<id>_conditioning_<type>`. Its `type` says "
         "how, the parameters of the type stand beside it:\n",
@@ -182,7 +206,10 @@ def datasets_schema() -> dict[str, Any]:
         kinds.append({"$ref": f"#/$defs/{recipe.__name__}"})
     listed = schema["properties"]["conditioning"] | {"items": {"anyOf": kinds}}
     schema["properties"]["conditioning"] = {"anyOf": [listed, *kinds, {"type": "null"}]}
-    entry = _closed(schema, DatasetConfig, DATASET_KEYS, "dataset")
+    aspects = schema["properties"]["crop_aspect_buckets"]
+    aspects["items"] = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, aspects["items"]]}
+    moved = HuggingFace.model_fields.keys() - DatasetConfig.model_fields.keys()
+    entry = _closed(schema, DatasetConfig, [*DATASET_KEYS, *sorted(moved)], "dataset")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "pairline: multidatabackend.json",
@@ -193,7 +220,7 @@ def datasets_schema() -> dict[str, Any]:
     }
 
 
-def _closed(schema: dict[str, Any], model: type[Options], unneeded: Mapping[str, str], title: str) -> dict[str, Any]:
+def _closed(schema: dict[str, Any], model: type[Options], unneeded: Iterable[str], title: str) -> dict[str, Any]:
     """Allow, besides the options, their second spellings, SimpleTuner's other keys, and a leading `--`."""
     aliases = [extra["alias"] for _, extra in facts_of(model) if extra["alias"]]
     known = "|".join([*unneeded, *aliases])
@@ -216,7 +243,7 @@ def _options_table(model: type[Options], leave_out: Iterable[str] = ()) -> str:
         if name in leave_out:
             continue
         field = model.model_fields[name]
-        default = "required" if field.is_required() else f"`{json.dumps(field.get_default(), default=list)}`"
+        default = "required" if field.is_required() else f"`{json.dumps(field.get_default(), default=_plain)}`"
         mark = " †" if facts["no_effect"] else ""
         alias = f" Also `{facts['alias']}`." if facts["alias"] else ""
         note = f" † {facts['no_effect']}." if facts["no_effect"] else ""
@@ -258,7 +285,7 @@ def _json_type(schema: Mapping[str, Any]) -> str:
     if schema.get("type") == "array":
         inner = schema.get("items") or {"anyOf": schema.get("prefixItems", [])}
         return "list" if not inner else f"list of {'/'.join(dict.fromkeys(_json_type(inner).split(' or ')))}"
-    if "$ref" in schema or "oneOf" in schema:
+    if "$ref" in schema or "oneOf" in schema or schema.get("type") == "object":
         return "object"
     limits = [
         f"{sign} {schema[key]:g}"
@@ -267,6 +294,11 @@ def _json_type(schema: Mapping[str, Any]) -> str:
     ]
     names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true, false", "null": "null"}
     return " ".join([names[schema["type"]], ", ".join(limits)]).strip()
+
+
+def _plain(value: Any) -> Any:
+    """Spell a group of options at its defaults as the empty object that means it."""
+    return {} if isinstance(value, Options) else list(value)
 
 
 def _arrow(kind: Any) -> str:

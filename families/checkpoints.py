@@ -132,7 +132,7 @@ def _record(project: Project) -> Path:
 
 def _record_name(project: Project) -> str:
     trainer = project.trainer
-    return f"{trainer.model_family} {project.flavour} {trainer.vae_dtype}"
+    return f"{project.checkpoint} {trainer.model_family} {project.flavour} {trainer.vae_dtype}"
 
 
 def _recorded(project: Project) -> dict[str, dict[str, str]]:

@@ -92,13 +92,16 @@ class Captioner:
             return self._finished(prompts, "instanceprompt")
         if self.dataset.caption_strategy == "filename":
             name = path.rpartition("/")[2]
-            return self.of_found([(name.rpartition(".")[0] or name).replace("_", " ")], "filename")
+            text = (name.rpartition(".")[0] or name).replace("_", " ").strip()
+            return self.of_found([text] if text else f"no caption: {name} says nothing", "filename")
         return Captions([], None)
 
     def of_found(self, found: list[str] | str, source: str) -> Captions:
-        """Caption an image by what was found for it, or say why it has none; references may go without."""
+        """Caption an image by what was found for it, or by the reason why nothing was; references may go without."""
         if isinstance(found, str):
             return self._without(found)
+        if not found:
+            return self._without(f"no caption: {source} has none")
         if self.dataset.prepend_instance_prompt:
             found = [f"{prompt} {text}" for prompt in self.dataset.instance_prompt for text in found]
         return self._finished(found, source)

@@ -62,6 +62,25 @@ def scan(
         report(summary, json)
 
 
+@app.command(short_help="Say what would be done, and what it takes.", epilog="Example:  prep plan my-project --json")
+def plan(
+    project: ProjectPath,
+    workspace: Workspace = None,
+    root: Root = None,
+    settings: Settings = None,
+    json: Json = False,
+    workers: Workers = None,
+) -> None:
+    """Say what scan, pairs, cache and train would do: counts, bytes, batches. Nothing is written."""
+    with reporting():
+        from families import open_project
+        from prep.plan import plan as run
+
+        opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
+        warn(opened.warnings)
+        report(run(opened, workers=workers), json)
+
+
 @app.command(short_help="Match or make references.", epilog="Example:  prep pairs my-project --preview 12")
 def pairs(
     project: ProjectPath,

@@ -21,6 +21,9 @@ Integers: TypeAlias = npt.NDArray[np.int64]
 # Areas in megapixels that stand for a customary square: within 0.05, the edge is taken from here.
 _CUSTOMARY = {0.25: 512, 0.5: 768, 1.0: 1024, 2.0: 1536, 4.0: 2048}
 
+# Aspect ratios of a strict reference and its target may differ by this share: what rounding to whole pixels explains.
+ASPECT_TOLERANCE = 0.02
+
 # An image of this much off a square may be resized to one without a crop: a change of shape that nobody sees.
 _NEARLY_SQUARE = 0.0101
 

@@ -5,9 +5,10 @@
 
 import csv
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,9 +16,11 @@ from urllib.parse import urlsplit
 import xxhash
 
 from prep.captions import beside, texts_of
+from prep.fetch import fetch_all, masked, stubborn
+from prep.hub import Rows, open_table
 from prep.images import extensions
-from prep.metadata import read_rows, read_table_beside
-from prep.places import Bucket, Downloads, Folder, Rows, open_bucket, open_rows, place_of, stubborn
+from prep.metadata import note_row, read_table_beside, wanted_columns
+from prep.places import Bucket, Downloads, Folder, open_bucket, place_of
 from prep.walk import NOT_THERE, walk
 from schemas.console import log, progress
 from schemas.datasets import DatasetConfig
@@ -28,6 +31,8 @@ from schemas.project import Project
 from schemas.storage import write_aside
 
 _AT_ONCE = 32  # downloads
+_LONGEST_NAME = 150  # bytes of a file's or a folder's name
+_WEB = ("http", "https")
 
 
 @dataclass(slots=True)
@@ -68,6 +73,7 @@ class Asked:
     stats: bool  # ask for sizes and times of local files
     dry_run: bool  # fetch nothing
     many: Callable[[], None] | None = None  # called once there are many images
+    limit: int | None = None  # images that matter: what it takes to list more is not done
 
 
 def list_images(project: Project, dataset: DatasetConfig, asked: Asked) -> Listing:
@@ -83,25 +89,28 @@ def list_images(project: Project, dataset: DatasetConfig, asked: Asked) -> Listi
             read_table_beside(project, dataset, place, found)
         return found
     if isinstance(place, Downloads):
-        return _list_entries(project, dataset, place, dry_run=asked.dry_run)
-    return _list_rows(place, dataset)
+        return _list_entries(project, dataset, place, asked)
+    return _list_rows(place, dataset, asked)
 
 
 # A bucket
 
 
 def _list_bucket(place: Bucket, *, texts: bool) -> Listing:
-    """List the images below a URL."""
+    """List the images below a URL; raises UserError if there is nothing at all, which no bucket tells from a typo."""
     system, root = open_bucket(place)
+    system.invalidate_cache()
     try:
         details: dict[str, dict[str, Any]] = stubborn(lambda: system.find(root, detail=True))
     except OSError as fault:
-        raise UserError(f"{place.url}: cannot be listed: {fault.strerror or fault}") from fault
-    stripped = {name.removeprefix(root).lstrip("/"): facts for name, facts in details.items()}
+        raise UserError(f"{masked(place.url)}: cannot be listed: {fault.strerror or fault}") from fault
+    if not details:
+        raise UserError(f"{masked(place.url)}: no file there; check the bucket and the folder in it")
+    stripped = {name.removeprefix(f"{root}/"): facts for name, facts in details.items()}
     found, ends = Listing(), extensions()
     for path in sorted(stripped, key=lambda one: one.split("/")):
         name = path.rpartition("/")[2]
-        if any(part.startswith(".") for part in path.split("/")) or "." not in name:
+        if path.startswith(".") or "/." in path or "." not in name:
             found.ignored += 1
         elif name.rpartition(".")[2].lower() in ends:
             text = stripped.get(beside(path)) if texts else None
@@ -111,40 +120,50 @@ def _list_bucket(place: Bucket, *, texts: bool) -> Listing:
     return found
 
 
-def _mark(facts: dict[str, Any]) -> tuple[int, int]:
-    """Return (bytes, time of the last change) of a bucket's file; without a time, a hash of what else is told of it."""
-    for name in ("LastModified", "last_modified", "mtime", "updated", "last_commit", "created"):
-        time = facts.get(name)
-        if isinstance(time, datetime):
-            return int(facts.get("size") or 0), int(time.timestamp() * 1e9)
-        if isinstance(time, int | float):
-            return int(facts.get("size") or 0), int(time * 1e9)
-    told = repr(sorted((name, str(value)) for name, value in facts.items())).encode()
-    return int(facts.get("size") or 0), xxhash.xxh3_64_intdigest(told) >> 1
+def _mark(facts: Mapping[str, Any]) -> tuple[int, int]:
+    """Return (bytes, -1 if that is not told; a number that changes with the content) of a bucket's file.
+
+    The number is the time of the last change in ns, or a hash: of the tag that services give to contents, which tells
+    apart what was written within one second, or where there is neither, of all that is told.
+    """
+    size = facts.get("size")
+    told: object = next((facts[name] for name in ("ETag", "etag", "blob_id") if facts.get(name)), None)
+    if told is None:
+        for name in ("LastModified", "last_modified", "mtime", "updated", "last_commit", "created"):
+            time = facts.get(name)
+            if isinstance(time, datetime | int | float):
+                seconds = time.timestamp() if isinstance(time, datetime) else time
+                return int(size) if size is not None else -1, int(seconds * 1e9)
+        told = sorted((name, str(value)) for name, value in facts.items())
+    return int(size) if size is not None else -1, xxhash.xxh3_64_intdigest(repr(told).encode()) >> 1
 
 
 # A list of URLs or paths
 
 
-def _list_entries(project: Project, dataset: DatasetConfig, place: Downloads, *, dry_run: bool) -> Listing:
+def _list_entries(project: Project, dataset: DatasetConfig, place: Downloads, asked: Asked) -> Listing:
     """List the images that a CSV file names, fetching those of URLs that are not here yet."""
     assert dataset.csv_file is not None, "checked when the project was loaded"
-    entries = _csv_entries(resolved(project.root, dataset.csv_file), dataset)
-    found = Listing()
-    wanted: dict[str, str] = {}  # path -> URL
-    for named, caption in entries:
+    found, urls = Listing(), dict[str, str | None]()  # path -> URL, if it has one
+    for named, caption in _csv_entries(resolved(project.root, dataset.csv_file), dataset):
         path = _path_of(named)
-        if caption:
-            found.captions.setdefault(path, []).extend(texts_of(caption))
-        if is_url(named) and not place.file(path).exists():
-            wanted[path] = named
-    if not dry_run:
+        urls.setdefault(path, named if is_url(named) else None)
+        if texts := texts_of(caption):
+            found.captions.setdefault(path, []).extend(texts)
+    wanted = {path: url for path, url in islice(urls.items(), asked.limit)
+              if url is not None and not place.file(path).exists()}  # fmt: skip
+    if not asked.dry_run:
         found.faults = _fetch(wanted, place, dataset.id)
-    for path in dict.fromkeys(_path_of(named) for named, _ in entries):
-        file = place.file(path)
-        found.add(path, (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else NOT_THERE)
-    if dry_run and wanted:
+    elif wanted:
         log.warning("%s: %d images are not downloaded yet", dataset.id, len(wanted))
+        found.faults = dict.fromkeys(wanted, "not downloaded yet")
+    for path in urls:
+        try:
+            there = place.file(path).stat()
+        except OSError:
+            found.add(path, NOT_THERE)
+        else:
+            found.add(path, (there.st_size, there.st_mtime_ns))
     return found
 
 
@@ -159,9 +178,9 @@ def _csv_entries(file: Path, dataset: DatasetConfig) -> list[tuple[str, str]]:
                     raise UserError(f"{file}: no column '{column}'; it has {', '.join(columns)}")
             caption = dataset.csv_caption_column
             return [
-                (row[dataset.csv_url_column].strip(), (row[caption] or "") if caption is not None else "")
+                (named, (row[caption] or "") if caption is not None else "")
                 for row in table
-                if row[dataset.csv_url_column]
+                if (named := (row[dataset.csv_url_column] or "").strip())
             ]
     except (OSError, UnicodeDecodeError, csv.Error) as fault:
         raise UserError(f"{file}: cannot be read: {fault}") from fault
@@ -172,65 +191,75 @@ def _path_of(named: str) -> str:
     if not is_url(named):
         return named.replace("\\", "/").removeprefix("./")
     parts = urlsplit(named)
-    path = "/".join(part for part in (parts.netloc + parts.path).split("/") if part not in ("", ".", ".."))
-    if not parts.query:
-        return path
-    folder, _, name = path.rpartition("/")
-    return f"{folder}/{content_id(parts.query.encode())[:8]}-{name}"
+    host = parts.netloc.rpartition("@")[2]  # without a user and password
+    path = [_short(part) for part in (host + parts.path).split("/") if part not in ("", ".", "..")]
+    if parts.query:
+        path[-1] = f"{content_id(parts.query.encode())[:8]}-{path[-1]}"
+    return "/".join(path)
 
 
-def _fetch(wanted: dict[str, str], place: Downloads, dataset_id: str) -> dict[str, str]:
+def _short(name: str) -> str:
+    """Shorten a name that file systems may refuse."""
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    return f"{content_id(name.encode())[:8]}-{name.encode()[-_LONGEST_NAME // 2 :].decode(errors='ignore')}"
+
+
+def _fetch(wanted: Mapping[str, str], place: Downloads, dataset_id: str) -> dict[str, str]:
     """Download images; return why those failed that did."""
-    import fsspec  # noqa: PLC0415 - most projects need none
-
     faults: dict[str, str] = {}
-    listed = list(wanted.items())
-    with progress(f"download {dataset_id}", len(listed), "image") as bar:
-        for first in range(0, len(listed), _AT_ONCE):
-            some = listed[first : first + _AT_ONCE]
-            for (path, _), data in zip(some, _get(fsspec, [url for _, url in some]), strict=True):
-                if isinstance(data, bytes):
-                    with write_aside(Path(place.root) / path) as aside:
-                        aside.write_bytes(data)
-                else:
-                    faults[path] = f"unreadable: not downloaded: {data}"
-                bar.update()
+    by_service: dict[str, list[tuple[str, str]]] = {}
+    for path, url in wanted.items():
+        parts = urlsplit(url)
+        by_service.setdefault("http" if parts.scheme in _WEB else parts.scheme + parts.netloc, []).append((path, url))
+    with progress(f"download {dataset_id}", len(wanted), "image") as bar:
+        for listed in by_service.values():
+            for first in range(0, len(listed), _AT_ONCE):
+                some = listed[first : first + _AT_ONCE]
+                for (path, _), data in zip(some, _get([url for _, url in some]), strict=True):
+                    why = _keep(data, Path(place.root) / path) if isinstance(data, bytes) else data
+                    if why is not None:
+                        faults[path] = f"unreadable: not downloaded: {why.strerror or why}"
+                    bar.update()
     return faults
 
 
-def _get(fsspec: Any, urls: Sequence[str]) -> list[bytes | Exception]:
-    """Read URLs, those of one service together; an exception stands in for one that fails."""
-    got: dict[str, bytes | Exception] = {}
-    by_service: dict[str, list[str]] = {}
-    for url in urls:
-        by_service.setdefault(urlsplit(url).scheme, []).append(url)
-    for some in by_service.values():
-        try:
-            system = fsspec.core.url_to_fs(some[0])[0]
-            answers: dict[str, Any] = stubborn(_asking(system, some))
-            got |= {url: answers[system._strip_protocol(url)] for url in some}
-        except (OSError, ImportError, ValueError, KeyError) as fault:
-            got |= dict.fromkeys(some, fault)
-    return [got[url] for url in urls]
+def _keep(data: bytes, file: Path) -> OSError | None:
+    """Write a download; the path of one URL may go through the file of another."""
+    if any(folder.is_file() for folder in file.parents):
+        return FileExistsError(f"{file} cannot be: a part of its path is a file")
+    with write_aside(file) as aside:
+        aside.write_bytes(data)
+    return None
 
 
-def _asking(system: Any, urls: list[str]) -> Callable[[], dict[str, Any]]:
-    def ask() -> dict[str, Any]:
-        answers: dict[str, Any] = system.cat([*urls, urls[0]], on_error="return")  # two at least: a dict comes back
-        return answers
+def _get(urls: list[str]) -> list[bytes | OSError]:
+    """Read URLs of one service at once; a fault stands in for one that fails."""
+    import fsspec  # noqa: PLC0415 - most projects need none
 
-    return ask
+    options: dict[str, Any] = {}
+    if urlsplit(urls[0]).scheme in _WEB:
+        from aiohttp import ClientTimeout  # noqa: PLC0415 - as above
+
+        options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=15, sock_read=60)}
+    try:
+        system = fsspec.core.url_to_fs(urls[0], **options)[0]
+    except (ImportError, ValueError) as fault:
+        return [OSError(masked(str(fault)))] * len(urls)
+    return fetch_all(system, [system._strip_protocol(url) for url in urls])
 
 
 # Rows of a dataset
 
 
-def _list_rows(place: Rows, dataset: DatasetConfig) -> Listing:
-    """List the rows of a dataset; its fingerprint stands in for times of files."""
-    rows, found = open_rows(place), Listing()
-    mark = xxhash.xxh3_64_intdigest(str(rows._fingerprint).encode()) >> 1
+def _list_rows(place: Rows, dataset: DatasetConfig, asked: Asked) -> Listing:
+    """List the rows of a dataset; its fingerprint stands in for sizes and times of files."""
+    table, found = open_table(place), Listing()
+    columns = wanted_columns(table.schema, dataset)
     end = dataset.huggingface.file_extension.lstrip(".")
-    for number in range(len(rows)):
-        found.add(f"{number}.{end}", (0, mark))
-    read_rows(rows, dataset, found)
+    enough = asked.limit + 1 if asked.limit is not None else None  # one more shows that there are more
+    for number, row in enumerate(islice(table.rows(columns), enough)):
+        path = f"{number}.{end}"
+        found.add(path, (-1, table.mark))
+        note_row(row, path, dataset, found)
     return found

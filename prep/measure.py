@@ -17,7 +17,7 @@ import xxhash
 
 from prep.captions import read_text
 from prep.headers import Header
-from prep.images import HEAD_BYTES, TURNED, decode, looks, read_header
+from prep.images import HEAD_BYTES, TURNED, decode, jpeg_damage, looks, read_header
 from prep.places import Bucket, Downloads, Folder, Place, Rows, open_rows, read_bytes, read_many, row_bytes, row_number
 from schemas.keys import content_id
 from schemas.rows import ImageRow, arrow_schema
@@ -265,9 +265,11 @@ def examine(look: Look) -> Sight:
         picture = decode(data, look.view)
     except MemoryError:
         return Sight("unreadable: not enough memory to decode it", lasting=False)
+    wanted = look.wanted.split()
     if isinstance(picture, str):
         return Sight(picture)
-    wanted = look.wanted.split()
+    if "verify" in wanted and (damage := jpeg_damage(data)) is not None:
+        return Sight(damage)
     return Sight(
         phash=perceptual_hash(picture) if "phash" in wanted else None,
         face=largest_face(picture) if "face" in wanted else None,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from families import Source, open_project
 from prep.frames import name_of
-from prep.geometry import placed
+from prep.geometry import ASPECT_TOLERANCE, placed
 from prep.pixels import Refusal, reference_picture, store
 from prep.pool import Crash, default_workers, each
 from prep.sheet import contact_sheet
@@ -27,9 +27,6 @@ from schemas.recipes import recipe_text
 from schemas.rows import ImageRow, PairRow, Reference
 from schemas.summaries import DatasetPairs, PairsSummary
 from schemas.tables import read_provenance, read_table, write_table
-
-# Aspect ratios of a strict reference and its target may differ by this share: what rounding to whole pixels explains.
-ASPECT_TOLERANCE = 0.02
 
 _SAMPLE_ID_DIGITS = 16
 

@@ -5,24 +5,24 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from families import Source, open_project
-from families.checkpoints import EncoderKeys, encoder_keys
-from prep import budget
-from prep.budget import PICTURE_BYTES, Need, Sizes
-from prep.epochs import plan_epoch, shown_of
-from prep.matching import COLUMNS, Manifest, Match, match
-from prep.obstacles import trained, why_blocked
-from prep.planned import DatasetPlan, Disk, PlanSummary, StagePlan, sized
-from prep.scan import look
+from families.checkpoints import here, image_encoder_key, text_encoder_key
+from prep.planning import budget
+from prep.planning.budget import PICTURE_BYTES, Need, Sizes
+from prep.planning.epochs import plan_epoch, shown_of
+from prep.planning.matching import COLUMNS, Manifest, Match, match
+from prep.planning.obstacles import trained, why_blocked, why_empty
+from prep.scan import looking
 from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
 from schemas.freshness import pairs_provenance
+from schemas.planned import DatasetPlan, Disk, PlanSummary, StagePlan, sized
 from schemas.project import Project
 from schemas.rows import ImageRow, PairRow
 from schemas.tables import read_columns, read_provenance
@@ -31,18 +31,19 @@ _TABLE_BYTES, _IMAGE_BYTES, _PAIR_BYTES, _REFERENCE_BYTES = 10_000, 200, 200, 10
 _ROLES = {"conditioning": "references", "eval": "held out"}
 
 
-def plan(project: Source) -> PlanSummary:
+def plan(project: Source, *, workers: int | None = None) -> PlanSummary:
     """Plan a project; raises UserError if its files are faulty or images cannot be listed."""
     start = time.monotonic()
     project = open_project(project, need_images=True)
-    manifests = {dataset.id: _manifest(project, dataset) for dataset in project.scanned}
+    with looking(project, workers) as look:
+        manifests = {dataset.id: _manifest(project, dataset, look) for dataset in project.scanned}
     matches = [
         match(project, manifests[target.id], [manifests[one.id] for one in project.references_of(target)])
         for target in project.targets
     ]
-    sizes, keys = budget.sizes_of(project), _keys(project)
-    latents = budget.latents(project, matches, sizes, keys.image if keys is not None else None)
-    text = budget.texts(project, matches, sizes, keys.text if keys is not None else None)
+    sizes, (image_encoder, text_encoder) = budget.sizes_of(project), _keys(project)
+    latents = budget.latents(project, matches, sizes, image_encoder)
+    text = budget.texts(project, matches, sizes, text_encoder)
     made = budget.pictures(project, matches)
     stages = (
         *_tables(project, manifests, matches),
@@ -51,6 +52,12 @@ def plan(project: Source) -> PlanSummary:
         _stage("text embeds", project.text_store, text, assumed=sizes.assumed),
     )
     disks = tuple(_disks(project.workspace, stages))
+    empty = why_empty(project, manifests, matches)
+    blocked = why_blocked(project, matches, empty)
+    notes = [*_notes(project, manifests, sizes, made, [*latents.values()])]
+    if _cached(project) and None in (image_encoder, text_encoder):
+        notes.append(f"checkpoint {project.checkpoint} is not on this machine: all is counted as to be encoded")
+    notes += [f"{name} gives no pair: {reason}" for name, reason in empty.items() if blocked is None]
     datasets = tuple(_dataset(project, one, matches) for one in manifests.values())
     return PlanSummary(
         datasets=datasets,
@@ -65,17 +72,18 @@ def plan(project: Source) -> PlanSummary:
         train_batch_size=project.trainer.train_batch_size,
         gradient_accumulation_steps=project.trainer.gradient_accumulation_steps,
         epoch=plan_epoch(project, [one for one in matches if trained(project, one.target)]),
-        notes=tuple(_notes(project, manifests, sizes, made, [*latents.values()])),
+        notes=tuple(notes),
         warnings=(*project.warnings, *_warnings(disks)),
-        blocked=why_blocked(project, manifests, matches),
+        blocked=blocked,
         seconds=time.monotonic() - start,
     )
 
 
-def _manifest(project: Project, dataset: DatasetConfig) -> Manifest:
+def _manifest(project: Project, dataset: DatasetConfig, look: Callable[[DatasetConfig], pa.Table]) -> Manifest:
     """Read a manifest that is whole and of these settings, or look at the images."""
-    provenance, path = read_provenance(project.manifest(dataset.id), ImageRow), project.manifest(dataset.id)
-    stale = "not scanned yet"
+    path = project.manifest(dataset.id)
+    provenance = read_provenance(path, ImageRow)
+    stale = "its manifest cannot be read" if path.exists() else "not scanned yet"
     if provenance is not None and provenance.config != project.scan_settings(dataset):
         stale = "its settings changed"
     elif provenance is not None and provenance.limit is not None:
@@ -84,25 +92,35 @@ def _manifest(project: Project, dataset: DatasetConfig) -> Manifest:
         try:
             return Manifest(dataset, read_columns(path, ImageRow, COLUMNS), None, provenance.hashed)
         except UserError:
-            stale = "its manifest is damaged"
+            pass  # looked at, as prep scan would
     undecoded = {"near_duplicates": "ignore"} | ({"crop_style": "center"} if dataset.crop_style == "face" else {})
-    rows = look(project, dataset.model_copy(update=undecoded)).select(COLUMNS)
-    missing = pc.fill_null(pc.starts_with(rows["reject"], "unreadable: No such file"), False)
-    if dataset.type != "csv" or not pc.any(missing).as_py():
-        return Manifest(dataset, rows, stale, hashed=False)
+    rows = look(dataset.model_copy(update=undecoded)).select(COLUMNS)
+    missing = pc.fill_null(pc.starts_with(rows["reject"], "not downloaded yet"), False)
     here = rows.filter(pc.invert(missing))
     return Manifest(dataset, here, stale, hashed=False, absent=rows.num_rows - here.num_rows)
 
 
-def _keys(project: Project) -> EncoderKeys | None:
-    """Return the encoders' keys, if they are known; weights are not hashed where there is nothing to compare."""
-    stores = {project.text_store, *(project.latent_store(dataset) for dataset in project.scanned)}
-    if not any(folder.exists() for folder in stores):
-        return None
-    try:
-        return encoder_keys(project, remember=False)
-    except UserError:
-        return None
+def _keys(project: Project) -> tuple[str | None, str | None]:
+    """Return the keys of image and text encoders that are on this machine, where there is anything to compare.
+
+    What prep cache noted is not asked: it may be of another checkpoint.
+    """
+    image = text = None
+    checkpoint = here(project, project.family.image_encoder) if _cached(project) else None
+    if checkpoint is not None:
+        image = image_encoder_key(project, checkpoint, remember=False)
+    checkpoint = here(project, project.family.text_encoders) if _cached(project) else None
+    if checkpoint is not None:
+        text = text_encoder_key(project, checkpoint, remember=False)
+    return image, text
+
+
+def _cached(project: Project) -> bool:
+    """Tell whether there is a store, of whatever encoder."""
+    return any(
+        folder.exists()
+        for folder in (project.text_store, *(project.latent_store(dataset) for dataset in project.scanned))
+    )
 
 
 def _dataset(project: Project, manifest: Manifest, matches: Sequence[Match]) -> DatasetPlan:

@@ -153,10 +153,7 @@ class Crew:
         try:
             pipe.recv()
         except (EOFError, ConnectionResetError):
-            raise UserError(
-                "worker processes cannot start; a script that calls pairline needs its calls below "
-                'if __name__ == "__main__": (or pass workers=1)'
-            ) from None
+            raise UserError("worker processes cannot start; --workers 1 does without them") from None
 
     def _fetch(self, pipe: Any, item: object) -> Any:
         self._since.pop(pipe, None)

@@ -156,7 +156,8 @@ def look_closer(
             _note(columns, row, look, sight)
             bar.update()
     for name in _SEEN:
-        facts = facts.set_column(facts.schema.get_field_index(name), facts.schema.field(name), [columns[name]])
+        field = facts.schema.field(name)
+        facts = facts.set_column(facts.schema.get_field_index(name), field, pa.array(columns[name], field.type))
     return facts, len(looks)
 
 

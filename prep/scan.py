@@ -5,7 +5,8 @@ known. Everything is columns from the first to the last: a million images are an
 """
 
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,10 +74,15 @@ def scan(
     return ScanSummary(scans, project.warnings, time.monotonic() - start, dry_run)
 
 
-def look(project: Project, dataset: DatasetConfig) -> pa.Table:
-    """Return the manifest that a scan would write now, measured but not identified; nothing is written."""
-    with Crew(default_workers(), measure) as crew:
-        return scan_dataset(_Run(project, None, True, False, False, crew), dataset)[1]
+@contextmanager
+def looking(project: Project, workers: int | None = None) -> Iterator[Callable[[DatasetConfig], pa.Table]]:
+    """Give a function that returns the manifest which a scan would write now, measured but not identified.
+
+    Datasets share target sizes as in a scan if asked in the same order. Nothing is written.
+    """
+    with Crew(workers or default_workers(), measure) as crew:
+        run = _Run(project, None, True, False, False, crew)
+        yield lambda dataset: scan_dataset(run, dataset)[1]
 
 
 def scan_dataset(run: _Run, dataset: DatasetConfig) -> tuple[DatasetScan, pa.Table]:

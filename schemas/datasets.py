@@ -41,7 +41,7 @@ def _as_bucket(value: object) -> object:
     if isinstance(value, AspectBucket):
         return value
     given = value if isinstance(value, dict) else {"aspect": value}
-    if not given or any(isinstance(one, bool | str | list | dict) for one in given.values()):
+    if any(isinstance(one, bool | str | list | dict) for one in given.values()):
         raise ValueError("must be a list of numbers (width / height), or of objects {aspect, weight}")
     renamed = {"aspect_ratio": "aspect", "aspect_bucket": "aspect"}
     return {renamed.get(key, key): one for key, one in given.items()}
@@ -203,7 +203,7 @@ class ImagePolicy(Options):
     maximum_megapixels: float = option(179, "larger pictures are rejected unread", stages="scan", gt=0, le=2000)
 
 
-_URL_KEYS = "of `type: aws`"
+_URL_KEYS = "`type: aws`, and s3:// URLs"
 
 
 class DatasetConfig(Options):
@@ -238,8 +238,8 @@ class DatasetConfig(Options):
     csv_cache_dir: Text | None = option(
         None, "`type: csv`: where images are downloaded to; null is `downloads/<id>` in the workspace", stages="scan"
     )
-    aws_bucket_name: Text | None = option(None, f"{_URL_KEYS}: bucket", stages="scan")
-    aws_data_prefix: str | None = option(None, f"{_URL_KEYS}: folder in the bucket", stages="scan")
+    aws_bucket_name: Text | None = option(None, "`type: aws`: bucket", stages="scan")
+    aws_data_prefix: str | None = option(None, "`type: aws`: folder in the bucket", stages="scan")
     aws_endpoint_url: str | None = option(None, f"{_URL_KEYS}: of a service that is not Amazon's", stages="scan")
     aws_region_name: str | None = option(None, f"{_URL_KEYS}: region", stages="")
     aws_access_key_id: str | None = option(None, f"{_URL_KEYS}: null asks the environment", stages="")
@@ -248,12 +248,12 @@ class DatasetConfig(Options):
     aws_max_pool_connections: int = option(128, f"{_URL_KEYS}: connections at once", stages="", ge=1)
     metadata_backend: Literal["discovery", "json", "filesystem", "parquet", "huggingface"] = option(
         "discovery",
-        "where sizes come from if images are not opened (`--no-hash`): `parquet` from `parquet`, `huggingface` from "
-        "the dataset's columns; otherwise from the images' headers",
-        stages="scan",
+        "`parquet` asks for a table of widths and heights, `huggingface` goes with that type; `--no-hash` takes sizes "
+        "from the columns that name them, otherwise from the images' headers",
+        stages="",
     )
     parquet: MetadataTable | None = option(None, "table of captions and sizes", stages="scan")
-    skip_file_discovery: Annotated[tuple[str, ...], BeforeValidator(_as_words), WithJsonSchema(_NO_TEXT)] = option(
+    skip_file_discovery: Annotated[tuple[str, ...], BeforeValidator(_as_words), WithJsonSchema(_TEXT_OR_LIST)] = option(
         (),
         "`metadata` or `aspect`: a manifest of these settings is taken as it is, the folder is not looked at",
         stages="",
@@ -317,11 +317,19 @@ class DatasetConfig(Options):
         None, "smaller images are rejected, by edge (`pixel`) or area, before any resize", stages="scan", gt=0
     )
     maximum_image_size: ImageSize = option(
-        None, "under `crop: true`, images are scaled to `target_downsample_size` before the crop", stages="scan", gt=0
+        None,
+        "with `target_downsample_size` and `crop: true`, images are scaled to that before the crop; its own value does "
+        "not matter",
+        stages="scan",
+        gt=0,
     )
     target_downsample_size: ImageSize = option(None, "see `maximum_image_size`", stages="scan", gt=0)
-    minimum_aspect_ratio: ImageSize = option(None, "images of a narrower bucket are rejected", stages="scan", gt=0)
-    maximum_aspect_ratio: ImageSize = option(None, "images of a wider bucket are rejected", stages="scan", gt=0)
+    minimum_aspect_ratio: ImageSize = option(
+        None, "images whose own width / height, rounded, is less are rejected", stages="scan", gt=0
+    )
+    maximum_aspect_ratio: ImageSize = option(
+        None, "images whose own width / height, rounded, is more are rejected", stages="scan", gt=0
+    )
     max_upscale_threshold: float | None = option(
         None,
         "images that would be enlarged by more than this share are rejected: 0.2 allows 1.2 times; `closest` and "
@@ -330,7 +338,9 @@ class DatasetConfig(Options):
         ge=0,
         le=1,
     )
-    image_policy: ImagePolicy = option(ImagePolicy(), "transparency, colour profiles, animations ...", stages="scan")
+    image_policy: ImagePolicy = option(
+        ImagePolicy(), "transparency, colour profiles, animations and more", stages="scan"
+    )
     exact_duplicates: Literal["report", "reject"] = option(
         "report", "files of equal bytes: counted, or all but the first rejected", stages="scan"
     )

@@ -54,14 +54,15 @@ def gathered(entry: dict[str, Any], where: tuple[str, str], found: Findings) -> 
     shared = {"cache_dir"} if entry.get("type") == "huggingface" else set()
     inside = HuggingFace.model_fields.keys() - DatasetConfig.model_fields.keys() | shared
     outside = {"dataset_name", *DATASET_KEYS} - inside
-    tops = {name.lstrip("-").replace("-", "_"): name for name in entry}
-    moved = {key: entry[name] for key, name in tops.items() if key in inside}
+    keys = {name: name.lstrip("-").replace("-", "_") for name in entry}
+    tops = {key: entry[name] for name, key in keys.items()}
+    moved = {key: one for key, one in tops.items() if key in inside}
     back = {key: one for key, one in given.items() if key in outside}
-    for key, value in {**moved, **{key: entry[tops[key]] for key in back if key in tops}}.items():
+    for key, value in {**moved, **{key: tops[key] for key in back if key in tops}}.items():
         if key in given and given[key] != value:
             problem = f"is {shown(given[key])} inside huggingface"
             found.faults.append(Fault(where[0], where[1] + key, problem, shown(value), "keep one"))
-    outer = {name: entry[name] for key, name in tops.items() if key not in inside and name != "huggingface"}
+    outer = {name: one for name, one in entry.items() if keys[name] not in {*inside, "huggingface"}}
     outer |= {key: one for key, one in back.items() if key not in tops}
     inner = {**moved, **{key: one for key, one in given.items() if key not in back}}
     return {**outer, "huggingface": inner} if inner else outer
@@ -69,6 +70,9 @@ def gathered(entry: dict[str, Any], where: tuple[str, str], found: Findings) -> 
 
 def complete(values: dict[str, Any], trainer: TrainerConfig) -> None:
     """Put in what an entry leaves to its type, and to config.json."""
+    for key in ("dataset_type", "resolution", "resolution_type"):
+        if values.get(key, ...) is None:
+            del values[key]
     if "dataset_type" not in values and values.get("conditioning_type") is not None:
         values["dataset_type"] = "conditioning"
     if values.get("dataset_type") == "conditioning":

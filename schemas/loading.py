@@ -121,8 +121,9 @@ def _trainer(path: Path, overrides: Sequence[str], found: Findings) -> tuple[Tra
 
 
 def _option(fault: Fault) -> tuple[str, str]:
-    """Name the option that a fault is about, without the place of its dataset in the list."""
-    return fault.file, fault.key.rpartition("] ")[2]
+    """Name the option that a fault is about, without the place of its dataset in the list and its own inner places."""
+    named, quote, key = fault.key.rpartition("] ")[2].rpartition('" ')
+    return fault.file, named + quote + re.split(r"[.\[]", key)[0]
 
 
 def _blamed(fault: Fault, file: str, given: set[str]) -> Fault:
@@ -256,7 +257,7 @@ def _filter_file(base: Path, named: str, where: tuple[str, str], found: Findings
         if isinstance(raw, list) and all(isinstance(one, str) for one in raw):
             return tuple(raw)
         if raw is not _UNREADABLE:
-            found.faults.append(Fault(path.name, "", "must be a list of texts", shown(raw)))
+            found.faults.append(Fault(path.name, "", f"must be a list of texts, found {shown(raw)}"))
         return ()
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
@@ -281,7 +282,7 @@ def _prompt_library(base: Path, config_name: str, trainer: TrainerConfig, found:
 def parse_prompt_library(raw: Any, file: str, found: Findings) -> dict[str, str]:
     """Check a prompt library: an object of {name: prompt}."""
     if not isinstance(raw, dict):
-        found.faults.append(Fault(file, "", "must be an object of {name: prompt}", shown(raw)))
+        found.faults.append(Fault(file, "", f"must be an object of {{name: prompt}}, found {shown(raw)}"))
         return {}
     for name, prompt in raw.items():
         if not isinstance(prompt, str):

@@ -10,8 +10,9 @@ from pathlib import Path
 from schemas.config_file import Findings, shown
 from schemas.datasets import DatasetConfig
 from schemas.errors import Fault
-from schemas.options import Options
-from schemas.project import Project, resolved
+from schemas.options import Options, facts_of
+from schemas.paths import resolved
+from schemas.project import Project
 
 # Limits of the three image sizes, beyond which the unit is mistaken.
 _MOST_MEGAPIXELS = 20
@@ -272,6 +273,7 @@ def _rule_resolution(project: Project, file: str, found: Findings) -> None:
 def _rule_inactive(project: Project, file: str, found: Findings) -> None:
     for dataset in project.scanned:
         told = [
+            *_inactive_inside(dataset),
             *_inactive_sources(project, dataset),
             *_inactive_sizes(dataset),
             *_inactive_crops(dataset),
@@ -281,16 +283,25 @@ def _rule_inactive(project: Project, file: str, found: Findings) -> None:
         found.warnings += [f'{file}: "{dataset.id}" {one}' for one in told]
 
 
+def _inactive_inside(dataset: DatasetConfig) -> Iterator[str]:
+    """Yield the options inside others that are checked and never acted on."""
+    for name in sorted(dataset.model_fields_set):
+        group = getattr(dataset, name)
+        for inner, facts in facts_of(type(group)) if isinstance(group, Options) else ():
+            if facts["no_effect"] and getattr(group, inner) is not None:
+                yield f"{name}.{inner} has no effect: {facts['no_effect']}"
+
+
 def _inactive_sources(project: Project, dataset: DatasetConfig) -> Iterator[str]:
     given = dataset.model_fields_set
     remote = (project.url_of(dataset) or "").startswith("s3")
-    for name in sorted(given):
-        wanted = "huggingface" if name == "dataset_name" else name.partition("_")[0]
+    for name in sorted(one for one in given if getattr(dataset, one) is not None):
+        wanted = name.partition("_")[0]
         if wanted in ("csv", "aws") and wanted != dataset.type and not (wanted == "aws" and remote):
             yield f"{name} has no effect: it is for type '{wanted}'"
     if dataset.type != "huggingface":
         inner = dataset.huggingface.model_fields_set if "huggingface" in given else set()
-        for name in sorted({*inner, *({"dataset_name"} & given)}):
+        for name in sorted(inner | ({"dataset_name"} if dataset.dataset_name is not None else set())):
             yield f"{name} has no effect: it is for type 'huggingface'"
     if dataset.instance_data_dir is not None and (dataset.type in ("csv", "huggingface") or dataset.aws_data_prefix):
         yield f"instance_data_dir has no effect: images of type '{dataset.type}' lie elsewhere"

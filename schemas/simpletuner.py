@@ -258,7 +258,6 @@ TRAINER_KEYS: Mapping[str, str] = (
         "vae_cache_scan_behaviour override_dataset_config preserve_data_backend_cache",
     )
     | {
-        "skip_file_discovery": "not in this version: prep scan always reads the folders again",
         "aspect_bucket_disable_rebuild": "ignored: buckets are not rebuilt between epochs",
         "metadata_update_interval": "ignored: manifests are not saved at timed intervals",
     }
@@ -281,19 +280,20 @@ TRAINER_KEYS: Mapping[str, str] = (
     )
     | _same(
         "ignored: set it on the dataset",
-        "instance_prompt prepend_instance_prompt only_instance_prompt",
+        """
+        instance_prompt prepend_instance_prompt only_instance_prompt disable_multiline_split max_upscale_threshold
+        skip_file_discovery aws_max_pool_connections
+        """,
     )
     | _same(
-        "not in this version: a table's columns cannot be named; keep captions in text files beside the images",
+        "ignored: name the columns in the dataset's parquet object",
         "parquet_caption_column parquet_filename_column parquet_fallback_caption_column",
     )
     | {
-        "disable_multiline_split": "not in this version: each line of a caption file is a caption of its own",
-        "max_upscale_threshold": "not in this version: use minimum_image_size to leave small images out",
         "ignore_missing_files": "ignored: prep scan records only the files that it finds",
         "disable_bucket_pruning": "ignored: no bucket is dropped for being small",
         "allow_dataset_oversubscription": "not in this version: repeats is used as written, never raised",
-        "data_backend_sampling": "not in this version: datasets weigh as many samples as they hold, times repeats",
+        "data_backend_sampling": "not in this version: sets weigh what they hold, times repeats and probability",
     }
     # Workers and batches while preparing and reading
     | _same(
@@ -304,7 +304,6 @@ TRAINER_KEYS: Mapping[str, str] = (
         dataloader_prefetch_device_threshold_mb
         """,
     )
-    | {"aws_max_pool_connections": "not in this version: object storage is not read, images come from local folders"}
     # Checkpoints
     | _same(
         "not in this version: checkpoints follow checkpoint_step_interval and checkpoints_total_limit",
@@ -465,7 +464,7 @@ DATASET_KEYS: Mapping[str, str] = (
         "memory_filesystem_path memory_filesystem_size memory_filesystem_sudo",
     )
     | _same(
-        "ignored here: write composite_image_config inside the dataset's huggingface object",
+        "ignored: write composite_image_config, which says how many pictures one shows",
         "composite_image_column split_composite_images",
     )
     | {"auto_load": "ignored: a dataset is loaded when it is scanned"}

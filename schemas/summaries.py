@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
+from schemas.planned import PlanSummary
+
 
 @dataclass(frozen=True, slots=True)
 class DatasetScan:
@@ -231,7 +233,7 @@ class ReportSummary:
         yield f"wrote {self.path} ({self.size_bytes / 1e6:.1f} MB): {', '.join(self.datasets)}"
 
 
-Summary = ScanSummary | PairsSummary | CacheSummary | TrainSummary | ReportSummary
+Summary = ScanSummary | PairsSummary | CacheSummary | TrainSummary | ReportSummary | PlanSummary
 
 
 def as_json(summary: Summary) -> str:

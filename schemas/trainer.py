@@ -14,6 +14,8 @@ ResolutionType: TypeAlias = Literal["pixel", "area", "pixel_area"]
 CaptionStrategy: TypeAlias = Literal["textfile", "filename", "instanceprompt", "parquet", "csv", "huggingface"]
 ALIGNMENTS = (8, 16, 24, 32, 64)
 
+DEFAULT_STEPS = 1000  # of a run that is given neither steps nor epochs
+
 _SAMPLING = "no pictures are sampled inside the run; sample with diffusers from the saved LoRA"
 _TEXT_PRECISION = "text encoders are loaded in bf16, one after the other, and freed"
 

@@ -18,7 +18,14 @@ from typer.testing import CliRunner
 from families import FAMILIES, open_project
 from schemas.config_file import read_json
 from schemas.datasets import (
-    AspectBucket, CaptionShuffle, CompositeImage, DatasetConfig, FilterFunc, Generator, HuggingFace, ImagePolicy,
+    AspectBucket,
+    CaptionShuffle,
+    CompositeImage,
+    DatasetConfig,
+    FilterFunc,
+    Generator,
+    HuggingFace,
+    ImagePolicy,
     MetadataTable,
 )  # fmt: skip
 from schemas.options import facts_of
@@ -77,8 +84,10 @@ def test_generated_documents_are_current() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [TrainerConfig, DatasetConfig, Generator, HuggingFace, CompositeImage, FilterFunc, MetadataTable, AspectBucket]
-    + [CaptionShuffle, ImagePolicy, *RECIPES.values()],
+    [
+        TrainerConfig, DatasetConfig, Generator, HuggingFace, CompositeImage, FilterFunc, MetadataTable, AspectBucket,
+        CaptionShuffle, ImagePolicy, *RECIPES.values(),
+    ],  # fmt: skip
 )
 def test_every_option_is_documented_and_either_acted_on_or_said_to_have_no_effect(model: type[BaseModel]) -> None:
     source = "\n".join(path.read_text() for package in PACKAGES for path in (ROOT / package).glob("*.py"))

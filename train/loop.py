@@ -27,7 +27,7 @@ from schemas.keys import seed_of
 from schemas.project import Project
 from schemas.storage import write_aside
 from schemas.summaries import TrainSummary
-from schemas.trainer import TrainerConfig
+from schemas.trainer import DEFAULT_STEPS, TrainerConfig
 from train import checkpoint, flow
 from train.data import Batch, Shelf, Shown, batches, epoch_batches
 from train.interrupt import stops
@@ -37,7 +37,6 @@ from train.optimizer import make_optimizer, make_schedule
 from train.quantize import quantize_base
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
-DEFAULT_STEPS = 1000  # where neither steps nor epochs are given
 
 # Options that may differ between a checkpoint and the run that resumes it.
 _FREE_ON_RESUME = {

@@ -18,12 +18,11 @@ from PIL import Image
 
 from families import open_project
 from families.checkpoints import encoder_keys
-from prep import epochs
 from prep.cache import cache
 from prep.pairs import pairs
 from prep.plan import plan
-from prep.planned import PlanSummary, StagePlan
 from prep.scan import scan
+from schemas.planned import PlanSummary, StagePlan
 from schemas.project import Project
 from schemas.rows import ImageRow, arrow_schema
 from schemas.summaries import as_json
@@ -139,16 +138,16 @@ def test_captions_of_references_stand_in_for_the_targets(make_project: MakeProje
     for text in list((folder / "target").glob("*.txt"))[:2]:
         shutil.copy(text, folder / "reference")
     _as_it_happened(folder)
-    _edit(folder, 1, caption_strategy="textfile")
-    _as_it_happened_again = plan(open_project(folder))
+    _edit(folder, 1, caption_strategy="textfile")  # of some references only
     project = open_project(folder)
-    assert _stage(_as_it_happened_again, "text embeds").needed == _prepare(project)[1].stores[1].needed
+    planned = plan(project)
+    assert _stage(planned, "text embeds").needed == _prepare(project)[1].stores[1].needed
 
 
 def test_a_held_out_set_is_cached_but_in_no_batch(make_project: MakeProject) -> None:
     folder = make_project("edits", train_batch_size=2)
     datasets = json.loads((folder / "multidatabackend.json").read_text())
-    shutil.copytree(folder / "target", folder / "held")
+    _solid(folder / "held", (200, 150))
     held = {"id": "held", "instance_data_dir": "held", "resolution": 128, "dataset_type": "eval"}
     (folder / "multidatabackend.json").write_text(json.dumps([*datasets, held]))
     _as_it_happened(folder)
@@ -178,12 +177,6 @@ def test_steps_and_epochs_follow_from_each_other(make_project: MakeProject) -> N
     assert (by_epochs.steps, by_epochs.set_by) == (by_epochs.batches * 7 // 3, "num_train_epochs")
     neither = plan(open_project(folder, overrides=["max_train_steps=0"])).epoch
     assert (neither.steps, neither.set_by) == (1000, "default")
-
-
-def test_the_default_number_of_steps_is_that_of_training() -> None:
-    from train.loop import DEFAULT_STEPS
-
-    assert epochs.DEFAULT_STEPS == DEFAULT_STEPS
 
 
 def test_planning_writes_nothing(make_project: MakeProject) -> None:
@@ -222,11 +215,12 @@ def test_a_stale_manifest_is_not_believed(make_project: MakeProject) -> None:
     manifest = open_project(folder).manifest("gray")
     scan(open_project(folder), workers=1)
     manifest.write_bytes(manifest.read_bytes()[:-4])
-    assert [one.looked_at for one in plan(open_project(folder)).datasets] == [None, "not scanned yet"]
+    assert [one.looked_at for one in plan(open_project(folder)).datasets] == [None, "its manifest cannot be read"]
 
 
 def test_equal_files_count_once_when_they_are_hashed_and_are_a_bound_before(make_project: MakeProject) -> None:
     folder = make_project("deblur")
+    _edit(folder, 0, crop_style="center")  # a random crop depends on the path
     shutil.copy(next((folder / "photos").glob("*.jpg")), folder / "photos" / "again.jpg")
     (folder / "photos" / "again.txt").write_text("the same again")
     project = open_project(folder)
@@ -288,6 +282,14 @@ def test_a_checkpoint_that_is_not_here_is_reckoned_as_the_flavours_own_and_said_
     assert any("checkpoint tiny is not on this machine" in note for note in summary.notes)
     _prepare(open_project(folder))
     assert not _stage(plan(open_project(folder)), "text embeds").assumed
+
+
+def test_what_is_cached_for_another_checkpoint_is_not_taken_for_this_ones(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    _prepare(open_project(folder))
+    summary = plan(open_project(folder, overrides=["pretrained_model_name_or_path=null"]))
+    assert (_stage(summary, "latents").there, _stage(summary, "text embeds").there) == (0, 0)
+    assert any("all is counted as to be encoded" in note for note in summary.notes)
 
 
 def test_half_the_random_crops_halve_what_moves(make_project: MakeProject) -> None:
@@ -446,6 +448,18 @@ def test_references_that_are_all_missing_or_unfit_are_named(make_project: MakePr
     assert summary.stages[-1].needed == 1  # the empty prompt
 
 
+def test_one_empty_set_of_several_is_a_note(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    datasets = json.loads((folder / "multidatabackend.json").read_text())
+    (folder / "nothing").mkdir()
+    other = {"id": "other", "instance_data_dir": "nothing"}
+    (folder / "multidatabackend.json").write_text(json.dumps([*datasets, other]))
+    summary = plan(open_project(folder))
+    assert summary.blocked is None
+    assert summary.epoch.showings == 6
+    assert any(note.startswith("other gives no pair: no image in") for note in summary.notes)
+
+
 def test_images_of_a_list_that_are_not_downloaded_block_nothing(tmp_path) -> None:
     folder = _alone(tmp_path, {"type": "csv", "csv_file": "list.csv"})
     with (folder / "list.csv").open("w", newline="") as file:
@@ -468,7 +482,8 @@ def test_lines_fit_a_hundred_columns_and_the_document_is_json(tmp_path, make_pro
         document = json.loads(as_json(summary))
         assert document["command"] == "prep plan"
         assert document["epoch"]["batches"] == summary.epoch.batches
-    assert list(summary.lines())[-3].startswith("nothing would be trained on: set: all 3 images: too small")
+    told = " ".join(line.strip() for line in summary.lines())
+    assert f"nothing would be trained on: {summary.blocked}" in told
 
 
 def test_many_buckets_are_told_in_short(tmp_path) -> None:

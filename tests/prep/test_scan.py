@@ -13,12 +13,15 @@ import prep.reading
 from families import open_project
 from prep.scan import scan
 from schemas.console import log
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, UserError
+from schemas.freshness import read_manifest
 from schemas.keys import file_id
+from schemas.lock import only_one
 from schemas.rows import ImageRow
 from schemas.summaries import as_json
 from schemas.tables import read_provenance, read_table
 
+DEMO = Path(__file__).parents[2] / "datasets_demo" / "photos"
 CONFIG = {"resolution": 64, "aspect_bucket_alignment": 16}
 
 
@@ -499,3 +502,229 @@ def test_the_summary_is_told_as_lines_and_as_json(scanned):
     assert reason == "  rejected 1: no caption"
     assert tail == f"  wrote {scanned / 'work' / 'manifests' / 'photos.parquet'}"
     assert json.loads(as_json(summary)) == json.loads(json.dumps(asdict(summary)))
+
+
+# Pixels
+
+
+def wave(path, period=32.0, **options):
+    """Draw a smooth picture, of another pattern for another period."""
+    down, across = np.mgrid[0:96, 0:128]
+    pixels = (127 + 120 * np.sin(across / period) * np.cos(down / period * 1.3)).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).convert("RGB").save(path, **options)
+    return path
+
+
+def test_verifying_finds_damage_that_headers_and_decoders_do_not_tell(tmp_path):
+    photos = project(tmp_path) / "photos"
+    for name in ("good.jpg", "holed.jpg", "good.png", "flipped.png"):
+        wave(photos / name, 7.0)
+    data = (photos / "holed.jpg").read_bytes()
+    (photos / "holed.jpg").write_bytes(data[: len(data) // 2] + bytes(60) + data[len(data) // 2 + 60 :])
+    flipped = bytearray(Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)).tobytes())
+    Image.frombytes("RGB", (90, 90), bytes(flipped)).save(photos / "flipped.png")
+    flipped = bytearray((photos / "flipped.png").read_bytes())
+    flipped[len(flipped) // 2] ^= 255
+    (photos / "flipped.png").write_bytes(flipped)
+
+    [plain] = scan(tmp_path, workers=1).datasets
+    assert (plain.kept, plain.decoded) == (4, 0)
+    [verified] = scan(tmp_path, workers=1, verify=True).datasets
+    assert (verified.kept, verified.decoded, verified.read) == (2, 4, 0)
+    rows = rows_of(tmp_path)
+    assert {path for path, row in rows.items() if row.reject} == {"holed.jpg", "flipped.png"}
+    assert rows["holed.jpg"].reject.startswith("unreadable: Corrupt JPEG data")
+
+    [again] = scan(tmp_path, workers=1, verify=True).datasets
+    assert (again.decoded, again.written) == (0, False)
+    [later] = scan(tmp_path, workers=1).datasets  # what was found is remembered
+    assert (later.kept, later.written) == (2, False)
+
+
+def test_equal_files_are_counted_and_may_be_left_out(tmp_path):
+    first = draw(project(tmp_path) / "photos" / "a.png")
+    for name in ("b.png", "c/a.png"):
+        (tmp_path / "photos" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(first.read_bytes())
+    draw(tmp_path / "photos" / "d.png", seed=4)
+    [summary] = scan(tmp_path, workers=1).datasets
+    assert (summary.kept, summary.equal_files) == (4, 2)
+    project(tmp_path, {"id": "photos", "instance_data_dir": "photos", "exact_duplicates": "reject"})
+    [summary] = scan(tmp_path, workers=1).datasets
+    assert (summary.kept, summary.read, summary.rejected) == (2, 0, {"duplicate": 2})
+    assert rows_of(tmp_path)["c/a.png"].reject == "duplicate: the same bytes as a.png"
+
+
+def test_pictures_that_look_alike_are_counted_and_may_be_left_out(tmp_path):
+    entry = {"id": "photos", "instance_data_dir": "photos", "near_duplicates": "report"}
+    photos = project(tmp_path, entry) / "photos"
+    cat, cup = (Image.open(DEMO / f"{name}.jpg") for name in ("cat_face", "coffee_cup"))
+    cat.save(photos / "a.png")
+    cat.save(photos / "b.jpg", quality=40)
+    cat.resize((200, 150)).save(photos / "c.webp")
+    cup.save(photos / "other.png")
+    [summary] = scan(tmp_path, workers=1).datasets
+    assert (summary.kept, summary.decoded, summary.near_duplicates) == (4, 4, 2)
+    [again] = scan(tmp_path, workers=1).datasets
+    assert (again.decoded, again.written) == (0, False)
+    project(tmp_path, {**entry, "near_duplicates": "reject"})
+    [summary] = scan(tmp_path, workers=1).datasets
+    assert (summary.decoded, summary.rejected) == (0, {"near duplicate": 2})
+    assert rows_of(tmp_path)["b.jpg"].reject == "near duplicate: looks like a.png"
+
+
+def test_no_more_images_are_used_than_asked_for_and_a_new_one_displaces_one_at_most(tmp_path):
+    entry = {"id": "photos", "instance_data_dir": "photos", "max_num_samples": 5}
+    folder = project(tmp_path, entry)
+    for number in range(12):
+        draw(folder / "photos" / f"{number}.png", seed=number)
+    [summary] = scan(folder, workers=1).datasets
+    assert (summary.kept, summary.rejected) == (5, {"not drawn": 7})
+    before = {path for path, row in rows_of(folder).items() if row.reject is None}
+    draw(folder / "photos" / "new.png", seed=99)
+    scan(folder, workers=1)
+    after = {path for path, row in rows_of(folder).items() if row.reject is None}
+    assert len(after) == 5 and len(before - after) <= 1
+
+
+ODD = {
+    "alpha.png": ("alpha", "transparent"),
+    "cmyk.jpg": ("cmyk", "printing colours"),
+    "deep.png": ("high_depth", "high depth"),
+    "moving.gif": ("animation", "animation"),
+}
+
+
+def oddities(photos):
+    Image.new("RGBA", (64, 64), (9, 9, 9, 9)).save(photos / "alpha.png")
+    Image.new("CMYK", (64, 64)).save(photos / "cmyk.jpg")
+    Image.fromarray(np.full((64, 64), 40_000, np.uint16)).save(photos / "deep.png")
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    frames[0].save(photos / "moving.gif", save_all=True, append_images=frames[1:])
+
+
+def test_what_is_more_than_plain_pictures_is_counted(tmp_path):
+    photos = project(tmp_path) / "photos"
+    oddities(photos)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    draw(photos / "turned.jpg", exif=exif)
+    [summary] = scan(tmp_path, workers=1).datasets
+    assert summary.oddities == {
+        "turned by EXIF": 1,
+        "transparent": 1,
+        "CMYK": 1,
+        "more than 8 bits": 1,
+        "animated": 1,
+    }
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_every_kind_of_odd_picture_can_be_rejected(name, tmp_path):
+    option, kind = ODD[name]
+    entry = {"id": "photos", "instance_data_dir": "photos", "image_policy": {option: "reject"}}
+    oddities(project(tmp_path, entry) / "photos")
+    [summary] = scan(tmp_path, workers=1).datasets
+    assert summary.rejected == {kind: 1}
+    assert rows_of(tmp_path)[name].reject == f"{kind}: image_policy.{option}"
+
+
+def test_pictures_of_too_many_pixels_are_rejected_and_never_decoded(tmp_path):
+    policy = {"maximum_megapixels": 0.01}
+    entry = {"id": "photos", "instance_data_dir": "photos", "image_policy": policy, "near_duplicates": "report"}
+    draw(project(tmp_path, entry) / "photos" / "a.png", 200, 100)
+    [summary] = scan(tmp_path, workers=1).datasets
+    assert summary.decoded == 0
+    assert rows_of(tmp_path)["a.png"].reject == "too large: 200x100, more than image_policy.maximum_megapixels"
+
+
+def test_orientation_can_be_ignored_and_all_is_measured_anew(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    draw(project(tmp_path) / "photos" / "a.jpg", 96, 64, exif=exif)
+    scan(tmp_path, workers=1)
+    assert (rows_of(tmp_path)["a.jpg"].width, rows_of(tmp_path)["a.jpg"].height) == (64, 96)
+    policy = {"orientation": "ignore"}
+    project(tmp_path, {"id": "photos", "instance_data_dir": "photos", "image_policy": policy})
+    [summary] = scan(tmp_path, workers=1).datasets
+    assert summary.read == 1
+    assert (rows_of(tmp_path)["a.jpg"].width, rows_of(tmp_path)["a.jpg"].height) == (96, 64)
+
+
+# A look without hashing
+
+
+def test_a_look_measures_without_identifying_and_a_scan_completes_it(tmp_path):
+    draw(project(tmp_path) / "photos" / "a.png")
+    [summary] = scan(tmp_path, workers=1, hashed=False).datasets
+    assert (summary.read, summary.kept) == (1, 1)
+    assert rows_of(tmp_path)["a.png"].image_id is None
+    with pytest.raises(UserError, match="scanned with --no-hash, for a look; run: prep scan"):
+        read_manifest(open_project(tmp_path), open_project(tmp_path).datasets[0])
+    [again] = scan(tmp_path, workers=1, hashed=False).datasets
+    assert (again.read, again.written) == (0, False)
+    [whole] = scan(tmp_path, workers=1).datasets
+    assert (whole.read, whole.written) == (1, True)
+    assert rows_of(tmp_path)["a.png"].image_id == file_id(tmp_path / "photos" / "a.png")
+    [look] = scan(tmp_path, workers=1, hashed=False).datasets  # what is known stays
+    assert look.read == 0 and rows_of(tmp_path)["a.png"].image_id is not None
+
+
+# Several sets, skipped discovery, locks
+
+
+def test_sets_of_one_resolution_share_their_buckets_sizes_and_strict_references_do_not(tmp_path):
+    entries = [
+        {"id": "a", "instance_data_dir": "first", "resolution": 1024},
+        {"id": "b", "instance_data_dir": "second", "resolution": 1024},
+        {"id": "c", "instance_data_dir": "second", "resolution": 1024, "conditioning_type": "reference_strict"},
+    ]
+    folder = project(tmp_path, *entries)
+    for place, size in (("first", (1120, 2000)), ("second", (1140, 2000))):
+        (folder / place).mkdir()
+        Image.new("1", size).save(folder / place / "x.png")
+    first, second, strict = scan(folder, workers=1).datasets
+    assert set(first.buckets) == set(second.buckets) == {"768x1376"}
+    assert second.collisions == {"0.56": ["768x1360", "768x1376"]}
+    assert set(strict.buckets) == {"768x1360"}
+    assert not any(one.written for one in scan(folder, workers=1).datasets)
+
+
+def test_a_set_whose_discovery_is_skipped_is_not_looked_at_until_its_settings_change(tmp_path):
+    entry = {"id": "photos", "instance_data_dir": "photos", "skip_file_discovery": "vae aspect metadata text"}
+    draw(project(tmp_path, entry) / "photos" / "a.png")
+    assert scan(tmp_path, workers=1).datasets[0].seen == 1  # there is no manifest yet
+    draw(tmp_path / "photos" / "b.png", seed=1)
+    [summary] = scan(tmp_path, workers=1).datasets
+    assert (summary.seen, summary.looked_at, summary.written) == (1, False, False)
+    assert "not looked at" in next(summary.lines(dry_run=False))
+    [summary] = scan(open_project(tmp_path, overrides=["resolution=128"]), workers=1).datasets
+    assert (summary.seen, summary.looked_at) == (2, True)
+
+
+def test_a_second_scan_at_the_same_time_is_refused_and_told_who_is_at_work(tmp_path):
+    draw(project(tmp_path) / "photos" / "a.png")
+    with only_one(tmp_path / "work" / "manifests", "prep scan"):
+        with pytest.raises(UserError, match=rf"prep scan \(process {os.getpid()} on .*, since .*\) is at work there"):
+            scan(tmp_path, workers=1)
+        scan(tmp_path, workers=1, dry_run=True)
+    assert scan(tmp_path, workers=1).datasets[0].written
+
+
+def test_faces_decide_crops_where_they_are_found_and_the_middle_where_not(tmp_path):
+    entry = {"id": "photos", "instance_data_dir": "photos", "crop": True, "crop_style": "face"}
+    photos = project(tmp_path, entry) / "photos"
+    face = Image.open(DEMO / "astronaut_wide.jpg")
+    canvas = Image.new("RGB", (face.width * 3, face.height), "gray")
+    canvas.paste(face, (2 * face.width, 0))
+    canvas.save(photos / "astronaut.png")
+    Image.new("RGB", (300, 100), "gray").save(photos / "nobody.png")
+    [summary] = scan(tmp_path, workers=1).datasets
+    rows = rows_of(tmp_path)
+    middle = (rows["nobody.png"].intermediary_width - rows["nobody.png"].target_width) // 2
+    assert (summary.faces, summary.decoded) == (1, 2)
+    assert rows["nobody.png"].crop_left == middle and rows["astronaut.png"].face[0] > 0.7
+    assert rows["astronaut.png"].crop_left > 1.5 * middle
+    assert "faces found in 1; the other 1 are cropped in the middle" in "\n".join(summary.lines(dry_run=False))
+    assert scan(tmp_path, workers=1).datasets[0].decoded == 0

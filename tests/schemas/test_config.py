@@ -276,7 +276,10 @@ def test_sets_that_reference_each_other_go_in_a_circle_and_every_circle_is_told(
     datasets = [targets, references("a", "b"), references("b", "a"), references("c", "d"), references("d", "c")]
     faults = faults_of(written(tmp_path, datasets=datasets))
     circles = [fault.rpartition("goes in a circle: ")[2].partition(";")[0].split(" -> ") for fault in faults]
-    assert [(len(one), one[0] == one[-1], set(one)) for one in circles] == [(3, True, {"a", "b"}), (3, True, {"c", "d"})]
+    assert [(len(one), one[0] == one[-1], set(one)) for one in circles] == [
+        (3, True, {"a", "b"}),
+        (3, True, {"c", "d"}),
+    ]
     [between, role] = faults_of(written(tmp_path, datasets=[targets, references("a", "photos")]))
     assert sorted([between, role])[0].startswith('multidatabackend.json: "a" conditioning_data = "photos": must name')
     assert any("goes in a circle: " in one and "photos -> a" in one for one in (between, role))
@@ -364,8 +367,7 @@ def test_the_held_out_set_must_be_a_set_of_targets(tmp_path):
 def test_a_dataset_of_images_needs_a_folder(tmp_path):
     faults = faults_of(written(tmp_path, datasets=[{"id": "photos"}, {"id": "text", "dataset_type": "text_embeds"}]))
     assert faults == [
-        'multidatabackend.json: "photos" instance_data_dir: missing, but required; '
-        'a dataset of type "local" lies there'
+        'multidatabackend.json: "photos" instance_data_dir: missing, but required; a dataset of type "local" lies there'
     ]
 
 
@@ -878,7 +880,7 @@ def test_a_change_is_noticed_by_the_stages_that_read_it_and_by_no_other(tmp_path
     assert changed(["conditioning_multidataset_sampling=combined"]) == (False, False)
     assert changed(conditioning=[{"type": "jpeg"}]) == (False, True)
     assert changed(write_batch_size=7) == (False, False)
-    assert changed(skip_file_discovery="metadata", crop_variants=None) == (False, False)
+    assert changed(skip_file_discovery="metadata", metadata_backend="json") == (False, False)
     assert changed(vae_cache_clear_each_epoch=True) == changed(crop_variants=4) == (False, True)
     assert changed(caption_encoding="cp1252") == (True, True)
     assert changed(probability=0.5) == (False, False)

@@ -68,6 +68,15 @@ def test_the_first_two_blocks_of_each_kontext_guide_make_a_project(language, tmp
     assert references.dataset_type == "conditioning" and references.caption_strategy is None
 
 
+def test_the_flux2_guides_main_block_is_accepted_with_a_warning_where_simpletuner_refuses_it(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "multidatabackend.json").write_bytes((GUIDES[0].parent / "flux2_pt_06.json").read_bytes())
+    project = open_project(tmp_path)
+    assert [(one.maximum_image_size, one.target_downsample_size) for one in project.targets] == [(1024, None)]
+    told = [one for one in project.warnings if "maximum_image_size" in one]
+    assert len(told) == 1 and told[0].endswith("images are scaled to their bucket at once")
+
+
 @pytest.mark.parametrize("number", ["00", "01", "02", "03", "04", "05"])
 def test_translations_of_the_kontext_guide_differ_in_comments_only(number):
     [first, *others] = [

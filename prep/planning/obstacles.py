@@ -1,4 +1,4 @@
-"""Why nothing would be trained on, how many images it concerns, and what to change: `why_blocked`.
+"""Why nothing would be trained on, how many images it concerns, and what to change: `why_empty`, `why_blocked`.
 
 A new kind of reject gets its remedy as an entry of `_REMEDIES`; without one its first example is quoted.
 """
@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from prep.frames import policy_of
 from prep.geometry import Size, Targets, aspects_for, framed
-from prep.matching import Manifest, Match
 from prep.places import place_of
+from prep.planning.matching import Manifest, Match
 from schemas.console import printable
 from schemas.datasets import DatasetConfig
 from schemas.project import Project
@@ -28,20 +28,26 @@ def trained(project: Project, dataset: DatasetConfig) -> bool:
     return dataset.dataset_type == "image" and dataset.id != project.trainer.eval_dataset_id
 
 
-def why_blocked(project: Project, manifests: Mapping[str, Manifest], matches: Sequence[Match]) -> str | None:
+def why_empty(project: Project, manifests: Mapping[str, Manifest], matches: Sequence[Match]) -> dict[str, str]:
+    """Return the sets of targets that have no pair at all, why, and the remedy.
+
+    One that waits for downloads, of its own or of its references, is left out: nothing is known of it.
+    """
+    reasons = {}
+    for pairs in matches:
+        name, asked = pairs.target.id, (pairs.target, *project.references_of(pairs.target))
+        if not pairs.count and not any(manifests[one.id].absent for one in asked):
+            told = _unpaired(project, pairs, manifests) if pairs.kept else _unkept(project, manifests[name])
+            reasons[name] = told
+    return reasons
+
+
+def why_blocked(project: Project, matches: Sequence[Match], empty: Mapping[str, str]) -> str | None:
     """Return why training would have no batch at all, and the remedy; None if it has some, or that is not known."""
-    own = [pairs for pairs in matches if trained(project, pairs.target)]
+    own = [pairs.target.id for pairs in matches if trained(project, pairs.target)]
     if not own:
         return _all_held_out(project)
-    asked = [manifests[one.id] for pairs in own for one in (pairs.target, *project.references_of(pairs.target))]
-    if any(pairs.count for pairs in own) or any(one.absent for one in asked):
-        return None
-    reasons = []
-    for pairs in own:
-        manifest = manifests[pairs.target.id]
-        told = _unpaired(project, pairs, manifests) if pairs.kept else _unkept(project, manifest)
-        reasons.append(f"{pairs.target.id}: {told}")
-    return "; ".join(reasons)
+    return None if set(own) - empty.keys() else "; ".join(f"{name}: {empty[name]}" for name in own)
 
 
 def _all_held_out(project: Project) -> str:

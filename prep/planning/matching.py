@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prep.pairs import ASPECT_TOLERANCE
+from prep.geometry import ASPECT_TOLERANCE
 from schemas.datasets import DatasetConfig
 from schemas.project import Project
 from schemas.recipes import recipe_text

@@ -8,11 +8,10 @@ from fractions import Fraction
 
 import pyarrow as pa
 
-from prep.matching import Match, Numbers
-from prep.planned import Bucket, Epoch
+from prep.planning.matching import Match, Numbers
+from schemas.planned import Bucket, Epoch
 from schemas.project import Project
-
-DEFAULT_STEPS = 1000  # of a run that is given neither steps nor epochs
+from schemas.trainer import DEFAULT_STEPS
 
 _SIDE = 1 << 20  # more than any picture's: two sides make one number
 
@@ -61,7 +60,7 @@ def _run(project: Project, batches: int) -> tuple[int, float, str]:
     if trainer.max_train_steps or not trainer.num_train_epochs:
         steps = trainer.max_train_steps or DEFAULT_STEPS
         epochs = steps * trainer.gradient_accumulation_steps / batches if batches else 0.0
-        return steps, round(epochs, 2), "max_train_steps" if trainer.max_train_steps else "neither option"
+        return steps, round(epochs, 2), "max_train_steps" if trainer.max_train_steps else "default"
     steps = max(1, batches * trainer.num_train_epochs // trainer.gradient_accumulation_steps) if batches else 0
     return steps, float(trainer.num_train_epochs), "num_train_epochs"
 

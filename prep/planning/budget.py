@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from families.checkpoints import here
 from prep.frames import name_of
 from prep.geometry import placed
-from prep.matching import BOX, Mask, Match, Numbers, Side, prompts_of
+from prep.planning.matching import BOX, Mask, Match, Numbers, Side, prompts_of
 from schemas.datasets import DatasetConfig
 from schemas.family import Width
 from schemas.keys import latent_key, pixels_key, seed_of, text_key

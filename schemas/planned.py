@@ -78,7 +78,7 @@ class Epoch:
     steps_per_epoch: float  # optimiser steps; an epoch may end inside one
     steps: int  # of the whole run
     epochs: float  # of the whole run
-    set_by: str  # the option that decides the two
+    set_by: str  # max_train_steps or num_train_epochs; default where neither is given
     buckets: tuple[Bucket, ...]  # most showings first
 
 
@@ -169,10 +169,11 @@ def _epoch_lines(summary: PlanSummary) -> Iterator[str]:
     epoch, size, about = summary.epoch, summary.train_batch_size, "" if summary.epoch.exact else "about "
     if not epoch.batches:
         return
-    yield (
-        f"an epoch: {about}{_many(epoch.showings, 'showing')} in {about}{epoch.batches:,} batches of up to {size}"
-        + (f"; {epoch.partial} not full, trained on too ({epoch.fill:.0%} of places filled)" if epoch.partial else "")
+    partial = (
+        f"; {epoch.partial:,} not full, trained on too, {epoch.fill:.1%} of places filled" if epoch.partial else ""
     )
+    told = f"an epoch: {about}{_many(epoch.showings, 'showing')} in {epoch.batches:,} batches of up to {size}{partial}"
+    yield from textwrap.wrap(told, _WIDTH, subsequent_indent="  ")
     yield f"  {'size, + references':36}{'showings':>10}{'batches':>10}{'last batch':>14}"
     for bucket in epoch.buckets[:_BUCKETS]:
         note = "  fewer than a batch" if bucket.showings < size else ""
@@ -185,8 +186,8 @@ def _epoch_lines(summary: PlanSummary) -> Iterator[str]:
             + (f", {few} of them with fewer than a batch" if few else "")
         )
     yield (
-        f"steps: {epoch.steps_per_epoch:g} per epoch (gradient_accumulation_steps "
-        f"{summary.gradient_accumulation_steps}); {epoch.steps:,} steps are {epoch.epochs:g} epochs ({epoch.set_by})"
+        f"steps: {epoch.steps_per_epoch:,} per epoch (gradient_accumulation_steps "
+        f"{summary.gradient_accumulation_steps}); {epoch.steps:,} steps are {epoch.epochs:,} epochs ({epoch.set_by})"
     )
 
 

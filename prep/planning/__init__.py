@@ -1,0 +1,1 @@
+"""The arithmetic of `prep plan`: pairing without hashes, bytes, batches, and what stands in the way."""
