@@ -10,6 +10,7 @@ from prep.listing import Listing
 from prep.measure import columns_of
 from prep.memory import Memory, escaped, is_broken
 from prep.reading import Texts
+from schemas.console import log, printable
 from schemas.datasets import DatasetConfig
 
 
@@ -42,6 +43,7 @@ def caption_all(
         sources.append(found.source)
         if found.reject is not None:
             rejects[row] = found.reject
+    _tell_broken(dataset, texts)
     schema = columns_of("captions", "caption_source")
     columns = [pa.array(_cleaned(made), schema.field(0).type), pa.array(sources, pa.string())]
     if any(kept):
@@ -53,6 +55,13 @@ def caption_all(
     return CaptionColumns(
         columns[0], columns[1], pa.array(sizes, mask=without), pa.array(mtimes, mask=without), rejects
     )
+
+
+def _tell_broken(dataset: DatasetConfig, texts: Texts) -> None:
+    """Warn of references' text files that are there but cannot be used: their pairs keep the targets' captions."""
+    broken = [found for found in texts.found.values() if isinstance(found, str)]
+    if broken and not dataset.is_target:
+        log.warning("%s: %d text files cannot be used, first: %s", dataset.id, len(broken), printable(broken[0]))
 
 
 def _caption(

@@ -31,15 +31,21 @@ def stubborn(ask: Callable[[], ResultT]) -> ResultT:
     raise AssertionError("the last attempt returns or raises")
 
 
-def fetch_all(system: Any, files: Sequence[str]) -> list[bytes | OSError]:
-    """Read files of an fsspec file system at once, those that fail up to three times; a fault stands in for them."""
+def fetch_all(
+    system: Any, files: Sequence[str], starts: Sequence[int] | None = None, ends: Sequence[int] | None = None
+) -> list[bytes | OSError]:
+    """Read files of an fsspec file system at once, or parts of them; a fault stands in for one that fails three times.
+
+    Parts run from `starts` to before `ends`, in bytes.
+    """
     got: list[bytes | OSError] = [OSError("not asked for")] * len(files)
     left = list(range(len(files)))
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_PAUSE_S * 2 ** (attempt - 1))
         # not `cat`, which takes [ ] * ? in names for patterns
-        answers = system.cat_ranges([files[place] for place in left], None, None, on_error="return")
+        asked = [[whole[place] for place in left] if whole is not None else None for whole in (files, starts, ends)]
+        answers = system.cat_ranges(*asked, on_error="return")
         got_now = dict(zip(left, answers, strict=True))
         for place, answer in got_now.items():
             got[place] = as_os_error(answer) if isinstance(answer, BaseException) else bytes(answer)

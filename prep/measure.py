@@ -16,13 +16,15 @@ import pyarrow as pa
 import xxhash
 
 from prep.captions import read_text
-from prep.headers import Header
+from prep.headers import Header, Read
+from prep.hub import Rows, open_rows, row_bytes, row_number
 from prep.images import HEAD_BYTES, TURNED, decode, jpeg_damage, looks, read_header
-from prep.places import Bucket, Downloads, Folder, Place, Rows, open_rows, read_bytes, read_many, row_bytes, row_number
+from prep.places import Bucket, Downloads, Folder, Place, read_bytes, read_many, read_parts
 from schemas.keys import content_id
 from schemas.rows import ImageRow, arrow_schema
 
 _PIECE = 256 << 10  # bytes hashed at a time: they stay in the cache of the core
+_PART = 64 << 10  # bytes of either end of a bucket's file
 _AT_ONCE = 64 << 20  # bytes of a bucket's files in memory at a time
 
 _LONGEST_TEXT = 1 << 20  # bytes of a text file that are read
@@ -198,8 +200,11 @@ def _facts(identity: str | None, size: int, mtime_ns: int, header: Header | str,
 
 
 def _in_bucket(place: Bucket, task: Task) -> Iterator[Facts]:
-    """Measure files of a bucket: whole where they are hashed, else what their headers need."""
+    """Measure files of a bucket: whole where they are hashed, else by what their headers need."""
     listed = list(zip(task.paths, task.stats, strict=True))
+    if not task.hashed:
+        yield from _by_parts(place, listed, task)
+        return
     first = 0
     while first < len(listed):
         last, size = first + 1, listed[first][1][0]
@@ -210,6 +215,37 @@ def _in_bucket(place: Bucket, task: Task) -> Iterator[Facts]:
         for (_, (_, mtime_ns)), data in zip(some, read_many(place, [path for path, _ in some]), strict=True):
             yield Facts(fault=_told(data)) if isinstance(data, OSError) else _bytes(data, mtime_ns, task)
         first = last
+
+
+def _by_parts(place: Bucket, listed: Sequence[tuple[str, tuple[int, int]]], task: Task) -> Iterator[Facts]:
+    """Measure files of a bucket by their first and last bytes, and whatever else a header asks for."""
+    heads = read_parts(place, [(path, 0, min(size, _PART)) for path, (size, _) in listed])
+    tails = read_parts(place, [(path, max(0, size - _PART), size) for path, (size, _) in listed])
+    for (path, (size, mtime_ns)), head, tail in zip(listed, heads, tails, strict=True):
+        if isinstance(head, OSError) or isinstance(tail, OSError):
+            yield Facts(fault=_told(head if isinstance(head, OSError) else tail))  # type: ignore[arg-type]
+            continue
+        try:
+            header = read_header(head[:HEAD_BYTES], size, _window(place, path, head, tail, size))
+            yield _facts(None, size, mtime_ns, header, task)
+        except OSError as fault:
+            yield Facts(fault=_told(fault))
+
+
+def _window(place: Bucket, path: str, head: bytes, tail: bytes, size: int) -> Read:
+    """Return a reader of a file of which both ends are here already."""
+
+    def read(offset: int, length: int) -> bytes:
+        if offset + length <= len(head) or offset >= size:
+            return head[offset : offset + length]
+        if offset >= size - len(tail):
+            return tail[offset - (size - len(tail)) :][:length]
+        [part] = read_parts(place, [(path, offset, min(size, offset + length))])
+        if isinstance(part, OSError):
+            raise part
+        return part
+
+    return read
 
 
 def _row(place: Rows, path: str, listed: tuple[int, int], task: Task) -> Facts:

@@ -9,19 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from prep.fetch import fetch_all, masked
-from prep.hub import Rows as Rows  # measure and reading find them here
-from prep.hub import is_saved
-from prep.hub import open_rows as open_rows
-from prep.hub import row_bytes as row_bytes
-from prep.hub import row_number as row_number
-from schemas.datasets import DatasetConfig
+from prep.hub import Rows, is_saved, open_rows, row_bytes, row_number
 from schemas.errors import UserError
 from schemas.keys import canonical
 from schemas.paths import resolved
-from schemas.project import Project
+
+if TYPE_CHECKING:  # workers of the pool start in half the time without what checks options
+    from schemas.datasets import DatasetConfig
+    from schemas.project import Project
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +65,7 @@ class Bucket:
 Place: TypeAlias = Folder | Downloads | Bucket | Rows
 
 
-def place_of(project: Project, dataset: DatasetConfig) -> Place:
+def place_of(project: "Project", dataset: "DatasetConfig") -> Place:
     """Return where a dataset's images are."""
     if dataset.type == "csv":
         assert dataset.csv_file is not None, "checked when the project was loaded"
@@ -78,7 +76,7 @@ def place_of(project: Project, dataset: DatasetConfig) -> Place:
     return Bucket(url, _bucket_options(url, dataset)) if url is not None else Folder(str(project.folder_of(dataset)))
 
 
-def _rows(project: Project, dataset: DatasetConfig) -> Rows:
+def _rows(project: "Project", dataset: "DatasetConfig") -> Rows:
     table = dataset.huggingface
     assert dataset.dataset_name is not None, "checked when the project was loaded"
     here = resolved(project.root, dataset.dataset_name)
@@ -94,7 +92,7 @@ def _rows(project: Project, dataset: DatasetConfig) -> Rows:
     )
 
 
-def _bucket_options(url: str, dataset: DatasetConfig) -> str:
+def _bucket_options(url: str, dataset: "DatasetConfig") -> str:
     """Spell what fsspec needs to know besides the URL; only S3 needs anything."""
     if not url.startswith(("s3:", "s3a:")):
         return "{}"
@@ -139,6 +137,13 @@ def read_many(place: Bucket, paths: Sequence[str]) -> list[bytes | OSError]:
     """Read several files of a bucket at once; a fault stands in for a file that cannot be read."""
     system, root = open_bucket(place)
     return fetch_all(system, [f"{root}/{path}" for path in paths])
+
+
+def read_parts(place: Bucket, parts: Sequence[tuple[str, int, int]]) -> list[bytes | OSError]:
+    """Read parts of several files of a bucket at once: of each (path, start, end)."""
+    system, root = open_bucket(place)
+    starts, ends = [start for _, start, _ in parts], [end for _, _, end in parts]
+    return fetch_all(system, [f"{root}/{path}" for path, _, _ in parts], starts, ends)
 
 
 @lru_cache(maxsize=16)

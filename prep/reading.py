@@ -13,16 +13,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prep.captions import beside
+from prep.hub import Rows
 from prep.listing import Listing
 from prep.measure import UNKNOWN, Facts, Look, Measured, Sight, Task, as_batch, examine, measure
 from prep.memory import Memory, gathered, is_broken
-from prep.places import Bucket, Place, Rows
+from prep.places import Bucket, Place
 from prep.pool import Crash, Crew, each
 from schemas.console import progress
 from schemas.datasets import DatasetConfig
 
 EXAMINE_LIMIT_S = 60.0  # for decoding one file
 _MEASURE_LIMIT_S = 60.0  # for the headers of one task, then of each of its files
+
+_FAR_LIMIT_S = 900.0  # the same where every file is fetched
 
 _CHUNK = 1024  # files per task of the pool
 _FAR_CHUNK = 64  # the same where every file is fetched
@@ -77,7 +80,7 @@ def read_new(
     captions: list[list[str] | str] = []
     stats: list[tuple[int, int]] = []
     with progress(f"scan {dataset.id}", len(paths), "image", done=len(paths) - len(unread)) as bar:
-        for measured in _measured(tasks, wanted.crew):
+        for measured in _measured(tasks, wanted.crew, place):
             batches.append(measured.facts)
             captions += measured.captions
             stats += measured.text_stats
@@ -89,14 +92,16 @@ def read_new(
 
 
 def _told(listing: Listing, new: Sequence[int], *, hashed: bool) -> dict[int, Facts]:
-    """Return, by row, what is known of new images without opening them: faults, and sizes that a table gives."""
+    """Return, by row, what is known of new images without opening them: faults, sizes of a table, unwanted ones."""
     told: dict[int, Facts] = {}
-    if not listing.faults and (hashed or not listing.measured):
+    if not listing.faults and not listing.rejects and (hashed or not listing.measured):
         return told
     for row in new:
         path = listing.paths[row]
         if path in listing.faults:
             told[row] = Facts(fault=listing.faults[path])
+        elif path in listing.rejects:
+            told[row] = Facts()
         elif not hashed and path in listing.measured:
             width, height = listing.measured[path]
             told[row] = Facts(None, max(0, listing.sizes[row]), listing.mtimes[row], width, height)
@@ -108,12 +113,14 @@ def _pieces(rows: list[int], size: int) -> Iterator[list[int]]:
         yield rows[first : first + size]
 
 
-def _measured(tasks: list[Task], crew: Crew) -> Iterator[Measured]:
+def _measured(tasks: list[Task], crew: Crew, place: Place) -> Iterator[Measured]:
     """Measure on the pool; the files of a task whose worker died are tried one by one."""
-    if len(tasks) == 1 or crew.workers == 1:
+    streamed = isinstance(place, Rows) and place.streaming  # from front to back, by one reader
+    if streamed or len(tasks) == 1 or crew.workers == 1:
         yield from map(measure, tasks)
         return
-    for task, answer in crew.each(measure, tasks, _MEASURE_LIMIT_S):
+    limit_s = _FAR_LIMIT_S if isinstance(place, Bucket | Rows) else _MEASURE_LIMIT_S
+    for task, answer in crew.each(measure, tasks, limit_s):
         if not isinstance(answer, Crash):
             yield answer
             continue
@@ -122,7 +129,7 @@ def _measured(tasks: list[Task], crew: Crew) -> Iterator[Measured]:
             for row, path in enumerate(task.paths)
         ]
         single += [replace(task, paths=(), stats=(), texts=[text]) for text in task.texts]
-        for one, alone in each(measure, single, crew.workers, _MEASURE_LIMIT_S):
+        for one, alone in each(measure, single, crew.workers, limit_s):
             yield _given_up(one, alone) if isinstance(alone, Crash) else alone
 
 

@@ -99,7 +99,7 @@ def scan_dataset(run: _Run, dataset: DatasetConfig) -> tuple[DatasetScan, pa.Tab
     known_table = known_rows(manifest, before, source)
     stats = known_table is not None
     many = None if stats else run.crew.summon
-    listing = list_images(project, dataset, Asked(captioner.reads_text, stats, run.dry_run, many))
+    listing = list_images(project, dataset, Asked(captioner.reads_text, stats, run.dry_run, many, run.limit))
     cut = run.limit if run.limit is not None and run.limit < len(listing.paths) else None
     if cut is not None:
         listing.cut(cut)

@@ -34,6 +34,8 @@ _NESTED: Mapping[str, type[Options]] = {
     "image_policy": datasets.ImagePolicy,
 }
 
+_SECRETS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+
 _SHOWN = 60  # characters of a faulty value
 
 # What pydantic's kinds of errors are called here; others keep its words.
@@ -207,6 +209,8 @@ def _nearest(key: str, known: Iterable[str]) -> str | None:
 def _fault(file: str, prefix: str, detail: dict[str, Any]) -> Fault:
     """Put one pydantic error into our words."""
     place, kind, value = tuple(detail["loc"]), detail["type"], shown(detail["input"])
+    if any(part in _SECRETS for part in place):
+        value = "(not shown)"
     key = prefix + _key_path(place)
     context = detail.get("ctx", {})
     if kind == "missing":

@@ -132,7 +132,11 @@ class HuggingFace(Options):
     split: Text = option("train", "split", stages="scan")
     revision: str | None = option(None, "branch, tag or commit of a hub dataset", stages="scan")
     data_files: Texts = option((), "files or patterns inside it; empty takes all", stages="scan")
-    streaming: bool = option(False, "scan without downloading the whole; prep cache downloads it", stages="scan")
+    streaming: bool = option(
+        False,
+        "scan without downloading the whole; prep cache, --verify and what decodes images download it",
+        stages="scan",
+    )
     cache_dir: str | None = option(None, "where `datasets` keeps downloads; null is its own place", stages="")
     num_proc: int | None = option(None, "processes that prepare a download", stages="", ge=1)
     image_column: Text = option("image", "image column", stages="scan")
@@ -242,9 +246,9 @@ class DatasetConfig(Options):
     aws_data_prefix: str | None = option(None, "`type: aws`: folder in the bucket", stages="scan")
     aws_endpoint_url: str | None = option(None, f"{_URL_KEYS}: of a service that is not Amazon's", stages="scan")
     aws_region_name: str | None = option(None, f"{_URL_KEYS}: region", stages="")
-    aws_access_key_id: str | None = option(None, f"{_URL_KEYS}: null asks the environment", stages="")
-    aws_secret_access_key: str | None = option(None, f"{_URL_KEYS}: null asks the environment", stages="")
-    aws_session_token: str | None = option(None, f"{_URL_KEYS}: null asks the environment", stages="")
+    aws_access_key_id: str | None = option(None, f"{_URL_KEYS}: null asks the environment", stages="", repr=False)
+    aws_secret_access_key: str | None = option(None, f"{_URL_KEYS}: null asks the environment", stages="", repr=False)
+    aws_session_token: str | None = option(None, f"{_URL_KEYS}: null asks the environment", stages="", repr=False)
     aws_max_pool_connections: int = option(128, f"{_URL_KEYS}: connections at once", stages="", ge=1)
     metadata_backend: Literal["discovery", "json", "filesystem", "parquet", "huggingface"] = option(
         "discovery",

@@ -87,7 +87,7 @@ def test_generated_documents_are_current() -> None:
     [
         TrainerConfig, DatasetConfig, Generator, HuggingFace, CompositeImage, FilterFunc, MetadataTable, AspectBucket,
         CaptionShuffle, ImagePolicy, *RECIPES.values(),
-    ],  # fmt: skip
+    ],
 )
 def test_every_option_is_documented_and_either_acted_on_or_said_to_have_no_effect(model: type[BaseModel]) -> None:
     source = "\n".join(path.read_text() for package in PACKAGES for path in (ROOT / package).glob("*.py"))
