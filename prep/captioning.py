@@ -1,5 +1,9 @@
-"""The captions of a whole dataset as columns; `caption_all` is the way in."""
+"""The captions of a whole dataset as columns: those known, those of text files just read, those of tables and names.
 
+`caption_batch` turns what a few text files say into columns as soon as it is read, `caption_all` puts all in order.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,93 +11,103 @@ import pyarrow as pa
 
 from prep.captions import Captioner, Captions, beside
 from prep.listing import Listing
-from prep.measure import columns_of
-from prep.memory import Memory, escaped, is_broken
-from prep.reading import Texts
+from prep.memory import Memory, Numbers, escaped, is_broken, taken
 from schemas.console import log, printable
-from schemas.datasets import DatasetConfig
+
+_PIECE = 1 << 16  # images captioned at a time
+
+_COLUMNS = pa.schema(
+    [
+        pa.field("captions", pa.list_(pa.field("item", pa.string(), False)), False),
+        pa.field("caption_source", pa.string()),
+        pa.field("caption_size_bytes", pa.int64()),
+        pa.field("caption_mtime_ns", pa.int64()),
+        pa.field("reject", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
-class CaptionColumns:
-    """The captions of all images, as columns."""
+class Texts:
+    """Captions of text files that were read."""
 
-    texts: pa.Array
-    source: pa.Array
-    sizes: pa.Array  # of the text files
-    mtimes: pa.Array
-    rejects: dict[int, str]
+    rows: Numbers  # of their images
+    columns: pa.Table
 
 
-def caption_all(
-    dataset: DatasetConfig, captioner: Captioner, listing: Listing, memory: Memory, texts: Texts
-) -> CaptionColumns:
-    """Caption all images; those whose text file is unchanged keep what they have."""
-    made: list[list[str] | None] = []
-    sources: list[str | None] = []
-    rejects: dict[int, str] = {}
-    kept = memory.same_text.tolist() if captioner.reads_text else [False] * len(listing.paths)
-    for row, path in enumerate(listing.paths):
-        if kept[row]:
-            made.append(None)
-            sources.append(None)
-            continue
-        found = _caption(dataset, captioner, listing, path, texts.found.get(row))
-        made.append(found.texts)
-        sources.append(found.source)
-        if found.reject is not None:
-            rejects[row] = found.reject
-    _tell_broken(dataset, texts)
-    schema = columns_of("captions", "caption_source")
-    columns = [pa.array(_cleaned(made), schema.field(0).type), pa.array(sources, pa.string())]
-    if any(kept):
-        columns = [_overlaid(column, memory, name) for column, name in zip(columns, schema.names, strict=True)]
-    sizes, mtimes = (np.frombuffer(numbers, np.int64).copy() for numbers in (listing.text_sizes, listing.text_mtimes))
-    for row, (size, mtime_ns) in texts.stats.items():
-        sizes[row], mtimes[row] = size, mtime_ns
-    without = sizes < 0
-    return CaptionColumns(
-        columns[0], columns[1], pa.array(sizes, mask=without), pa.array(mtimes, mask=without), rejects
+def caption_batch(
+    captioner: Captioner, found: Iterable[list[str] | str], stats: Sequence[tuple[int, int]] = ()
+) -> pa.RecordBatch:
+    """Turn what text files say, or why they say nothing, into columns; `stats` are their sizes and times."""
+    return _columns([captioner.of_found(one, "textfile") for one in found], stats)
+
+
+def _columns(captions: Sequence[Captions], stats: Sequence[tuple[int, int]]) -> pa.RecordBatch:
+    known = [(size, mtime_ns) if size >= 0 else (None, None) for size, mtime_ns in stats] or [(None, None)] * len(
+        captions
+    )
+    columns = [
+        [_spelled(one.texts) for one in captions],
+        [one.source for one in captions],
+        [size for size, _ in known],
+        [mtime_ns for _, mtime_ns in known],
+        [one.reject for one in captions],
+    ]
+    return pa.record_batch(
+        [pa.array(column, field.type) for column, field in zip(columns, _COLUMNS, strict=True)], _COLUMNS
     )
 
 
-def _tell_broken(dataset: DatasetConfig, texts: Texts) -> None:
-    """Warn of references' text files that are there but cannot be used: their pairs keep the targets' captions."""
-    broken = [found for found in texts.found.values() if isinstance(found, str)]
-    if broken and not dataset.is_target:
-        log.warning("%s: %d text files cannot be used, first: %s", dataset.id, len(broken), printable(broken[0]))
-
-
-def _caption(
-    dataset: DatasetConfig, captioner: Captioner, listing: Listing, path: str, read: list[str] | str | None
-) -> Captions:
-    """Caption one image by what its text file or a table says, or by its name."""
-    if captioner.reads_text:
-        return captioner.of_found(
-            read if read is not None else f"no caption: {_named(beside(path))} is missing", "textfile"
-        )
-    table = dataset.caption_strategy
-    if table in ("parquet", "csv", "huggingface") and not dataset.only_instance_prompt:
-        return captioner.of_found(listing.captions.get(path, f"no caption: {table} has none"), table)
-    return captioner.of_path(path)
-
-
-def _named(path: str) -> str:
-    return escaped(path.rpartition("/")[2])
-
-
-def _cleaned(captions: list[list[str] | None]) -> list[list[str] | None]:
+def _spelled(texts: list[str]) -> list[str]:
     """Replace what is no character, which a file name may hold."""
-    return [
-        [text if text.isascii() or not is_broken(text) else escaped(text) for text in texts] if texts else texts
-        for texts in captions
-    ]
+    return [text if text.isascii() or not is_broken(text) else escaped(text) for text in texts]
 
 
-def _overlaid(column: pa.Array, memory: Memory, name: str) -> pa.Array:
-    """Put in the values of the last manifest where the text file is unchanged."""
-    assert memory.table is not None, "something is unchanged"
-    known = memory.table[name].combine_chunks()
-    both = pa.concat_arrays([known.cast(column.type), column])
-    order = np.where(memory.same_text, memory.at, len(known) + np.arange(len(column)))
-    return both.take(pa.array(order))
+def caption_all(captioner: Captioner, listing: Listing, memory: Memory, texts: Texts) -> pa.Table:
+    """Caption all images; those whose text file is unchanged keep what they have.
+
+    The table has the manifest's columns of captions, and `reject` where there is none.
+    """
+    count = len(listing.paths)
+    known = memory.same_text if captioner.reads_text else np.zeros(count, np.bool_)
+    parts, order, rows = [texts.columns], np.zeros(count, np.int64), texts.columns.num_rows
+    order[texts.rows] = np.arange(rows)
+    if known.any():
+        assert memory.table is not None, "something is known"
+        old = memory.table.select(_COLUMNS.names[:-1])
+        parts.append(old.append_column(_COLUMNS.field("reject"), pa.nulls(old.num_rows, pa.string())).cast(_COLUMNS))
+        order[known] = rows + memory.at[known]
+        rows += old.num_rows
+    others = ~known
+    others[texts.rows] = False
+    batches = list(_others(captioner, listing, np.flatnonzero(others)))
+    order[others] = rows + np.arange(int(others.sum()))
+    parts.append(pa.Table.from_batches(batches, _COLUMNS))
+    return taken(pa.concat_tables(parts), order)
+
+
+def _others(captioner: Captioner, listing: Listing, rows: Numbers) -> Iterator[pa.RecordBatch]:
+    """Caption images by a table, their name, the configuration; or say that their text file is missing."""
+    table = captioner.dataset.caption_strategy
+    tabled = table in ("parquet", "csv", "huggingface") and not captioner.dataset.only_instance_prompt
+    for first in range(0, len(rows), _PIECE):
+        captions: list[Captions] = []
+        for row in rows[first : first + _PIECE].tolist():
+            path = listing.paths[row]
+            if captioner.reads_text:
+                name = escaped(beside(path).rpartition("/")[2])
+                captions.append(captioner.of_found(f"no caption: {name} is missing", "textfile"))
+            elif tabled:
+                captions.append(
+                    captioner.of_found(listing.captions.get(path, f"no caption: {table} has none"), str(table))
+                )
+            else:
+                captions.append(captioner.of_path(path))
+        yield _columns(captions, ())
+
+
+def tell_broken(dataset_id: str, found: Iterable[list[str] | str]) -> None:
+    """Warn of references' text files that are there but cannot be used: their pairs keep the targets' captions."""
+    broken = [one for one in found if isinstance(one, str)]
+    if broken:
+        log.warning("%s: %d text files cannot be used, first: %s", dataset_id, len(broken), printable(broken[0]))

@@ -3,6 +3,7 @@
 Stages are imported inside their commands, so that `prep --help` answers at once.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -146,6 +147,7 @@ def report_page(
 
 def main() -> None:
     """Run the command line."""
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # others keep what a large scan lets go
     app(prog_name="prep")
 
 

@@ -6,6 +6,7 @@ number of workers never show.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,8 @@ from schemas.datasets import DatasetConfig
 from schemas.project import Project
 from schemas.rows import Geometry
 
+Integers: TypeAlias = npt.NDArray[np.int64]
+
 _COLUMNS = (
     "target_width", "target_height", "intermediary_width", "intermediary_height", "crop_top", "crop_left",
 )  # fmt: skip
@@ -36,7 +39,7 @@ _DEEP_MODES = ("I", "F")  # Pillow's modes of 32 bits; 16-bit ones begin with I;
 class Frames:
     """The geometry of every image; that of unusable ones is masked."""
 
-    numbers: npt.NDArray[np.int64]  # images × 6, in the order of `Geometry`
+    numbers: npt.NDArray[np.int32]  # images × 6, in the order of `Geometry`
     usable: npt.NDArray[np.bool_]
     rejects: dict[int, str]
     collisions: dict[str, list[str]]  # bucket -> target sizes that some of its images would have had
@@ -51,9 +54,9 @@ class Frames:
         """Return the columns of a manifest."""
         masked = ~self.usable
         columns = {name: pa.array(self.numbers[:, place], mask=masked) for place, name in enumerate(_COLUMNS)}
-        sizes, which = np.unique(self.numbers[:, :2], axis=0, return_inverse=True)
-        named = pa.array([f"{width}x{height}" for width, height in sizes.tolist()], pa.string())
-        bucket = pa.DictionaryArray.from_arrays(pa.array(which.reshape(-1).astype(np.int32), mask=masked), named)
+        sizes, which = np.unique(self.numbers[:, 0].astype(np.int64) << 32 | self.numbers[:, 1], return_inverse=True)
+        named = pa.array([f"{size >> 32}x{size & 0xFFFFFFFF}" for size in sizes.tolist()], pa.string())
+        bucket = pa.DictionaryArray.from_arrays(pa.array(which.astype(np.int32), mask=masked), named)
         return {"bucket": bucket.cast(pa.string()), **columns}
 
 
@@ -94,17 +97,18 @@ def frame_all(
     good = np.array(facts["fault"].is_null().to_numpy() & (widths > 0) & (heights > 0))
     good[list(rejects)] = False
     rows, policy, told = np.flatnonzero(good), policy_of(project, dataset), set(targets.others)
-    sizes, which = np.unique(np.stack([widths[rows], heights[rows]], 1), axis=0, return_inverse=True)
-    choices = [_choices((int(width), int(height)), dataset, policy) for width, height in sizes]
-    aspects = _aspects(project, dataset, [names[row] for row in rows.tolist()], choices, which.reshape(-1))
-    kinds, first, kind = np.unique(np.stack([which.reshape(-1), aspects], 1), axis=0, return_index=True,
-                                   return_inverse=True)  # fmt: skip
+    sizes, first, which = np.unique(
+        widths[rows].astype(np.int64) << 32 | heights[rows], return_index=True, return_inverse=True
+    )
+    shapes = [(size >> 32, size & 0xFFFFFFFF) for size in sizes.tolist()]
+    choices = [_choices(shape, dataset, policy) for shape in shapes]
+    kinds, first, kind = _kinds(project, dataset, names, choices, (rows, first, which))
     made: list[Geometry | str] = [""] * len(kinds)
     for place in np.argsort(first).tolist():  # buckets fill up in the order of paths
-        choice = choices[int(kinds[place][0])]
-        size = (int(sizes[int(kinds[place][0])][0]), int(sizes[int(kinds[place][0])][1]))
-        made[place] = choice if isinstance(choice, str) else framed(size, policy, targets, float(kinds[place][1]))
-    frames = _spread(made, kind.reshape(-1), rows, len(names), rejects)
+        size, aspect = kinds[place]
+        choice = choices[size]
+        made[place] = choice if isinstance(choice, str) else framed(shapes[size], policy, targets, aspect)
+    frames = _spread(made, kind, rows, len(names), rejects)
     _place(project, dataset, policy, names, facts, frames)
     collisions = {f"{aspect:g}": [f"{width}x{height}" for width, height in sorted(others | {targets.sizes[aspect]})]
                   for aspect, others in sorted(targets.others.items()) if aspect not in told}  # fmt: skip
@@ -116,22 +120,32 @@ def _choices(size: tuple[int, int], dataset: DatasetConfig, policy: Policy) -> S
     return _too_small(size, dataset, policy) or aspects_for(size, policy)
 
 
-def _aspects(
+def _kinds(
     project: Project,
     dataset: DatasetConfig,
     names: Sequence[str],
     choices: Sequence[Sequence[tuple[float, float]] | str],
-    which: npt.NDArray[np.int64],
-) -> npt.NDArray[np.float64]:
-    """Return every image's aspect, drawn where there are several; 0 for those that are not used."""
-    single = np.array([0.0 if isinstance(choice, str) else choice[0][0] for choice in choices])
+    images: tuple[Integers, Integers, Integers],
+) -> tuple[list[tuple[int, float]], Integers, Integers]:
+    """Return every (size, aspect) there is, the first image of each, and which of them each image is.
+
+    `images` are their rows, the first image of each size, and which size each image has. Aspects are drawn where a
+    size has several.
+    """
+    rows, first, which = images
+    single = [0.0 if isinstance(choice, str) else choice[0][0] for choice in choices]
     several = np.array([not isinstance(choice, str) and len(choice) > 1 for choice in choices], np.bool_)
-    aspects = single[which] if len(choices) else np.zeros(0)
-    for place in np.flatnonzero(several[which]).tolist() if len(choices) else ():
+    if not several.any():
+        return list(enumerate(single)), first, which
+    aspects = np.array(single)[which]
+    for place in np.flatnonzero(several[which]).tolist():
         choice = choices[which[place]]
         assert not isinstance(choice, str), "several are never a reason"
-        aspects[place] = drawn_aspect(choice, name_of(project, dataset, names[place]))
-    return aspects
+        aspects[place] = drawn_aspect(choice, name_of(project, dataset, names[rows[place]]))
+    distinct, aspect = np.unique(aspects, return_inverse=True)
+    keys, first, kind = np.unique(which * len(distinct) + aspect, return_index=True, return_inverse=True)
+    found = [(key // len(distinct), distinct[key % len(distinct)].item()) for key in keys.tolist()]
+    return found, first, kind
 
 
 def _spread(
@@ -142,10 +156,12 @@ def _spread(
     rejects: dict[int, str],
 ) -> Frames:
     """Give every image the geometry of its kind."""
-    numbers, usable = np.zeros((count, 6), np.int64), np.zeros(count, np.bool_)
+    numbers, usable = np.zeros((count, 6), np.int32, order="F"), np.zeros(count, np.bool_)
     if len(rows):
         fits = np.array([isinstance(one, Geometry) for one in made], np.bool_)
-        numbers[rows] = np.array([one.as_key() if isinstance(one, Geometry) else (0,) * 6 for one in made])[kind]
+        by_kind = np.array([one.as_key() if isinstance(one, Geometry) else (0,) * 6 for one in made], np.int32)
+        for place in range(6):  # one after the other: each is as long as the dataset
+            numbers[rows, place] = by_kind[kind, place]
         usable[rows] = fits[kind]
         for row, place in zip(rows[~fits[kind]].tolist(), kind[~fits[kind]].tolist(), strict=True):
             rejects[row] = str(made[place])
@@ -164,8 +180,8 @@ def _place(
         return
     room = np.flatnonzero(frames.usable & (numbers[:, :2] != numbers[:, 2:4]).any(1))
     if policy.crop_style == "random":
-        draws = crop_draws(name_of(project, dataset, ""), [names[row] for row in room.tolist()])
-        numbers[room, 4], numbers[room, 5] = random_places(np.array(draws, np.int64), numbers[room])
+        draws = crop_draws(name_of(project, dataset, ""), (names[row] for row in room.tolist()), len(room))
+        numbers[room, 4], numbers[room, 5] = random_places(draws, numbers[room].astype(np.int64))
         return
     faces = facts["face"].to_pylist()
     for row in room.tolist():

@@ -5,7 +5,7 @@ The arithmetic equals SimpleTuner's for the settings supported here, so that the
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
@@ -164,9 +164,9 @@ def placed(
     return fitted
 
 
-def crop_draws(name: tuple[object, ...], paths: Sequence[str], variant: int = 0) -> list[int]:
+def crop_draws(name: tuple[object, ...], paths: Iterable[str], count: int, variant: int = 0) -> Integers:
     """Draw the 63 bits that decide where a random crop lies, for each path in place of the last part of `name`."""
-    return seeds_of(name[:-1], paths, ("crop", variant))
+    return np.fromiter(seeds_of(name[:-1], paths, ("crop", variant)), np.int64, count)
 
 
 def random_places(draws: Integers, numbers: Integers) -> tuple[Integers, Integers]:

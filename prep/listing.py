@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from prep.captions import beside, texts_of
@@ -51,6 +53,11 @@ class Listing:
     ignored: int = 0  # files that are neither images nor captions
     unreadable: list[str] = field(default_factory=list)  # folders
 
+    def add_unasked(self, path: str, *, text: bool) -> None:
+        """Take in one image of which only the name is known, and whether there is a text file beside it."""
+        self.paths.append(path)
+        self.text_sizes.append(0 if text else -1)
+
     def add(self, path: str, listed: tuple[int, int], text: tuple[int, int] | None = None) -> None:
         """Take in one image."""
         self.paths.append(path)
@@ -58,6 +65,13 @@ class Listing:
         self.mtimes.append(listed[1])
         self.text_sizes.append(text[0] if text is not None else -1)
         self.text_mtimes.append(text[1] if text is not None else -1)
+
+    def of(self, name: str) -> npt.NDArray[np.int64]:
+        """Return one of the sequences of numbers, to compute with; zeros of what was not asked for."""
+        numbers = getattr(self, name)
+        return (
+            np.frombuffer(numbers, np.int64) if len(numbers) == len(self.paths) else np.zeros(len(self.paths), np.int64)
+        )
 
     def cut(self, limit: int) -> None:
         """Keep the first `limit` images."""

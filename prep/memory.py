@@ -22,6 +22,14 @@ from schemas.tables import Provenance, read_columns
 
 CONTENT_APART_FROM = ("mtime_ns", "caption_mtime_ns")  # a file that was only touched is the same
 
+# What comparing needs of a manifest.
+COMPARED = (
+    "path", "image_id", "size_bytes", "mtime_ns", "width", "format", "fault", "caption_source", "caption_size_bytes",
+    "caption_mtime_ns",
+)  # fmt: skip
+
+_UNSEEN = columns_of("phash", "face", "examined")  # what only pixels show
+
 Numbers: TypeAlias = npt.NDArray[np.int64]
 
 
@@ -29,7 +37,7 @@ Numbers: TypeAlias = npt.NDArray[np.int64]
 class Memory:
     """What the last manifest knows of the images that are listed now."""
 
-    table: pa.Table | None
+    table: pa.Table | None  # of the columns that comparing needs, or all
     at: Numbers  # row of the table for every image, -1 where it has none
     same_image: npt.NDArray[np.bool_]  # the file has the size and time of then
     same_text: npt.NDArray[np.bool_]  # the same of its text file, and captions were made as they are now
@@ -41,18 +49,25 @@ def recall(known: pa.Table | None, listing: Listing, *, hashed: bool, captioned_
     nothing = np.zeros(count, np.bool_)
     if known is None or count == 0 or known.num_rows == 0:
         return Memory(known if count else None, np.full(count, -1, np.int64), nothing, nothing.copy())
-    at = pc.index_in(pa.array(spelled(listing.paths)), known["path"].combine_chunks())
-    at = pc.fill_null(at, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-    sizes, mtimes = np.frombuffer(listing.sizes, np.int64), np.frombuffer(listing.mtimes, np.int64)
+    at = _places(pa.array(spelled(listing.paths)), known["path"].combine_chunks())
+    sizes, mtimes = listing.of("sizes"), listing.of("mtimes")
     settled = _settled(known, hashed=hashed)
     there = at >= 0
     same = there & settled[at] & (mtimes == numbers_of(known, "mtime_ns")[at])
     same &= (sizes == numbers_of(known, "size_bytes")[at]) | ((sizes < 0) & (mtimes > 0))
-    text_sizes, text_mtimes = np.frombuffer(listing.text_sizes, np.int64), np.frombuffer(listing.text_mtimes, np.int64)
+    text_sizes, text_mtimes = listing.of("text_sizes"), listing.of("text_mtimes")
     text = there & (text_sizes >= 0) & captioned_alike & known["caption_source"].is_valid().to_numpy()[at]
     text &= text_sizes == numbers_of(known, "caption_size_bytes")[at]
     text &= text_mtimes == numbers_of(known, "caption_mtime_ns")[at]
     return Memory(known, at, same, text)
+
+
+def _places(names: pa.Array, known: pa.Array) -> Numbers:
+    """Return where each name stands among those known, -1 where it does not."""
+    if names.equals(known):
+        return np.arange(len(names))
+    found = pc.fill_null(pc.index_in(names, known), -1)
+    return np.asarray(found.to_numpy(zero_copy_only=False).astype(np.int64))
 
 
 def _settled(known: pa.Table, *, hashed: bool) -> npt.NDArray[np.bool_]:
@@ -60,7 +75,9 @@ def _settled(known: pa.Table, *, hashed: bool) -> npt.NDArray[np.bool_]:
     identified = known["image_id"].is_valid().to_numpy()
     if hashed:
         return np.asarray(identified, np.bool_)
-    return np.asarray(identified | (known["width"].is_valid().to_numpy() & known["fault"].is_null().to_numpy()))
+    measured = known["width"].is_valid().to_numpy() & known["fault"].is_null().to_numpy()
+    # Of a table's sizes there is no format: they are asked for again.
+    return np.asarray(identified | (measured & known["format"].is_valid().to_numpy()))
 
 
 def numbers_of(table: pa.Table, column: str) -> Numbers:
@@ -88,34 +105,43 @@ def escaped(path: str) -> str:
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def known_rows(manifest: Path, before: Provenance | None, source: str) -> pa.Table | None:
+def known_rows(
+    manifest: Path, before: Provenance | None, source: str, columns: Sequence[str] | None = None
+) -> pa.Table | None:
     """Return the rows of the last scan; none if there was none, or of another place, or it is damaged."""
-    if not manifest.exists():
-        return None
-    if before is not None and before.source != source:
+    if not manifest.exists() or (before is not None and before.source != source):
         return None
     try:
-        return read_columns(manifest, ImageRow)
+        return read_columns(manifest, ImageRow, columns)
     except UserError as fault:
         log.warning("%s; scanning everything", fault)
         return None
 
 
-def gathered(memory: Memory, rows: list[int], new: pa.Table) -> pa.Table:
+def gathered(memory: Memory, rows: Numbers, new: pa.Table) -> pa.Table:
     """Put the facts of all images in order: those known, those of `rows`, and none for what is left."""
-    names = [*facts_schema().names, "phash", "face", "examined"]
-    unseen = pa.table(
-        {"phash": pa.nulls(new.num_rows, pa.string()), "face": [[]] * new.num_rows,
-         "examined": pa.nulls(new.num_rows, pa.string())},
-        schema=columns_of("phash", "face", "examined"),
-    )  # fmt: skip
-    for name in unseen.column_names:
-        new = new.append_column(unseen.schema.field(name), unseen[name])
+    names = [*facts_schema().names, *_UNSEEN.names]
+    for field in _UNSEEN:
+        new = new.append_column(field, _nothing(field.type, new.num_rows))
     known = memory.table.select(names) if memory.table is not None else new.schema.empty_table()
     order = np.where(memory.same_image, memory.at, known.num_rows + new.num_rows - 1)
     order[rows] = known.num_rows + np.arange(len(rows))
-    both = pa.concat_tables([known.cast(new.schema), new])
-    return both.take(pa.array(order)).combine_chunks()
+    return taken(pa.concat_tables([known.cast(new.schema), new]), order)
+
+
+def _nothing(kind: pa.DataType, count: int) -> pa.Array:
+    """Return a column in which nothing is said."""
+    if not pa.types.is_list(kind):
+        return pa.nulls(count, kind)
+    return pa.ListArray.from_arrays(pa.array(np.zeros(count + 1, np.int32)), pa.array([], kind.value_type), type=kind)
+
+
+def taken(table: pa.Table, order: Numbers) -> pa.Table:
+    """Return rows of a table in an order, column by column so that no more than one is there twice."""
+    if np.array_equal(order, np.arange(len(order))):
+        return table.slice(0, len(order))
+    wanted = pa.array(order)
+    return pa.table([column.take(wanted) for column in table.columns], schema=table.schema)
 
 
 def changed_rows(memory: Memory, table: pa.Table) -> int:
@@ -123,12 +149,17 @@ def changed_rows(memory: Memory, table: pa.Table) -> int:
     if memory.table is None:
         return 0
     both = np.flatnonzero(memory.at >= 0)
-    before, now = memory.table.take(pa.array(memory.at[both])), table.take(pa.array(both))
     differs = np.zeros(len(both), np.bool_)
     for name in table.column_names:
-        if name not in CONTENT_APART_FROM:
-            differs |= _differs(before[name].combine_chunks(), now[name].combine_chunks())
+        if name not in (*CONTENT_APART_FROM, "path", "dataset_id"):
+            before, now = _rows(memory.table[name], memory.at[both]), _rows(table[name], both)
+            differs |= _differs(before, now)
     return int(differs.sum())
+
+
+def _rows(column: pa.ChunkedArray, wanted: Numbers) -> pa.Array:
+    whole = len(wanted) == len(column) and np.array_equal(wanted, np.arange(len(column)))
+    return (column if whole else column.take(pa.array(wanted))).combine_chunks()
 
 
 def _differs(before: pa.Array, now: pa.Array) -> npt.NDArray[np.bool_]:

@@ -5,18 +5,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prep.captions import beside
+from prep.captioning import Texts, caption_batch, tell_broken
+from prep.captions import Captioner, beside
 from prep.hub import Rows
 from prep.listing import Listing
 from prep.measure import UNKNOWN, Facts, Look, Measured, Sight, Task, as_batch, examine, measure
-from prep.memory import Memory, gathered, is_broken
+from prep.memory import Memory, Numbers, gathered, is_broken
 from prep.places import Bucket, Place
 from prep.pool import Crash, Crew, each
 from schemas.console import progress
@@ -43,60 +43,95 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
-    """Text files that were read, by the row of their image."""
+class _Tasks(Sequence[Task]):
+    """Tasks that are made when they are asked for: a million paths are not all there twice."""
 
-    found: dict[int, list[str] | str]  # captions, or the reason why there are none
-    stats: dict[int, tuple[int, int]]  # bytes and modification time in ns, of local ones
+    blank: Task
+    listing: Listing
+    images: Numbers  # rows to measure
+    texts: Numbers  # rows whose text file is read
+
+    @property
+    def _size(self) -> int:
+        return _FAR_CHUNK if self._far else _CHUNK
+
+    @property
+    def _far(self) -> bool:
+        return isinstance(self.blank.place, Bucket | Rows)
+
+    def __len__(self) -> int:
+        return -(-max(len(self.images), len(self.texts)) // self._size)
+
+    @overload
+    def __getitem__(self, number: int) -> Task: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Task]: ...
+    def __getitem__(self, number: int | slice) -> Task | list[Task]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(*number.indices(len(self)))]
+        if number >= len(self):
+            raise IndexError(number)
+        listing, first = self.listing, number * self._size
+        images = self.images[first : first + self._size].tolist()
+        return replace(
+            self.blank,
+            paths=[listing.paths[row] for row in images],
+            stats=[(listing.sizes[row], listing.mtimes[row]) for row in images] if self._far else (),
+            texts=[beside(listing.paths[row]) for row in self.texts[first : first + self._size].tolist()],
+        )
 
 
 def read_new(
-    dataset: DatasetConfig, place: Place, listing: Listing, memory: Memory, wanted: Wanted
+    captioner: Captioner, place: Place, listing: Listing, memory: Memory, wanted: Wanted
 ) -> tuple[pa.Table, Texts, int]:
-    """Measure what is new; return the facts of all images, the text files read, and how many images were read.
+    """Measure what is new; return the facts of all images, the captions read, and how many images were read.
 
     Images whose name cannot be spelled are not opened: nothing is known of them.
     """
-    paths = listing.paths
-    new = [row for row in np.flatnonzero(~memory.same_image).tolist() if not is_broken(paths[row])]
+    dataset = captioner.dataset
+    spellable = np.ones(len(listing.paths), np.bool_)
+    spellable[[row for row, path in enumerate(listing.paths) if not path.isascii() and is_broken(path)]] = False
+    new = np.flatnonzero(~memory.same_image & spellable)
     told = _told(listing, new, hashed=wanted.hashed)
-    unread = [row for row in new if row not in told]
-    fresh = ~memory.same_text & (np.frombuffer(listing.text_sizes, np.int64) >= 0)
-    text_rows = [row for row in np.flatnonzero(fresh).tolist() if not is_broken(paths[row])]
-    far = isinstance(place, Bucket | Rows)
+    unread = new[~np.isin(new, list(told))] if told else new
+    text_rows = np.flatnonzero(~memory.same_text & (listing.of("text_sizes") >= 0) & spellable)
     blank = Task(place, (), (), (), wanted.hashed, dataset.view, dataset.caption_encoding,
                  dataset.disable_multiline_split)  # fmt: skip
-    size = _FAR_CHUNK if far else _CHUNK
-    tasks = [
-        replace(
-            blank,
-            paths=[paths[row] for row in rows or ()],
-            stats=[(listing.sizes[row], listing.mtimes[row]) for row in rows or ()] if far else (),
-            texts=[beside(paths[row]) for row in texts or ()],
-        )
-        for rows, texts in zip_longest(_pieces(unread, size), _pieces(text_rows, size))
-    ]
-    batches: list[pa.RecordBatch] = []
-    captions: list[list[str] | str] = []
-    stats: list[tuple[int, int]] = []
-    with progress(f"scan {dataset.id}", len(paths), "image", done=len(paths) - len(unread)) as bar:
-        for measured in _measured(tasks, wanted.crew, place):
-            batches.append(measured.facts)
-            captions += measured.captions
-            stats += measured.text_stats
+    facts: list[pa.RecordBatch] = []
+    captions: list[pa.RecordBatch] = []
+    total, known = len(listing.paths), 0
+    with progress(f"scan {dataset.id}", total, "image", done=total - len(unread)) as bar:
+        for measured in _measured(_Tasks(blank, listing, unread, text_rows), wanted.crew, place):
+            facts.append(measured.facts)
+            some = text_rows[known : known + len(measured.captions)].tolist()
+            known += len(some)
+            captions.append(caption_batch(captioner, measured.captions, _text_stats(listing, measured, some)))
             bar.update(measured.facts.num_rows)
-    batches.append(as_batch([*told.values(), Facts()]))  # the last for images of which nothing is known
-    facts = gathered(memory, [*unread, *told], pa.Table.from_batches(batches))
-    known = {} if far else dict(zip(text_rows, stats, strict=True))
-    return facts, Texts(dict(zip(text_rows, captions, strict=True)), known), len(unread)
+            if not dataset.is_target:
+                tell_broken(dataset.id, measured.captions)
+    facts.append(as_batch([*told.values(), Facts()]))  # the last for images of which nothing is known
+    order = np.concatenate([unread, np.array(list(told), np.int64)])
+    read = Texts(text_rows, pa.Table.from_batches([*captions, caption_batch(captioner, [])]))
+    together = gathered(memory, order, pa.Table.from_batches(facts))
+    del facts, captions
+    pa.default_memory_pool().release_unused()  # a million answers leave holes behind
+    return together, read, len(unread)
 
 
-def _told(listing: Listing, new: Sequence[int], *, hashed: bool) -> dict[int, Facts]:
+def _text_stats(listing: Listing, measured: Measured, rows: Sequence[int]) -> Sequence[tuple[int, int]]:
+    """Return sizes and times of text files: as they were read, of a bucket's as they were listed."""
+    if UNKNOWN not in measured.text_stats or len(listing.text_mtimes) != len(listing.paths):
+        return measured.text_stats
+    listed = [(listing.text_sizes[row], listing.text_mtimes[row]) for row in rows]
+    return [read if read != UNKNOWN else told for read, told in zip(measured.text_stats, listed, strict=True)]
+
+
+def _told(listing: Listing, new: Numbers, *, hashed: bool) -> dict[int, Facts]:
     """Return, by row, what is known of new images without opening them: faults, sizes of a table, unwanted ones."""
     told: dict[int, Facts] = {}
     if not listing.faults and not listing.rejects and (hashed or not listing.measured):
         return told
-    for row in new:
+    for row in new.tolist():
         path = listing.paths[row]
         if path in listing.faults:
             told[row] = Facts(fault=listing.faults[path])
@@ -104,16 +139,12 @@ def _told(listing: Listing, new: Sequence[int], *, hashed: bool) -> dict[int, Fa
             told[row] = Facts()
         elif not hashed and path in listing.measured:
             width, height = listing.measured[path]
-            told[row] = Facts(None, max(0, listing.sizes[row]), listing.mtimes[row], width, height)
+            size, mtime_ns = int(listing.of("sizes")[row]), int(listing.of("mtimes")[row])
+            told[row] = Facts(None, max(0, size), mtime_ns, width, height)
     return told
 
 
-def _pieces(rows: list[int], size: int) -> Iterator[list[int]]:
-    for first in range(0, len(rows), size):
-        yield rows[first : first + size]
-
-
-def _measured(tasks: list[Task], crew: Crew, place: Place) -> Iterator[Measured]:
+def _measured(tasks: Sequence[Task], crew: Crew, place: Place) -> Iterator[Measured]:
     """Measure on the pool; the files of a task whose worker died are tried one by one."""
     streamed = isinstance(place, Rows) and place.streaming  # from front to back, by one reader
     if streamed or len(tasks) == 1 or crew.workers == 1:

@@ -19,7 +19,7 @@ import jinja2
 from families import Source, open_project
 from prep.page import charts, columns, pictures
 from prep.page.columns import Figure
-from prep.statistics import statistics
+from prep.statistics import pieces, statistics
 from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
 from schemas.project import Project
@@ -205,7 +205,7 @@ def _dataset(project: Project, dataset: DatasetConfig, anchor: str, thumbnails: 
 
 def _facts(project: Project, dataset: DatasetConfig, path: Path, thumbnails: int) -> Facts:
     manifest = columns.read(path)
-    found = statistics(project, dataset, manifest.table)
+    found = statistics(project, dataset, pieces(manifest.table))
     buckets = columns.buckets(found, project.trainer.train_batch_size, dataset.repeats)
     largest = sorted(buckets, key=lambda bucket: -bucket.images)[:_BUCKETS]
     captions = columns.captions(manifest)

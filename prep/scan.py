@@ -4,38 +4,38 @@
 known. Everything is columns from the first to the last: a million images are an ordinary set.
 """
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from families import Source, open_project
-from prep.captioning import CaptionColumns, caption_all
+from prep.captioning import caption_all
 from prep.captions import Captioner
-from prep.frames import Frames, frame_all, policy_of
+from prep.frames import frame_all, policy_of
 from prep.geometry import Targets
 from prep.listing import Asked, Listing, list_images
 from prep.measure import measure
-from prep.memory import CONTENT_APART_FROM, Memory, changed_rows, known_rows, numbers_of, recall, spelled
+from prep.memory import COMPARED, CONTENT_APART_FROM, Memory, changed_rows, known_rows, numbers_of, recall, spelled
 from prep.places import place_of
 from prep.pool import Crew, default_workers
 from prep.reading import Wanted, look_closer, read_new
 from prep.selection import select
-from prep.statistics import statistics
+from prep.statistics import pieces, statistics
 from schemas.console import log, tell_rejected
 from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
-from schemas.keys import digest
+from schemas.keys import canonical, digest
 from schemas.lock import only_one
 from schemas.project import Project
 from schemas.rows import ImageRow, arrow_schema
 from schemas.summaries import DatasetScan, ScanSummary
-from schemas.tables import Provenance, content_of, read_columns, read_provenance, write_table
+from schemas.tables import Provenance, content_of, read_columns, read_pieces, read_provenance, write_table
 
 
 @dataclass(slots=True)
@@ -70,7 +70,7 @@ def scan(
     alone = nullcontext() if dry_run else only_one(project.workspace / "manifests", "prep scan")
     with alone, Crew(workers or default_workers(), measure) as crew:
         run = _Run(project, limit, dry_run, hashed, verify, crew)
-        scans = tuple(scan_dataset(run, dataset)[0] for dataset in project.scanned)
+        scans = tuple(_scan(run, dataset)[0] for dataset in project.scanned)
     return ScanSummary(scans, project.warnings, time.monotonic() - start, dry_run)
 
 
@@ -82,46 +82,47 @@ def looking(project: Project, workers: int | None = None) -> Iterator[Callable[[
     """
     with Crew(workers or default_workers(), measure) as crew:
         run = _Run(project, None, True, False, False, crew)
-        yield lambda dataset: scan_dataset(run, dataset)[1]
+
+        def look(dataset: DatasetConfig) -> pa.Table:
+            table = _scan(run, dataset)[1]
+            return read_columns(project.manifest(dataset.id), ImageRow) if table is None else table
+
+        yield look
 
 
-def scan_dataset(run: _Run, dataset: DatasetConfig) -> tuple[DatasetScan, pa.Table]:
-    """Scan one dataset; return what was done, and its rows."""
+def _scan(run: _Run, dataset: DatasetConfig) -> tuple[DatasetScan, pa.Table | None]:
+    """Scan one dataset; return what was done, and its rows, None where the manifest stands as it is."""
     project, manifest = run.project, run.project.manifest(dataset.id)
     _refuse_workspace(project, dataset)
-    before = read_provenance(manifest, ImageRow)
-    config = project.scan_settings(dataset)
+    before, config = read_provenance(manifest, ImageRow), project.scan_settings(dataset)
     if _taken_as_it_is(run, dataset, before, config):
-        known = read_columns(manifest, ImageRow)
-        return _summary(run, dataset, known, _Done(looked_at=False)), known
+        return _summary(
+            run, dataset, read_pieces(manifest, ImageRow), _Done(noted=_noted(before), looked_at=False)
+        ), None
     captioner = Captioner.of(dataset, project.caption_filter(dataset), project.trainer.prep_seed)
-    source = digest(dataset.type, _where(project, dataset), dataset.view)
-    known_table = known_rows(manifest, before, source)
-    stats = known_table is not None
-    many = None if stats else run.crew.summon
-    listing = list_images(project, dataset, Asked(captioner.reads_text, stats, run.dry_run, many, run.limit))
+    source, captions = digest(dataset.type, _where(project, dataset), dataset.view), project.caption_settings(dataset)
+    compared = known_rows(manifest, before, source, COMPARED)
+    many = run.crew.summon if compared is None else None
+    asked = Asked(captioner.reads_text, compared is not None, run.dry_run, many, run.limit)
+    listing = list_images(project, dataset, asked)
     cut = run.limit if run.limit is not None and run.limit < len(listing.paths) else None
     if cut is not None:
         listing.cut(cut)
-    captions = project.caption_settings(dataset)
-    memory = recall(known_table, listing, hashed=run.hashed, captioned_alike=before is not None
-                     and before.captions == captions)  # fmt: skip
-    provenance = Provenance(config, "", cut, source, captions, run.hashed)
-    if (
-        known_table is not None
-        and before is not None
-        and _nothing_new(run, dataset, memory, listing, before, provenance)
-    ):
-        return _summary(run, dataset, known_table, _Done(listing)), known_table
+    alike = before is not None and before.captions == captions
+    memory = recall(compared, listing, hashed=run.hashed, captioned_alike=alike)
+    provenance = Provenance(config, "", cut, source, captions, hashed=run.hashed)
+    if before is not None and _nothing_new(run, dataset, memory, listing, before, provenance):
+        return _summary(run, dataset, read_pieces(manifest, ImageRow), _Done(listing, noted=_noted(before))), None
+    gone = compared.num_rows - int(np.count_nonzero(memory.at >= 0)) if compared is not None and cut is None else 0
+    memory.table = known = known_rows(manifest, before, source) if compared is not None else None
+    del compared
     table, done = _made(run, dataset, listing, memory, captioner)
-    provenance = replace(provenance, inputs=content_of(table, CONTENT_APART_FROM))
-    done.written = provenance != before or known_table is None or not table.equals(known_table)
-    done.settings_changed = before is not None and before.config != config
-    if cut is None and known_table is not None:
-        done.removed = known_table.num_rows - len(set(memory.at[memory.at >= 0].tolist()))
+    provenance = replace(provenance, inputs=content_of(table, CONTENT_APART_FROM), noted=canonical(done.noted))
+    done.removed, done.settings_changed = gone, before is not None and before.config != config
+    done.written = provenance != before or known is None or not table.equals(known)
     if done.written and not run.dry_run:
         write_table(manifest, table, ImageRow, provenance)
-    return _summary(run, dataset, table, done), table
+    return _summary(run, dataset, pieces(table), done), table
 
 
 @dataclass(slots=True)
@@ -133,11 +134,16 @@ class _Done:
     examined: int = 0  # images that were decoded
     changed: int = 0  # rows of the last manifest that say something else now
     removed: int = 0
-    near: int = 0  # images that look like another
-    collisions: dict[str, list[str]] = field(default_factory=dict)
+    noted: dict[str, Any] = field(default_factory=dict)  # what rows do not say: alike, collisions
     written: bool = False
     settings_changed: bool = False
     looked_at: bool = True
+
+
+def _noted(before: Provenance | None) -> dict[str, Any]:
+    """Return what the last scan noted."""
+    noted: dict[str, Any] = json.loads(before.noted) if before is not None else {}
+    return noted
 
 
 def _refuse_workspace(project: Project, dataset: DatasetConfig) -> None:
@@ -167,11 +173,11 @@ def _nothing_new(
 ) -> bool:
     """Tell whether the manifest stands as it is: the same settings, images, texts; then nothing is computed."""
     known = memory.table
-    if known is None or replace(before, inputs="") != now or known.num_rows != len(listing.paths):
+    if known is None or replace(before, inputs="", noted="{}") != now or known.num_rows != len(listing.paths):
         return False
     plain = not (listing.captions or listing.measured or listing.rejects or listing.faults or run.verify)
     alone = sum(_size_of(run, other) == _size_of(run, dataset) for other in run.project.scanned) == 1
-    untold = np.frombuffer(listing.text_sizes, np.int64) < 0
+    untold = listing.of("text_sizes") < 0
     texts = memory.same_text | (untold & (numbers_of(known, "caption_size_bytes")[memory.at] < 0))
     in_order = np.array_equal(memory.at, np.arange(known.num_rows))
     return plain and alone and in_order and bool(memory.same_image.all()) and bool(texts.all())
@@ -189,19 +195,22 @@ def _made(
     """Read what is new, and make all rows."""
     project, place, names = run.project, place_of(run.project, dataset), spelled(listing.paths)
     wanted = Wanted(run.hashed, run.verify, run.crew)
-    facts, texts, read = read_new(dataset, place, listing, memory, wanted)
+    facts, texts, read = read_new(captioner, place, listing, memory, wanted)
     facts, examined = look_closer(dataset, place, names, facts, wanted)
-    captions = caption_all(dataset, captioner, listing, memory, texts)
+    captions = caption_all(captioner, listing, memory, texts)
+    del texts
     frames = frame_all(project, dataset, names, facts, _targets(run, dataset), listing.rejects)
     rejects = {row: "name: it is not UTF-8" for row, path in enumerate(listing.paths) if path is not names[row]}
-    for found in (_faults(facts), frames.rejects, captions.rejects):
+    for found in (_reasons(facts["fault"]), frames.rejects, _reasons(captions["reject"])):
         for row, reason in found.items():
             rejects.setdefault(row, reason)
     selected = select(dataset, project.trainer.prep_seed, names, facts, rejects)
     rejects |= selected.rejects
-    table = _table(dataset, names, facts, captions, frames.without(rejects.keys()), rejects)
+    boxes, noted = frames.without(rejects.keys()).columns(), {"alike": selected.alike, "collisions": frames.collisions}
+    del frames
+    table = _table(dataset, names, facts, captions, boxes | {"reject": _reject_column(len(names), rejects)})
     changed = changed_rows(memory, table)
-    return table, _Done(listing, read, examined, changed, near=selected.alike, collisions=frames.collisions)
+    return table, _Done(listing, read, examined, changed, noted={name: one for name, one in noted.items() if one})
 
 
 def _targets(run: _Run, dataset: DatasetConfig) -> Targets:
@@ -211,49 +220,40 @@ def _targets(run: _Run, dataset: DatasetConfig) -> Targets:
     return run.targets.setdefault(_size_of(run, dataset), Targets())
 
 
-def _faults(facts: pa.Table) -> dict[int, str]:
-    faults = facts["fault"]
-    rows = np.flatnonzero(faults.is_valid().to_numpy())
-    return dict(zip(rows.tolist(), faults.take(pa.array(rows)).to_pylist(), strict=True))
+def _reasons(column: pa.ChunkedArray) -> dict[int, str]:
+    """Return the reasons in a column by their row."""
+    rows = np.flatnonzero(column.is_valid().to_numpy())
+    return dict(zip(rows.tolist(), column.take(pa.array(rows)).to_pylist(), strict=True))
+
+
+def _reject_column(count: int, rejects: Mapping[int, str]) -> pa.Array:
+    reject: list[str | None] = [None] * count
+    for row, reason in rejects.items():
+        reject[row] = reason
+    return pa.array(reject, pa.string())
 
 
 def _table(
-    dataset: DatasetConfig,
-    names: list[str],
-    facts: pa.Table,
-    captions: CaptionColumns,
-    frames: Frames,
-    rejects: dict[int, str],
+    dataset: DatasetConfig, names: list[str], facts: pa.Table, captions: pa.Table, more: Mapping[str, pa.Array]
 ) -> pa.Table:
     """Put all columns together in the order of the manifest's schema."""
     schema = arrow_schema(ImageRow)
-    reject: list[str | None] = [None] * len(names)
-    for row, reason in rejects.items():
-        reject[row] = reason
-    columns: dict[str, Any] = {
-        "dataset_id": pa.repeat(dataset.id, len(names)),
-        "path": pa.array(names, pa.string()),
-        "captions": captions.texts,
-        "caption_source": captions.source,
-        "caption_size_bytes": captions.sizes,
-        "caption_mtime_ns": captions.mtimes,
-        **frames.columns(),
-        "reject": pa.array(reject, pa.string()),
-    }
+    columns: dict[str, Any] = {"dataset_id": pa.repeat(dataset.id, len(names)), "path": pa.array(names, pa.string())}
     columns |= {name: facts[name] for name in facts.column_names}
-    return pa.table([columns[name] for name in schema.names], schema=schema).combine_chunks()
+    columns |= {name: captions[name] for name in captions.column_names}
+    columns |= more
+    return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
-def _summary(run: _Run, dataset: DatasetConfig, table: pa.Table, done: _Done) -> DatasetScan:
+def _summary(run: _Run, dataset: DatasetConfig, rows: Iterable[pa.Table], done: _Done) -> DatasetScan:
     """Sum a manifest up, and tell the rejected rows."""
-    count = statistics(run.project, dataset, table)
+    count = statistics(run.project, dataset, rows)
     if not count.kept:
         log.warning("%s: no usable image in %s", dataset.id, place_of(run.project, dataset).name(""))
-    rejected = table.filter(pc.is_valid(table["reject"])).slice(0, 6).select(["path", "reject"]).to_pylist()
-    tell_rejected(dataset.id, [(row["path"], row["reject"]) for row in rejected], sum(count.rejected.values()))
+    tell_rejected(dataset.id, count.examples, count.seen - count.kept)
     return DatasetScan(
         dataset_id=dataset.id,
-        seen=table.num_rows,
+        seen=count.seen,
         kept=count.kept,
         rejected=count.rejected,
         read=done.read,
@@ -266,8 +266,8 @@ def _summary(run: _Run, dataset: DatasetConfig, table: pa.Table, done: _Done) ->
         upscaled=count.upscaled,
         oddities=count.oddities,
         equal_files=count.equal_files,
-        near_duplicates=done.near,
-        collisions=done.collisions,
+        near_duplicates=done.noted.get("alike", 0),
+        collisions=done.noted.get("collisions", {}),
         faces=count.faces,
         variants=dataset.variants,
         captions=count.captions,

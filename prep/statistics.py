@@ -1,20 +1,28 @@
 """What a manifest adds up to: counts by reason, bucket and oddity, computed from its columns."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.datasets import DatasetConfig
 from schemas.project import Project
 
+_PIECE = 1 << 17  # rows counted at a time
+_EXAMPLES = 6
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """Counts of one manifest."""
 
+    seen: int
     kept: int
+    examples: tuple[tuple[str, str], ...]  # path and reason of the first rejected ones
     rejected: Mapping[str, int]  # kind of reason -> images
     buckets: Mapping[str, int]  # "WxH" -> kept images
     batch_fill: Mapping[str, float]  # "WxH" -> share of the places in its batches that an epoch fills
@@ -25,31 +33,61 @@ class Statistics:
     captions: int
 
 
-def statistics(project: Project, dataset: DatasetConfig, table: pa.Table) -> Statistics:
-    """Count a manifest's columns."""
-    kept = table.filter(pc.is_null(table["reject"]))
-    reasons = pc.list_element(pc.split_pattern(pc.drop_null(table["reject"]), ":", max_splits=1), 0)
-    buckets = dict(sorted(_counts(kept["bucket"]).items()))
-    identified = pc.drop_null(kept["image_id"])
-    seeks_faces = dataset.crop and dataset.crop_style == "face"
+def statistics(project: Project, dataset: DatasetConfig, rows: Iterable[pa.Table]) -> Statistics:
+    """Count a manifest, given in pieces: what is counted of one is let go before the next."""
+    seen = kept = upscaled = faces = captions = 0
+    examples: list[tuple[str, str]] = []
+    reasons, sizes, oddities = Counter[str](), Counter[str](), Counter[str]()
+    identities: list[npt.NDArray[np.uint64]] = []
+    for piece in rows:
+        seen += piece.num_rows
+        bad = piece.filter(pc.is_valid(piece["reject"]))
+        reasons.update(_counts(_kind(bad["reject"])))
+        first = bad.slice(0, _EXAMPLES - len(examples))
+        examples += zip(first["path"].to_pylist(), first["reject"].to_pylist(), strict=True)
+        good = piece.filter(pc.is_null(piece["reject"]))
+        kept += good.num_rows
+        sizes.update(_counts(good["bucket"]))
+        oddities.update(_oddities(good))
+        identities.append(_halves(pc.drop_null(good["image_id"])))
+        upscaled += _count(pc.greater(good["intermediary_width"], good["width"]))
+        faces += _count(pc.greater(pc.list_value_length(good["face"]), 0))
+        captions += int(pc.sum(pc.list_value_length(good["captions"])).as_py() or 0)
+    known = np.concatenate(identities) if identities else np.zeros(0, np.uint64)
+    buckets, batch = dict(sorted(sizes.items())), project.trainer.train_batch_size
     return Statistics(
-        kept=kept.num_rows,
-        rejected=_counts(reasons),
+        seen=seen,
+        kept=kept,
+        examples=tuple(examples),
+        rejected=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
         buckets=buckets,
-        batch_fill={name: _fill(count * (dataset.repeats + 1), project.trainer.train_batch_size)
-                    for name, count in buckets.items()},
-        upscaled=_count(pc.greater(kept["intermediary_width"], kept["width"])),
-        oddities={name: number for name, number in _oddities(kept).items() if number},
-        equal_files=len(identified) - len(identified.unique()),
-        faces=_count(pc.greater(pc.list_value_length(kept["face"]), 0)) if seeks_faces else None,
-        captions=int(pc.sum(pc.list_value_length(kept["captions"])).as_py() or 0),
-    )  # fmt: skip
+        batch_fill={name: _fill(count * (dataset.repeats + 1), batch) for name, count in buckets.items()},
+        upscaled=upscaled,
+        oddities={name: number for name, number in oddities.items() if number},
+        equal_files=len(known) - len(np.unique(known)),
+        faces=faces if dataset.crop and dataset.crop_style == "face" else None,
+        captions=captions,
+    )
+
+
+def pieces(table: pa.Table) -> Iterator[pa.Table]:
+    """Cut a table that is in memory."""
+    for first in range(0, table.num_rows, _PIECE):
+        yield table.slice(first, _PIECE)
+
+
+def _kind(reasons: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return what stands before the first colon of reasons."""
+    return pc.list_element(pc.split_pattern(reasons, ":", max_splits=1), 0) if len(reasons) else reasons
+
+
+def _halves(identities: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    """Return the first 64 of the 128 bits of content ids: enough to count those that are equal."""
+    return np.frombuffer(bytes.fromhex("".join(identities.to_pylist())), np.uint64)[::2]
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
-    """Count values, the most frequent first, then in the order of their names."""
-    counted = [(one["values"], one["counts"]) for one in pc.value_counts(column).to_pylist()]
-    return dict(sorted(counted, key=lambda item: (-item[1], item[0])))
+    return {one["values"]: one["counts"] for one in pc.value_counts(column).to_pylist()}
 
 
 def _count(found: pa.ChunkedArray) -> int:

@@ -17,7 +17,6 @@ _Entries: TypeAlias = dict[str, os.DirEntry[str]]
 _MANY = 4096
 
 NOT_THERE = (-1, 0)  # (size, time) of a file that cannot be asked
-NOT_ASKED = (0, 0)  # of one that was not
 
 
 class Found(Protocol):
@@ -29,6 +28,9 @@ class Found(Protocol):
 
     def add(self, path: str, listed: tuple[int, int], text: tuple[int, int] | None = None) -> None:
         """Take in one image."""
+
+    def add_unasked(self, path: str, *, text: bool) -> None:
+        """Take in one image of which only the name is known."""
 
 
 @dataclass(slots=True)
@@ -83,7 +85,7 @@ def _take(
         if on.stats:
             add(prefix + name, _stat(entry), _stat(text) if text is not None else None)
         else:
-            add(prefix + name, NOT_ASKED, NOT_ASKED if text is not None else None)
+            found.add_unasked(prefix + name, text=text is not None)
     return None
 
 

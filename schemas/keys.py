@@ -5,7 +5,7 @@ A new key is a function here that names its ingredients; change what goes in and
 
 import json
 import json.encoder
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import xxhash
@@ -55,11 +55,12 @@ def seed_of(*parts: object) -> int:
     return xxhash.xxh3_64_intdigest(canonical(parts).encode()) >> 1
 
 
-def seeds_of(before: Sequence[object], names: Iterable[str], after: Sequence[object]) -> list[int]:
-    """Return `seed_of(*before, name, *after)` for many names, at a fraction of the time."""
+def seeds_of(before: Sequence[object], names: Iterable[str], after: Sequence[object]) -> Iterator[int]:
+    """Yield `seed_of(*before, name, *after)` for many names, at a fraction of the time."""
     head, tail = canonical(list(before))[:-1], canonical(list(after))[1:]
     spelled = json.encoder.encode_basestring
-    return [xxhash.xxh3_64_intdigest(f"{head},{spelled(name)},{tail}".encode()) >> 1 for name in names]
+    for name in names:
+        yield xxhash.xxh3_64_intdigest(f"{head},{spelled(name)},{tail}".encode()) >> 1
 
 
 def latent_key(

@@ -14,6 +14,7 @@ from schemas.keys import latent_key
 
 RowT = TypeVar("RowT")
 UInt64 = NewType("UInt64", int)
+Int32 = NewType("Int32", int)  # pixels and other small numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,13 @@ class ImageRow:
     image_id: str | None  # hash of the file's bytes; null if it was not read
     size_bytes: int
     mtime_ns: int
-    width: int | None  # pixels, after EXIF orientation
-    height: int | None
-    orientation: int | None  # EXIF, 1 to 8; 1 is upright
+    width: Int32 | None  # pixels, after EXIF orientation
+    height: Int32 | None
+    orientation: Int32 | None  # EXIF, 1 to 8; 1 is upright
     format: str | None  # as Pillow names it
     mode: str | None  # as Pillow names it
-    bits: int | None  # per channel, in the file
-    frames: int | None  # pictures in the file; more than 1 is an animation, of which the first counts
+    bits: Int32 | None  # per channel, in the file
+    frames: Int32 | None  # pictures in the file; more than 1 is an animation, of which the first counts
     alpha: bool | None  # transparency of any kind
     icc: bool | None  # carries a colour profile
     phash: str | None  # perceptual hash, 16 hexadecimal digits; null unless near duplicates are looked for
@@ -71,12 +72,12 @@ class ImageRow:
     caption_size_bytes: int | None  # of the text file
     caption_mtime_ns: int | None
     bucket: str | None  # "WxH"
-    target_width: int | None
-    target_height: int | None
-    intermediary_width: int | None
-    intermediary_height: int | None
-    crop_top: int | None
-    crop_left: int | None
+    target_width: Int32 | None
+    target_height: Int32 | None
+    intermediary_width: Int32 | None
+    intermediary_height: Int32 | None
+    crop_top: Int32 | None
+    crop_left: Int32 | None
     reject: str | None  # a sentence; null means kept
 
     @property
@@ -175,6 +176,7 @@ _SCALARS: dict[object, pa.DataType] = {
     str: pa.string(),
     int: pa.int64(),
     UInt64: pa.uint64(),
+    Int32: pa.int32(),
     float: pa.float64(),
     bool: pa.bool_(),
     bytes: pa.binary(),

@@ -3,7 +3,7 @@
 `write_table` and `read_table` stand side by side; a stage compares `Provenance` to know whether there is work.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ class Provenance:
     limit: int | None = None  # of --limit, if the table is not the whole
     source: str = ""  # hash of where a manifest's files lie and how they are read: what is known holds there alone
     captions: str = ""  # hash of the settings that a manifest's captions depend on
+    noted: str = "{}"  # JSON of what a scan noticed and its rows do not say
     hashed: bool = True  # false for a manifest whose images were not identified: no later stage can use it
 
     def metadata(self, row_type: type) -> dict[str, str]:
@@ -44,11 +45,18 @@ class Provenance:
 
 
 def write_table(path: Path, rows: list[Any] | pa.Table, row_type: type, provenance: Provenance) -> None:
-    """Write rows, or columns of their schema, as one Parquet file, whole or not at all."""
-    columns = rows if isinstance(rows, pa.Table) else as_columns(rows, row_type)
-    table = columns.combine_chunks().replace_schema_metadata(provenance.metadata(row_type))
-    with write_aside(path) as aside:
-        pq.write_table(table, aside, compression="zstd", write_page_checksum=True, row_group_size=_GROUP)
+    """Write rows, or columns of their schema, as one Parquet file, whole or not at all.
+
+    The bytes depend on the values alone, not on the chunks that a table came in.
+    """
+    table = rows if isinstance(rows, pa.Table) else as_columns(rows, row_type)
+    schema = table.schema.with_metadata(provenance.metadata(row_type))
+    with (
+        write_aside(path) as aside,
+        pq.ParquetWriter(aside, schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        for first in range(0, max(1, table.num_rows), _GROUP):
+            writer.write_table(table.slice(first, _GROUP).combine_chunks().cast(schema))
 
 
 def content_of(table: pa.Table, leave_out: Collection[str] = ()) -> str:
@@ -91,6 +99,7 @@ def read_provenance(path: Path, row_type: type) -> Provenance | None:
             limit=int(limit) if limit else None,
             source=metadata["pairline.source"],
             captions=metadata["pairline.captions"],
+            noted=metadata["pairline.noted"],
             hashed=metadata["pairline.hashed"] == "yes",
         )
     except (UserError, ValueError):
@@ -116,6 +125,17 @@ def read_columns(path: Path, row_type: type, names: Sequence[str] | None = None)
         raise _damaged(path, fault) from fault
 
 
+def read_pieces(path: Path, row_type: type) -> Iterator[pa.Table]:
+    """Read a table piece by piece; raises UserError if the file is damaged or of another kind."""
+    file = _open(path)
+    _metadata(path, file, row_type)
+    try:
+        for number in range(file.num_row_groups):
+            yield file.read_row_group(number)
+    except (pa.ArrowException, OSError) as fault:
+        raise _damaged(path, fault) from fault
+
+
 def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, page_checksum_verification=True)
@@ -134,7 +154,7 @@ def _metadata(path: Path, file: pq.ParquetFile, row_type: type) -> dict[str, str
     metadata = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in raw.items()}
     kind, version = metadata.get("pairline.row"), metadata.get("pairline.format")
     said = {
-        f"pairline.{name}" for name in ("config", "inputs", "limit", "source", "captions", "hashed")
+        f"pairline.{name}" for name in ("config", "inputs", "limit", "source", "captions", "noted", "hashed")
     } <= metadata.keys()
     if (
         not said

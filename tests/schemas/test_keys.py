@@ -125,7 +125,7 @@ def test_seeds_fit_63_bits_and_depend_on_every_part():
 
 def test_many_seeds_at_once_are_the_same_as_one_by_one():
     names = ["a", "b c.jpg", 'quo"te', "back\\slash", "né", "line\nbreak", "\x00", "日本", ""]
-    assert seeds_of((42, "set"), names, ("crop", 0)) == [seed_of(42, "set", name, "crop", 0) for name in names]
+    assert list(seeds_of((42, "set"), names, ("crop", 0))) == [seed_of(42, "set", name, "crop", 0) for name in names]
 
 
 def test_a_file_is_identified_by_its_bytes_alone_however_many(tmp_path):

@@ -101,7 +101,8 @@ geometries = st.builds(Geometry, *[whole] * 6)
 def rows_of(row_type, **columns):
     """Draw rows: whole numbers and text by the names of the types, what is nested from `columns`."""
     shares = st.floats(allow_nan=False)
-    plain = {"str": text, "int": whole, "bool": st.booleans(), "list[str]": st.lists(text, max_size=3)}
+    small = st.integers(-(2**31), 2**31 - 1)
+    plain = {"str": text, "int": whole, "typing.Optional[schemas.rows.Int32]": st.none() | small, "bool": st.booleans(), "list[str]": st.lists(text, max_size=3)}
     plain |= {"list[float]": st.lists(shares, max_size=2)}
     plain |= {f"{name} | None": st.none() | one for name, one in plain.items()}
     drawn = {field.name: plain[spelled(field.type)] for field in fields(row_type) if field.name not in columns}
@@ -168,13 +169,13 @@ def test_a_manifest_has_these_columns():
             image_id=[STRING],
             size_bytes=INT,
             mtime_ns=INT,
-            width=[INT],
-            height=[INT],
-            orientation=[INT],
+            width=[pa.int32()],
+            height=[pa.int32()],
+            orientation=[pa.int32()],
             format=[STRING],
             mode=[STRING],
-            bits=[INT],
-            frames=[INT],
+            bits=[pa.int32()],
+            frames=[pa.int32()],
             alpha=[pa.bool_()],
             icc=[pa.bool_()],
             phash=[STRING],
@@ -186,12 +187,12 @@ def test_a_manifest_has_these_columns():
             caption_size_bytes=[INT],
             caption_mtime_ns=[INT],
             bucket=[STRING],
-            target_width=[INT],
-            target_height=[INT],
-            intermediary_width=[INT],
-            intermediary_height=[INT],
-            crop_top=[INT],
-            crop_left=[INT],
+            target_width=[pa.int32()],
+            target_height=[pa.int32()],
+            intermediary_width=[pa.int32()],
+            intermediary_height=[pa.int32()],
+            crop_top=[pa.int32()],
+            crop_left=[pa.int32()],
             reject=[STRING],
         )
     )
@@ -277,6 +278,7 @@ def test_a_table_carries_what_it_was_made_from(tmp_path):
         b"pairline.limit": b"",
         b"pairline.source": b"",
         b"pairline.captions": b"",
+        b"pairline.noted": b"{}",
         b"pairline.hashed": b"yes",
     }
 
