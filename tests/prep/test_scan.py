@@ -384,17 +384,27 @@ def test_a_damaged_manifest_is_made_anew(scanned):
 # Workers, limits, seeds
 
 
-def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
-    folder = project(tmp_path, aspect_bucket_alignment=16, resolution=96)
-    for number in range(300):  # more than one worker takes at a time
-        Image.new("L", (40 + number % 60, 40 + number % 7), number % 256).save(folder / "photos" / f"{number}.png")
-    (folder / "photos" / "17.png").write_bytes(b"broken")
-    for workers in (1, 3):
-        opened = open_project(folder, workspace=tmp_path / f"by{workers}")
-        [summary] = scan(opened, workers=workers).datasets
-        assert (summary.read, summary.kept) == (300, 299)
-    one, three = ((tmp_path / name / "manifests" / "photos.parquet").read_bytes() for name in ("by1", "by3"))
-    assert one == three
+def test_any_number_of_workers_and_any_order_of_files_on_the_disk_give_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(prep.reading, "_CHUNK", 16)  # so that all workers have work
+    names = [f"{number % 7}/{number}.png" for number in range(200)]
+    entry = {"id": "photos", "instance_data_dir": "photos", "caption_strategy": "textfile", "max_num_samples": 150}
+    manifests = []
+    for workers, order in ((1, names), (2, names), (8, names[::-1]), (2, sorted(names, key=lambda name: hash(name)))):
+        folder = project(tmp_path / str(len(manifests)), entry, resolution=96)
+        for name in order:
+            number = int(Path(name).stem)
+            file = folder / "photos" / name
+            file.parent.mkdir(exist_ok=True)
+            Image.new("L", (40 + number % 60, 40 + number % 7), number).save(file)
+            file.with_suffix(".txt").write_text(f"picture {number}")
+            for one in (file, file.with_suffix(".txt")):
+                os.utime(one, ns=(0, 10**18 + number))
+        (folder / "photos" / names[17]).write_bytes(b"broken")
+        os.utime(folder / "photos" / names[17], ns=(0, 10**18))
+        [summary] = scan(folder, workers=workers).datasets
+        assert (summary.read, summary.kept, summary.rejected) == (200, 150, {"not drawn": 49, "unreadable": 1})
+        manifests.append((folder / "work" / "manifests" / "photos.parquet").read_bytes())
+    assert manifests == [manifests[0]] * 4
 
 
 def test_a_file_that_costs_its_worker_is_rejected_and_its_neighbours_are_read(tmp_path, monkeypatch):
