@@ -6,6 +6,7 @@ applied, profiles converted to sRGB, alpha over white, 8-bit RGB.
 
 import io
 import json
+import re
 import struct
 import warnings
 import zlib
@@ -26,6 +27,10 @@ Pixels = npt.NDArray[np.uint8]  # height × width × 3, RGB
 HEAD_BYTES = 4096  # of a file, enough for most headers
 
 _HARD_LIMIT = 2_000_000_000  # pixels; what `maximum_megapixels` may be set to
+_NESTED_LIMIT = 1 << 26  # pixels of a picture inside an icon, if the icon says less
+_READS_FOR_HEADER = 1024  # reads in which Pillow must find one: damaged files lead it through gigabytes, byte by byte
+_READS_FOR_FRAMES = 200_000  # to count pictures
+_LARGEST_WHOLE = 1 << 29  # bytes of a file whose header Pillow asks for the whole file
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT_ALREADY = ("TIFF",)  # formats whose size and pixels Pillow turns itself
 TURNED = (5, 6, 7, 8)  # orientations that swap width and height
@@ -43,13 +48,16 @@ _BACK = {**_UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270
 # Formats that Pillow names without being able to show a picture, or only by running a program (EPS: Ghostscript).
 _NOT_PICTURES = ("EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF")
 
+# What libjpeg says of the segments before the picture's data, which is sound all the same.
+_BESIDE_THE_DATA = re.compile(r"bad ICC marker|extraneous bytes before marker 0x(db|e[0-9a-f]|fe)$")
+
 _COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
 
 
 # What Pillow's readers raise on damaged files; UnidentifiedImageError is an OSError.
 _FAULTS = (
     *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, ArithmeticError, LookupError, TypeError),
-    *(AttributeError, AssertionError, struct.error, zlib.error),
+    *(AttributeError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 
 
@@ -60,7 +68,7 @@ def read_header(head: bytes, size: int, read: Read) -> Header | str:
     """
     if size == 0:
         return "unreadable: the file is empty"
-    return parse(head, size, read) or _ask_pillow(io.BufferedReader(_Window(size, read), HEAD_BYTES))
+    return parse(head, size, read) or _ask_pillow(_Window(size, read))
 
 
 class _Window(io.RawIOBase):
@@ -68,6 +76,7 @@ class _Window(io.RawIOBase):
 
     def __init__(self, size: int, read: Read) -> None:
         self._size, self._read, self._place = size, read, 0
+        self.reads_left = _READS_FOR_HEADER
 
     def readable(self) -> bool:
         return True
@@ -82,17 +91,26 @@ class _Window(io.RawIOBase):
     def tell(self) -> int:
         return self._place
 
+    def readall(self) -> bytes:
+        if self._size - self._place > _LARGEST_WHOLE:
+            raise OSError(f"{self._size} bytes are absurdly many")
+        return super().readall()
+
     def readinto(self, buffer: Any, /) -> int:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise OSError("its header leads through more of the file than a header may")
         piece = self._read(self._place, min(len(buffer), max(0, self._size - self._place)))
         buffer[: len(piece)] = piece
         self._place += len(piece)
         return len(piece)
 
 
-def _ask_pillow(file: BinaryIO) -> Header | str:
+def _ask_pillow(window: _Window) -> Header | str:
     """Read the header of a format that `prep.headers` does not know."""
     try:
-        with _opened(file) as image:
+        with _opened(io.BufferedReader(window, HEAD_BYTES)) as image:
+            window.reads_left = _READS_FOR_FRAMES
             orientation = _orientation(image)
             width, height = image.size
             turned = orientation in TURNED and image.format not in _UPRIGHT_ALREADY
@@ -165,20 +183,23 @@ def jpeg_damage(data: bytes) -> str | None:
         simplejpeg.decode_jpeg(data, colorspace=kind, fastdct=True, min_height=1, min_width=1, strict=True)
     except ValueError as fault:
         told = str(fault)
-        return f"unreadable: {told}" if told.lower().startswith(("corrupt", "premature")) else None
+        damaged = told.lower().startswith(("corrupt", "premature")) and not _BESIDE_THE_DATA.search(told)
+        return f"unreadable: {told}" if damaged else None
     return None
 
 
 @contextmanager
 def _opened(file: BinaryIO) -> Iterator[Image.Image]:
     """Open a picture; raises what Pillow raises, and ValueError if it is absurdly large."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # prep scan checks `maximum_megapixels` before pixels
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, _HARD_LIMIT // 2  # Pillow refuses twice as many
     try:
-        with warnings.catch_warnings(), Image.open(file, formats=_formats()) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if image.width * image.height > _HARD_LIMIT:
-                raise ValueError(f"{image.width}x{image.height} pixels are absurdly many")
-            yield image
+            with Image.open(file, formats=_formats()) as image:
+                if image.width * image.height > _HARD_LIMIT:
+                    raise ValueError(f"{image.width}x{image.height} pixels are absurdly many")
+                Image.MAX_IMAGE_PIXELS = max(image.width * image.height, _NESTED_LIMIT)  # of pictures inside
+                yield image
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
@@ -224,7 +245,7 @@ def _formats() -> tuple[str, ...]:
 @cache
 def extensions() -> frozenset[str]:
     """Return the file extensions of pictures, lower case, without the dot."""
-    readable = {*_formats()} & {*Image.OPEN}
+    readable = ({*_formats()} & {*Image.OPEN}) | {"MPO"}  # which is opened as a JPEG
     return frozenset(end[1:] for end, kind in Image.registered_extensions().items() if kind in readable)
 
 
@@ -288,5 +309,7 @@ def _in_eight_bits(values: npt.NDArray[np.generic], mode: str, kind: str | None)
 
 
 def _reason(fault: Exception) -> str:
+    if isinstance(fault, Image.DecompressionBombError):
+        return "its pixels are absurdly many"
     text = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
     return "no known image format" if isinstance(fault, UnidentifiedImageError) else text

@@ -20,6 +20,7 @@ from prep.headers import Header, Read
 from prep.hub import Rows, open_rows, row_bytes, row_number
 from prep.images import HEAD_BYTES, TURNED, decode, jpeg_damage, looks, read_header
 from prep.places import Bucket, Downloads, Folder, Place, read_bytes, read_many, read_parts
+from prep.walk import whole_time
 from schemas.keys import content_id
 from schemas.rows import ImageRow, arrow_schema
 
@@ -27,7 +28,7 @@ _PIECE = 256 << 10  # bytes hashed at a time: they stay in the cache of the core
 _PART = 64 << 10  # bytes of either end of a bucket's file
 _AT_ONCE = 64 << 20  # bytes of a bucket's files in memory at a time
 
-_LONGEST_TEXT = 1 << 20  # bytes of a text file that are read
+_LONGEST_TEXT = 1 << 16  # bytes of a text file of captions
 
 UNKNOWN = (-1, 0)  # size and time
 
@@ -125,7 +126,10 @@ def _text(file: str) -> tuple[bytes | OSError, tuple[int, int]]:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             found = os.fstat(descriptor)
-            return os.read(descriptor, _LONGEST_TEXT), (found.st_size, found.st_mtime_ns)
+            listed = found.st_size, whole_time(found.st_mtime_ns)
+            if found.st_size > _LONGEST_TEXT:
+                return OSError(f"it has {found.st_size:,} bytes, more than a text of captions may"), listed
+            return os.read(descriptor, _LONGEST_TEXT), listed
         finally:
             os.close(descriptor)
     except OSError as fault:
@@ -145,17 +149,19 @@ def _file(file: str, task: Task) -> Facts:
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            return Facts(mtime_ns=found.st_mtime_ns, fault="unreadable: not a regular file")
+            return Facts(mtime_ns=whole_time(found.st_mtime_ns), fault="unreadable: not a regular file")
         size = found.st_size
         identity = _identity(descriptor) if task.hashed and size else None
         head = os.pread(descriptor, HEAD_BYTES, 0)
         header = read_header(head, size, lambda offset, length: os.pread(descriptor, length, offset))
         after = os.fstat(descriptor) if identity is not None else found
         if (after.st_size, after.st_mtime_ns) != (size, found.st_mtime_ns):
-            return Facts(None, after.st_size, after.st_mtime_ns, fault=f"unreadable: {_CHANGED}")
-        return _facts(identity, size, found.st_mtime_ns, header, task)
+            return Facts(None, after.st_size, whole_time(after.st_mtime_ns), fault=f"unreadable: {_CHANGED}")
+        return _facts(identity, size, whole_time(found.st_mtime_ns), header, task)
     except OSError as fault:
         return Facts(fault=_told(fault))
+    except MemoryError:
+        return Facts(fault="unreadable: not enough memory to read it")
     finally:
         os.close(descriptor)
 
@@ -295,6 +301,8 @@ def examine(look: Look) -> Sight:
         data = read_bytes(look.place, look.path)
     except OSError as fault:
         return Sight(_told(fault), lasting=False)
+    except MemoryError:
+        return Sight("unreadable: not enough memory to read it", lasting=False)
     if look.image_id is not None and content_id(data) != look.image_id:
         return Sight(f"unreadable: {_CHANGED}", lasting=False)
     try:

@@ -15,12 +15,11 @@ import pyarrow.compute as pc
 
 from prep.listing import Listing
 from prep.measure import columns_of, facts_schema
-from schemas.console import log
-from schemas.errors import UserError
 from schemas.rows import ImageRow
 from schemas.tables import Provenance, read_columns
 
-CONTENT_APART_FROM = ("mtime_ns", "caption_mtime_ns")  # a file that was only touched is the same
+# What later stages do not depend on: a file that was only touched is the same, and so is one that was looked at closer.
+CONTENT_APART_FROM = ("mtime_ns", "caption_mtime_ns", "phash", "face", "examined")
 
 # What comparing needs of a manifest.
 COMPARED = (
@@ -108,14 +107,10 @@ def escaped(path: str) -> str:
 def known_rows(
     manifest: Path, before: Provenance | None, source: str, columns: Sequence[str] | None = None
 ) -> pa.Table | None:
-    """Return the rows of the last scan; none if there was none, or of another place, or it is damaged."""
+    """Return the rows of the last scan, none if there was none or of another place; raises DamagedTable."""
     if not manifest.exists() or (before is not None and before.source != source):
         return None
-    try:
-        return read_columns(manifest, ImageRow, columns)
-    except UserError as fault:
-        log.warning("%s; scanning everything", fault)
-        return None
+    return read_columns(manifest, ImageRow, columns)
 
 
 def gathered(memory: Memory, rows: Numbers, new: pa.Table) -> pa.Table:

@@ -8,15 +8,15 @@ import os
 import pickle
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import multiprocess
+from multiprocess import resource_tracker
 from multiprocess.connection import wait
 
 from schemas.errors import UserError
@@ -32,6 +32,7 @@ class Crash:
     """What stands in for the result of an item whose worker died."""
 
     reason: str
+    died: bool = field(default=False, compare=False)  # the worker ended by itself or was killed by someone else
 
 
 def default_workers() -> int:
@@ -139,7 +140,7 @@ class Crew:
     def _start(self) -> Any:
         here, there = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(there, self._warm), daemon=True)
-        with _interrupts_ignored(), _nameless_main():  # the worker inherits the first: the parent decides
+        with _interrupts_held_back(), _nameless_main():  # the worker inherits the first: the parent decides
             process.start()
         there.close()
         self._processes[here] = process
@@ -165,7 +166,7 @@ class Crew:
             pipe.close()
             if pipe in self._overdue:
                 return Crash(f"it took longer than {self._limit_s:g} s")
-            return Crash(f"its worker process died with exit status {process.exitcode}")
+            return Crash(f"its worker process died with exit status {process.exitcode}", died=True)
         if isinstance(failure, UserError):
             raise failure
         if failure is not None:
@@ -185,16 +186,17 @@ class Crew:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Ignore Ctrl-C for a moment; only the main thread may set signals."""
-    if threading.current_thread() is not threading.main_thread():
+def _interrupts_held_back() -> Iterator[None]:
+    """Hold back Ctrl-C for a moment: workers inherit that for good, this process is told afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # it would let them through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -232,4 +234,5 @@ def _serve(pipe: Any, _warm: Callable[[Any], Any]) -> None:
             answer = pickle.dumps((None, fault))
         except Exception:  # noqa: BLE001 - carried to the parent, raised there
             answer = pickle.dumps((None, traceback.format_exc()))
-        pipe.send_bytes(answer)
+        with suppress(BrokenPipeError):  # the command was killed: nobody asks any more
+            pipe.send_bytes(answer)

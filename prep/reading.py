@@ -24,8 +24,7 @@ from schemas.datasets import DatasetConfig
 
 EXAMINE_LIMIT_S = 60.0  # for decoding one file
 _MEASURE_LIMIT_S = 60.0  # for the headers of one task, then of each of its files
-
-_FAR_LIMIT_S = 900.0  # the same where every file is fetched
+_HASH_LIMIT_S = 900.0  # the same where whole files are read
 
 _CHUNK = 1024  # files per task of the pool
 _FAR_CHUNK = 64  # the same where every file is fetched
@@ -147,10 +146,10 @@ def _told(listing: Listing, new: Numbers, *, hashed: bool) -> dict[int, Facts]:
 def _measured(tasks: Sequence[Task], crew: Crew, place: Place) -> Iterator[Measured]:
     """Measure on the pool; the files of a task whose worker died are tried one by one."""
     streamed = isinstance(place, Rows) and place.streaming  # from front to back, by one reader
-    if streamed or len(tasks) == 1 or crew.workers == 1:
+    if streamed or len(tasks) <= 1 or crew.workers == 1:
         yield from map(measure, tasks)
         return
-    limit_s = _FAR_LIMIT_S if isinstance(place, Bucket | Rows) else _MEASURE_LIMIT_S
+    limit_s = _HASH_LIMIT_S if isinstance(place, Bucket | Rows) or tasks[0].hashed else _MEASURE_LIMIT_S
     for task, answer in crew.each(measure, tasks, limit_s):
         if not isinstance(answer, Crash):
             yield answer
@@ -191,6 +190,8 @@ def look_closer(
     with progress(f"decode {dataset.id}", len(looks), "image") as bar:
         answers = wanted.crew.each(examine, [look for _, look in looks], EXAMINE_LIMIT_S)
         for (row, _), (look, sight) in zip(looks, answers, strict=True):
+            if isinstance(sight, Crash) and sight.died:  # perhaps not by this file: once more, alone
+                [(_, sight)] = each(examine, [look], 1, EXAMINE_LIMIT_S)
             _note(columns, row, look, sight)
             bar.update()
     for name in _SEEN:

@@ -29,7 +29,7 @@ from prep.selection import select
 from prep.statistics import pieces, statistics
 from schemas.console import log, tell_rejected
 from schemas.datasets import DatasetConfig
-from schemas.errors import UserError
+from schemas.errors import DamagedTable, UserError
 from schemas.keys import canonical, digest
 from schemas.lock import only_one
 from schemas.project import Project
@@ -92,16 +92,25 @@ def looking(project: Project, workers: int | None = None) -> Iterator[Callable[[
 
 def _scan(run: _Run, dataset: DatasetConfig) -> tuple[DatasetScan, pa.Table | None]:
     """Scan one dataset; return what was done, and its rows, None where the manifest stands as it is."""
+    try:
+        return _scan_what_is_new(run, dataset, forget=False)
+    except DamagedTable as fault:
+        log.warning("%s; scanning everything", fault)
+        return _scan_what_is_new(run, dataset, forget=True)
+
+
+def _scan_what_is_new(run: _Run, dataset: DatasetConfig, *, forget: bool) -> tuple[DatasetScan, pa.Table | None]:
+    """Do the work of `_scan`; raises DamagedTable if the last manifest cannot be read, unless it is to be forgotten."""
     project, manifest = run.project, run.project.manifest(dataset.id)
     _refuse_workspace(project, dataset)
-    before, config = read_provenance(manifest, ImageRow), project.scan_settings(dataset)
+    before, config = None if forget else read_provenance(manifest, ImageRow), project.scan_settings(dataset)
     if _taken_as_it_is(run, dataset, before, config):
         return _summary(
             run, dataset, read_pieces(manifest, ImageRow), _Done(noted=_noted(before), looked_at=False)
         ), None
     captioner = Captioner.of(dataset, project.caption_filter(dataset), project.trainer.prep_seed)
     source, captions = digest(dataset.type, _where(project, dataset), dataset.view), project.caption_settings(dataset)
-    compared = known_rows(manifest, before, source, COMPARED)
+    compared = None if forget else known_rows(manifest, before, source, COMPARED)
     many = run.crew.summon if compared is None else None
     asked = Asked(captioner.reads_text, compared is not None, run.dry_run, many, run.limit)
     listing = list_images(project, dataset, asked)

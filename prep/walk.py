@@ -108,12 +108,21 @@ def _enter(folder: str, prefix: str, found: Found, on: _Walk) -> None:
 
 def _is_wanted(folder: os.DirEntry[str], on: _Walk) -> bool:
     """Tell a folder to look into: not hidden, no workspace of this project or another."""
-    if folder.name[0] == "." or _identity(folder.path) == on.kept_out:
+    identity = _identity(folder.path)
+    if folder.name[0] == "." or (identity is not None and identity == on.kept_out):
         return False
-    if any(Path(folder.path, "manifests").glob("*.parquet")):
+    if _holds_manifests(folder.path):
         log.warning("%s: left out, it is a workspace", folder.path)
         return False
     return True
+
+
+def _holds_manifests(folder: str) -> bool:
+    try:
+        with os.scandir(f"{folder}/manifests") as entries:
+            return any(entry.name.endswith(".parquet") for entry in entries)
+    except OSError:  # there is none; or the folder cannot be read, which is told when it is entered
+        return False
 
 
 def _identity(folder: str) -> tuple[int, int] | None:
@@ -136,4 +145,9 @@ def _stat(entry: os.DirEntry[str]) -> tuple[int, int]:
         found = entry.stat()
     except OSError:
         return NOT_THERE
-    return found.st_size, found.st_mtime_ns
+    return found.st_size, whole_time(found.st_mtime_ns)
+
+
+def whole_time(mtime_ns: int) -> int:
+    """Fit a time into 64 bits: file systems know years that no count of ns does."""
+    return min(max(mtime_ns, -(2**63)), 2**63 - 1)

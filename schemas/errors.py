@@ -12,6 +12,10 @@ class UserError(Exception):
     """A mistake the user can mend: the message says where, what, and what to do."""
 
 
+class DamagedTable(UserError):
+    """A table that cannot be read: a damaged file, or of another kind or format."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One thing wrong in a configuration file."""

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from schemas.errors import UserError
+from schemas.errors import DamagedTable, UserError
 from schemas.rows import arrow_schema, as_columns, from_columns
 from schemas.storage import write_aside
 
@@ -107,7 +107,7 @@ def read_provenance(path: Path, row_type: type) -> Provenance | None:
 
 
 def read_table(path: Path, row_type: type[RowT]) -> list[RowT]:
-    """Read the rows of a table; raises UserError if the file is damaged or of another kind."""
+    """Read the rows of a table; raises DamagedTable if the file is damaged or of another kind."""
     columns = read_columns(path, row_type)
     try:
         return from_columns(columns, row_type)
@@ -116,7 +116,7 @@ def read_table(path: Path, row_type: type[RowT]) -> list[RowT]:
 
 
 def read_columns(path: Path, row_type: type, names: Sequence[str] | None = None) -> pa.Table:
-    """Read some columns of a table, or all; raises UserError if the file is damaged or of another kind."""
+    """Read some columns of a table, or all; raises DamagedTable if the file is damaged or of another kind."""
     file = _open(path)
     _metadata(path, file, row_type)
     try:
@@ -126,7 +126,7 @@ def read_columns(path: Path, row_type: type, names: Sequence[str] | None = None)
 
 
 def read_pieces(path: Path, row_type: type) -> Iterator[pa.Table]:
-    """Read a table piece by piece; raises UserError if the file is damaged or of another kind."""
+    """Read a table piece by piece; raises DamagedTable if the file is damaged or of another kind."""
     file = _open(path)
     _metadata(path, file, row_type)
     try:
@@ -143,26 +143,23 @@ def _open(path: Path) -> pq.ParquetFile:
         raise _damaged(path, fault) from fault
 
 
-def _damaged(path: Path, fault: Exception) -> UserError:
-    return UserError(
+def _damaged(path: Path, fault: Exception) -> DamagedTable:
+    return DamagedTable(
         f"{path}: damaged ({str(fault).splitlines()[0]}); delete it and run the command that makes it again"
     )
 
 
 def _metadata(path: Path, file: pq.ParquetFile, row_type: type) -> dict[str, str]:
-    raw = file.schema_arrow.metadata or {}
+    try:
+        schema = file.schema_arrow
+    except (pa.ArrowException, UnicodeDecodeError) as fault:
+        raise _damaged(path, fault) from fault
+    raw = schema.metadata or {}
     metadata = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in raw.items()}
     kind, version = metadata.get("pairline.row"), metadata.get("pairline.format")
-    said = {
-        f"pairline.{name}" for name in ("config", "inputs", "limit", "source", "captions", "noted", "hashed")
-    } <= metadata.keys()
-    if (
-        not said
-        or kind != row_type.__name__
-        or version != TABLE_FORMAT
-        or set(file.schema_arrow.names) != set(arrow_schema(row_type).names)
-    ):
-        raise UserError(
+    said = {f"pairline.{field.name}" for field in fields(Provenance)} <= metadata.keys()
+    if not said or (kind, version) != (row_type.__name__, TABLE_FORMAT) or not schema.equals(arrow_schema(row_type)):
+        raise DamagedTable(
             f"{path}: expected a {row_type.__name__} table of format {TABLE_FORMAT}, found {kind} of format {version}; "
             "delete it and run the command that makes it again"
         )

@@ -263,7 +263,7 @@ def test_more_pixels_than_pillow_likes_are_no_fault_here_and_absurdly_many_are(m
     data = encoded(noise(10, 10), "PPM")
     assert told(header_of(data))[:2] == (10, 10) and isinstance(decode(data), Image.Image)
     huge = data.replace(b"10 10", b"60000 60000")
-    assert header_of(huge) == decode(huge) == "unreadable: 60000x60000 pixels are absurdly many"
+    assert header_of(huge) == decode(huge) == "unreadable: its pixels are absurdly many"
 
 
 def test_a_cut_file_is_noticed_by_its_header_without_decoding():
