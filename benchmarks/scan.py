@@ -1,14 +1,16 @@
-"""Time prep scan: against plain reads of the same files, against itself on an unchanged tree, and by number of files.
+"""Time prep scan: by number of files, against plain reads of the same files, and against a peer.
 
 `python benchmarks/scan.py` makes its trees below a temporary folder: hard links to copies of the demo photographs, each
-tree 1000 to a folder. `--peer "PYTHON SCRIPT"` also runs a peer's scan on `--photos FOLDER`; the script prints one JSON
-line with `files_per_s`, `peak_rss_mib` and `version`. Pages are warm: every tree is read once before it is timed.
+tree 1000 to a folder, a text file beside each image. With `--photos FOLDER`, scans that hash are compared with processes
+that do nothing but read the same files, from memory and, if it may drop the system's caches, from the disk. `--peer
+"PYTHON SCRIPT"` (repeatable) runs a peer's scan on that folder too; the script prints one JSON line with `files_per_s`,
+`peak_rss_mib` and `version`. Times are those of the work, without importing Python modules, but with starting workers.
+Memory is the proportional share of all processes together. Otherwise pages are warm: what is timed was read before.
 """
 
 import argparse
 import json
 import os
-import resource
 import shlex
 import subprocess
 import sys
@@ -24,7 +26,7 @@ def main():
     parser.add_argument("--files", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--photos", type=Path, help="folder of real photographs, for hashing and the peer")
-    parser.add_argument("--peer", help="command that scans a folder and prints one JSON line")
+    parser.add_argument("--peer", action="append", default=[], help="command that scans a folder, prints a JSON line")
     parser.add_argument("--folder", type=Path, help="where to make the trees")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -48,25 +50,60 @@ def of_links(folder, count, workers):
     print(f"manifest {(folder / 'work' / 'manifests' / 'images.parquet').stat().st_size / 2**20:.1f} MiB")
 
 
-def of_photos(folder, photos, workers, peer):
-    """Time a scan that hashes, against reading the same bytes; then the peer."""
+def of_photos(folder, photos, workers, peers):
+    """Time scans that hash, against reading the same bytes; then the peers."""
     folder.mkdir()
     images = [path for path in sorted(photos.rglob("*")) if path.is_file() and path.suffix != ".json"]
     size = sum(path.stat().st_size for path in images)
-    plain = min(reading(images, workers) for _ in range(3))
     print(f"\n{len(images):,} photographs, {size / 2**20:,.0f} MiB, {workers} workers")
-    print(f"| reading them, nothing else | {len(images) / plain:,.0f} files/s | {size / plain / 2**20:,.0f} MiB/s |")
-    for label, flags in (("scan with hashing", ()), ("scan without", ("--no-hash",))):
-        rows = [fresh(folder, photos, workers, flags) for _ in range(3)]
-        best = min(rows, key=lambda row: row["seconds"])
-        print(f"| {label} | {len(images) / best['work']:,.0f} files/s | {size / best['work'] / 2**20:,.0f} MiB/s | "
-              f"{plain / best['work']:.2f} of plain reading; {best['seconds']:.2f} s in all |")  # fmt: skip
-    if peer is not None:
+    for path in images:
+        path.read_bytes()
+    many = folder / "many"
+    for copy in range(10):
+        for image in images:
+            link = many / str(copy) / image.relative_to(photos)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.link(image, link)
+    links = sorted(many.rglob("*.*"))
+    for label, place, some, repeated in (("warm, each ten times", many, links, 3), ("cold", photos, images, 2)):
+        plain, scans = [], []
+        for _ in range(repeated):  # in turn, for the machine is not alone
+            if label == "cold" and not drop_caches():
+                print("| cold: not measured, caches cannot be dropped |")
+                break
+            plain.append(reading(some, workers))
+            if label == "cold":
+                drop_caches()
+            scans.append(fresh(folder, place, workers, ())["work"])
+        else:
+            total = sum(path.stat().st_size for path in some) / 2**20
+            print(f"| {label}: only reading | {total / min(plain):,.0f} MiB/s |")
+            print(
+                f"| {label}: scan with hashing | {total / min(scans):,.0f} MiB/s | {min(plain) / min(scans):.2f} of it |"
+            )
+    for path in images:
+        path.read_bytes()
+    rows = [fresh(folder, photos, workers, ("--no-hash",)) for _ in range(5)]
+    best = min(row["work"] for row in rows)
+    print(
+        f"| scan without hashing | {len(images) / best:,.0f} files/s | {max(row['peak_mib'] for row in rows):,.0f} MiB |"
+    )
+    for peer in peers:
         answer = subprocess.run([*shlex.split(peer), str(photos)], capture_output=True, text=True, check=True)
         said = json.loads(answer.stdout.splitlines()[-1])
-        ratio = len(images) / best["work"] / said["files_per_s"]
+        ratio = len(images) / best / said["files_per_s"]
         print(f"| peer {said['version']} | {said['files_per_s']:,.1f} files/s | {said['peak_rss_mib']:,} MiB | "
-              f"ours is {ratio:,.0f} times as fast |")  # fmt: skip
+              f"pairline is {ratio:,.0f} times as fast |")  # fmt: skip
+
+
+def drop_caches():
+    """Forget what was read of the disk; only root may."""
+    try:
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+    except OSError:
+        return False
+    return True
 
 
 def tree(folder, count):
@@ -132,7 +169,8 @@ def timed(folder, workers, flags):
         "  'read': summary.datasets[0].read, 'written': summary.datasets[0].written}))\n"
     )
     command = [sys.executable, "-c", code, str(folder), str(workers), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    settings = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # as the command sets it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=settings)
     peak = 0
     while process.poll() is None:
         peak = max(peak, memory_of(process.pid))

@@ -181,7 +181,8 @@ def _place(
     room = np.flatnonzero(frames.usable & (numbers[:, :2] != numbers[:, 2:4]).any(1))
     if policy.crop_style == "random":
         draws = crop_draws(name_of(project, dataset, ""), (names[row] for row in room.tolist()), len(room))
-        numbers[room, 4], numbers[room, 5] = random_places(draws, numbers[room].astype(np.int64))
+        spare_left, spare_top = (numbers[room, 2 + side] - numbers[room, side] for side in (0, 1))
+        numbers[room, 4], numbers[room, 5] = random_places(draws, spare_top, spare_left)
         return
     faces = facts["face"].to_pylist()
     for row in room.tolist():

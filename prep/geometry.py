@@ -159,7 +159,10 @@ def placed(
         top, left = placed_on_face(fitted, face)
         return replace(fitted, crop_top=top, crop_left=left)
     if style == "random":
-        tops, lefts = random_places(np.array([seed_of(*name, "crop", variant)]), np.array([fitted.as_key()]))
+        spare_top = fitted.intermediary_height - fitted.target_height
+        spare_left = fitted.intermediary_width - fitted.target_width
+        draw = np.array([seed_of(*name, "crop", variant)])
+        tops, lefts = random_places(draw, np.array([spare_top]), np.array([spare_left]))
         return replace(fitted, crop_top=int(tops[0]), crop_left=int(lefts[0]))
     return fitted
 
@@ -169,10 +172,9 @@ def crop_draws(name: tuple[object, ...], paths: Iterable[str], count: int, varia
     return np.fromiter(seeds_of(name[:-1], paths, ("crop", variant)), np.int64, count)
 
 
-def random_places(draws: Integers, numbers: Integers) -> tuple[Integers, Integers]:
-    """Return (tops, lefts) of random crops; `numbers` has a row for each, in the order of `Geometry`."""
-    spare_left, spare_top = numbers[:, 2] - numbers[:, 0], numbers[:, 3] - numbers[:, 1]
-    return draws % (spare_top + 1), (draws >> 31) % (spare_left + 1)
+def random_places(draws: Integers, spare_tops: Integers, spare_lefts: Integers) -> tuple[Integers, Integers]:
+    """Return (tops, lefts) of random crops inside the room that each has."""
+    return draws % (spare_tops + 1), (draws >> 31) % (spare_lefts + 1)
 
 
 def placed_on_face(fitted: Geometry, face: Sequence[float]) -> tuple[int, int]:

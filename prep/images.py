@@ -24,6 +24,8 @@ from schemas.rows import Geometry
 
 Pixels = npt.NDArray[np.uint8]  # height × width × 3, RGB
 
+DEFERRED = "deferred: to be read by a process that may die of it"
+
 HEAD_BYTES = 4096  # of a file, enough for most headers
 
 _HARD_LIMIT = 2_000_000_000  # pixels; what `maximum_megapixels` may be set to
@@ -61,14 +63,15 @@ _FAULTS = (
 )
 
 
-def read_header(head: bytes, size: int, read: Read) -> Header | str:
+def read_header(head: bytes, size: int, read: Read, *, careful: bool = False) -> Header | str:
     """Read a file's header, or return the reason why the file cannot be used.
 
-    `head` is its first `HEAD_BYTES`, `size` its length in bytes, `read(offset, length)` reads more of it.
+    `head` is its first `HEAD_BYTES`, `size` its length in bytes, `read(offset, length)` reads more of it. If `careful`,
+    what only compiled code of Pillow's could tell is `DEFERRED`.
     """
     if size == 0:
         return "unreadable: the file is empty"
-    return parse(head, size, read) or _ask_pillow(_Window(size, read))
+    return parse(head, size, read) or (DEFERRED if careful else _ask_pillow(_Window(size, read)))
 
 
 class _Window(io.RawIOBase):

@@ -7,7 +7,7 @@
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -66,6 +66,7 @@ class Task:
     view: str = ""
     encoding: str = "utf-8"
     multiline: bool = False  # a text file is one caption
+    careful: bool = False  # leave to others what compiled code must look at
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,11 @@ def measure(task: Task) -> Measured:
     return Measured(as_batch(rows), captions, [listed for _, listed in contents])
 
 
+def measure_carefully(task: Task) -> Measured:
+    """Do the part of `measure` that cannot crash the process; what it leaves has the fault `DEFERRED`."""
+    return measure(replace(task, careful=True))
+
+
 def _contents(task: Task) -> list[tuple[bytes | OSError, tuple[int, int]]]:
     """Read text files, those of a bucket all at once, with the sizes and times of local ones."""
     if isinstance(task.place, Bucket):
@@ -153,7 +159,9 @@ def _file(file: str, task: Task) -> Facts:
         size = found.st_size
         identity = _identity(descriptor) if task.hashed and size else None
         head = os.pread(descriptor, HEAD_BYTES, 0)
-        header = read_header(head, size, lambda offset, length: os.pread(descriptor, length, offset))
+        header = read_header(
+            head, size, lambda offset, length: os.pread(descriptor, length, offset), careful=task.careful
+        )
         after = os.fstat(descriptor) if identity is not None else found
         if (after.st_size, after.st_mtime_ns) != (size, found.st_mtime_ns):
             return Facts(None, after.st_size, whole_time(after.st_mtime_ns), fault=f"unreadable: {_CHANGED}")

@@ -73,16 +73,21 @@ class Crew:
     def summon(self) -> None:
         """Start the workers now, so that they are ready when there is work; one worker is this process."""
         if self.workers > 1:
-            self._idle += [self._start() for _ in range(self.workers - len(self._processes))]
+            self._staff(self.workers)
 
     def each(
-        self, task: Callable[[ItemT], ResultT], items: Sequence[ItemT], limit_s: float | None = None
+        self,
+        task: Callable[[ItemT], ResultT],
+        items: Sequence[ItemT],
+        limit_s: float | None = None,
+        help_out: Callable[[ItemT], ResultT] | None = None,
     ) -> Iterator[tuple[ItemT, ResultT | Crash]]:
         """Yield (item, result) in the order of `items`, worked on ahead by the workers; by one worker, in here.
 
         A worker that takes longer than `limit_s` seconds for one item is killed, which needs a process even of one
-        worker. A task reports faults in its result. An exception is a bug: it is raised here with the worker's
-        traceback. Raises UserError if workers cannot be started at all.
+        worker. Until the first worker is ready, this process does `help_out` with items, which must not crash: where
+        they are short, all may be done by then. A task reports faults in its result. An exception is a bug: it is
+        raised here with the worker's traceback. Raises UserError if workers cannot be started at all.
         """
         if self.workers == 1 and limit_s is None:
             for item in items:
@@ -95,20 +100,35 @@ class Crew:
             for position, item in enumerate(items):
                 while position not in done:
                     end = min(position + _AHEAD * self.workers, len(items))
-                    while handed < end and len(self._busy) < self.workers:
+                    self._staff(min(self.workers, end - handed + len(self._busy)))
+                    while handed < end and self._idle:
                         self._hand_out(handed, task, items[handed])
                         handed += 1
-                    for pipe in wait(list(self._busy), self._patience()):
-                        if pipe in self._starting:
-                            self._welcome(pipe)
-                        else:
-                            finished = self._busy.pop(pipe)
-                            done[finished] = self._fetch(pipe, items[finished])
+                    waiting = self._patience()
+                    if help_out is not None and not self._busy and handed < end:
+                        done[handed] = help_out(items[handed])
+                        handed += 1
+                        waiting = 0.0
+                    self._listen(done, items, waiting)
                     self._kill_overdue()
                 yield item, done.pop(position)
         finally:
             for pipe in list(self._busy):  # left over when the caller, or a worker, stopped early
                 self._dismiss(pipe)
+
+    def _staff(self, workers: int) -> None:
+        """Start as many workers as are wanted and not there."""
+        while len(self._processes) < workers:
+            self._start()
+
+    def _listen(self, done: dict[int, Any], items: Sequence[object], wait_s: float | None) -> None:
+        """Take in what workers have to say: that they are ready, or their results."""
+        for pipe in wait([*self._busy, *self._starting], wait_s):
+            if pipe in self._starting:
+                self._welcome(pipe)
+            else:
+                finished = self._busy.pop(pipe)
+                done[finished] = self._fetch(pipe, items[finished])
 
     def _patience(self) -> float | None:
         """Return how long to wait before someone may be overdue."""
@@ -125,19 +145,15 @@ class Crew:
                 self._processes[pipe].kill()  # told when its result is fetched
 
     def _hand_out(self, position: int, task: Callable[[Any], Any], item: object) -> None:
-        """Give an item to an idle worker, or a new one."""
-        pipe = self._idle.pop() if self._idle else self._start()
+        """Give an item to a worker that is idle."""
+        pipe = self._idle.pop()
         self._busy[pipe] = position
-        with suppress(BrokenPipeError):  # it died before its first item: told when its result is fetched
-            pipe.send_bytes(pickle.dumps((task, item)))
-        if pipe not in self._starting:
-            self._clock(pipe)
-
-    def _clock(self, pipe: Any) -> None:
         if self._limit_s is not None:
             self._since[pipe] = time.monotonic()
+        with suppress(BrokenPipeError):  # it died before its item: told when its result is fetched
+            pipe.send_bytes(pickle.dumps((task, item)))
 
-    def _start(self) -> Any:
+    def _start(self) -> None:
         here, there = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(there, self._warm), daemon=True)
         with _interrupts_held_back(), _nameless_main():  # the worker inherits the first: the parent decides
@@ -145,14 +161,13 @@ class Crew:
         there.close()
         self._processes[here] = process
         self._starting.add(here)
-        return here
 
     def _welcome(self, pipe: Any) -> None:
         """Take a worker's first word, which says that it could import what it needs."""
         self._starting.remove(pipe)
-        self._clock(pipe)
         try:
             pipe.recv()
+            self._idle.append(pipe)
         except (EOFError, ConnectionResetError):
             raise UserError("worker processes cannot start; --workers 1 does without them") from None
 
@@ -180,6 +195,7 @@ class Crew:
         pipe.close()
         if self._busy.pop(pipe, None) is not None or pipe in self._starting:
             process.terminate()
+        self._starting.discard(pipe)
         if pipe in self._idle:
             self._idle.remove(pipe)
         process.join()

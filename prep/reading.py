@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 from prep.captioning import Texts, caption_batch, tell_broken
 from prep.captions import Captioner, beside
 from prep.hub import Rows
+from prep.images import DEFERRED
 from prep.listing import Listing
-from prep.measure import UNKNOWN, Facts, Look, Measured, Sight, Task, as_batch, examine, measure
+from prep.measure import UNKNOWN, Facts, Look, Measured, Sight, Task, as_batch, examine, measure, measure_carefully
 from prep.memory import Memory, Numbers, gathered, is_broken
 from prep.places import Bucket, Place
 from prep.pool import Crash, Crew, each
@@ -87,7 +88,7 @@ def read_new(
 
     Images whose name cannot be spelled are not opened: nothing is known of them.
     """
-    dataset = captioner.dataset
+    dataset, far = captioner.dataset, isinstance(place, Bucket | Rows)
     spellable = np.ones(len(listing.paths), np.bool_)
     spellable[[row for row, path in enumerate(listing.paths) if not path.isascii() and is_broken(path)]] = False
     new = np.flatnonzero(~memory.same_image & spellable)
@@ -100,7 +101,7 @@ def read_new(
     captions: list[pa.RecordBatch] = []
     total, known = len(listing.paths), 0
     with progress(f"scan {dataset.id}", total, "image", done=total - len(unread)) as bar:
-        for measured in _measured(_Tasks(blank, listing, unread, text_rows), wanted.crew, place):
+        for measured in _measured(_Tasks(blank, listing, unread, text_rows), wanted.crew, place, helping=not far):
             facts.append(measured.facts)
             some = text_rows[known : known + len(measured.captions)].tolist()
             known += len(some)
@@ -108,6 +109,7 @@ def read_new(
             bar.update(measured.facts.num_rows)
             if not dataset.is_target:
                 tell_broken(dataset.id, measured.captions)
+    facts, unread = _with_deferred(facts, unread, blank, listing, wanted.crew)
     facts.append(as_batch([*told.values(), Facts()]))  # the last for images of which nothing is known
     order = np.concatenate([unread, np.array(list(told), np.int64)])
     read = Texts(text_rows, pa.Table.from_batches([*captions, caption_batch(captioner, [])]))
@@ -115,6 +117,20 @@ def read_new(
     del facts, captions
     pa.default_memory_pool().release_unused()  # a million answers leave holes behind
     return together, read, len(unread)
+
+
+def _with_deferred(
+    facts: list[pa.RecordBatch], rows: Numbers, blank: Task, listing: Listing, crew: Crew
+) -> tuple[list[pa.RecordBatch], Numbers]:
+    """Measure on the pool what was left to it; return all facts, and their rows."""
+    left = [pc.fill_null(pc.equal(batch["fault"], DEFERRED), False) for batch in facts]
+    waits = np.concatenate([one.to_numpy(zero_copy_only=False) for one in left]) if left else np.zeros(0, np.bool_)
+    if not waits.any():
+        return facts, rows
+    kept = [batch.filter(pc.invert(one)) for batch, one in zip(facts, left, strict=True)]
+    tasks = _Tasks(blank, listing, rows[waits], np.zeros(0, np.int64))
+    kept += [measured.facts for measured in _measured(tasks, crew, blank.place, helping=False)]
+    return kept, np.concatenate([rows[~waits], rows[waits]])
 
 
 def _text_stats(listing: Listing, measured: Measured, rows: Sequence[int]) -> Sequence[tuple[int, int]]:
@@ -143,14 +159,22 @@ def _told(listing: Listing, new: Numbers, *, hashed: bool) -> dict[int, Facts]:
     return told
 
 
-def _measured(tasks: Sequence[Task], crew: Crew, place: Place) -> Iterator[Measured]:
-    """Measure on the pool; the files of a task whose worker died are tried one by one."""
+def _measured(tasks: Sequence[Task], crew: Crew, place: Place, *, helping: bool) -> Iterator[Measured]:
+    """Measure on the pool; the files of a task whose worker died are tried one by one.
+
+    With `helping`, this process measures too while workers start, and leaves some files `DEFERRED`.
+    """
     streamed = isinstance(place, Rows) and place.streaming  # from front to back, by one reader
-    if streamed or len(tasks) <= 1 or crew.workers == 1:
+    if streamed or crew.workers == 1:
         yield from map(measure, tasks)
         return
-    limit_s = _HASH_LIMIT_S if isinstance(place, Bucket | Rows) or tasks[0].hashed else _MEASURE_LIMIT_S
-    for task, answer in crew.each(measure, tasks, limit_s):
+    if helping and len(tasks) == 1:  # no worker would be ready before it is done
+        yield measure_carefully(tasks[0])
+        return
+    limit_s = (
+        _HASH_LIMIT_S if isinstance(place, Bucket | Rows) or (len(tasks) and tasks[0].hashed) else _MEASURE_LIMIT_S
+    )
+    for task, answer in crew.each(measure, tasks, limit_s, measure_carefully if helping else None):
         if not isinstance(answer, Crash):
             yield answer
             continue

@@ -411,11 +411,11 @@ def test_a_file_that_costs_its_worker_is_rejected_and_its_neighbours_are_read(tm
     monkeypatch.syspath_prepend(Path(__file__).parent)
     monkeypatch.setattr(prep.reading, "measure", importlib.import_module("pool_tasks").measure_or_die)
     monkeypatch.setattr(prep.reading, "_CHUNK", 3)
-    for name in ("0", "1", "2-deadly", "3", "4", "5"):
-        draw(project(tmp_path) / "photos" / f"{name}.png")
+    for name in ("0.png", "1.tif", "2-deadly.tif", "3.tif", "4.png", "5.png"):
+        draw(project(tmp_path) / "photos" / name)
     [summary] = scan(tmp_path, workers=2).datasets
     assert {path: row.reject for path, row in rows_of(tmp_path).items() if row.reject} == {
-        "2-deadly.png": "unreadable: its worker process died with exit status 9"
+        "2-deadly.tif": "unreadable: its worker process died with exit status 9"
     }
     assert (summary.seen, summary.kept, summary.read) == (6, 5, 6)
 
