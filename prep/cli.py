@@ -47,7 +47,12 @@ def scan(
     dry_run: DryRun = False,
     limit: Limit = None,
     workers: Workers = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Decode every image; damaged ones are rejected.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Decode every image: finds damage inside files, and TIFF or JPEG 2000 cut short."
+        ),
+    ] = False,
     no_hash: Annotated[
         bool, typer.Option("--no-hash", help="Measure without reading whole files: for a look, not for prep pairs.")
     ] = False,

@@ -40,6 +40,7 @@ class Memory:
     at: Numbers  # row of the table for every image, -1 where it has none
     same_image: npt.NDArray[np.bool_]  # the file has the size and time of then
     same_text: npt.NDArray[np.bool_]  # the same of its text file, and captions were made as they are now
+    same_view: bool = True  # what was seen in pixels still holds
 
 
 def recall(known: pa.Table | None, listing: Listing, *, hashed: bool, captioned_alike: bool) -> Memory:
@@ -108,9 +109,14 @@ def known_rows(
     manifest: Path, before: Provenance | None, source: str, columns: Sequence[str] | None = None
 ) -> pa.Table | None:
     """Return the rows of the last scan, none if there was none or of another place; raises DamagedTable."""
-    if not manifest.exists() or (before is not None and before.source != source):
+    if not manifest.exists() or (before is not None and _place_of(before.source) != _place_of(source)):
         return None
     return read_columns(manifest, ImageRow, columns)
+
+
+def _place_of(source: str) -> str:
+    """Return the part of a manifest's source that its facts depend on; what pixels show depends on all of it."""
+    return source.partition(":")[0]
 
 
 def gathered(memory: Memory, rows: Numbers, new: pa.Table) -> pa.Table:
@@ -119,6 +125,8 @@ def gathered(memory: Memory, rows: Numbers, new: pa.Table) -> pa.Table:
     for field in _UNSEEN:
         new = new.append_column(field, _nothing(field.type, new.num_rows))
     known = memory.table.select(names) if memory.table is not None else new.schema.empty_table()
+    for field in _UNSEEN if not memory.same_view else ():
+        known = known.set_column(known.schema.get_field_index(field.name), field, _nothing(field.type, known.num_rows))
     order = np.where(memory.same_image, memory.at, known.num_rows + new.num_rows - 1)
     order[rows] = known.num_rows + np.arange(len(rows))
     return taken(pa.concat_tables([known.cast(new.schema), new]), order)

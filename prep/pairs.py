@@ -96,7 +96,7 @@ def _pair_dataset(
     if not kept:
         log.warning("%s: no pair is left to train on", target.id)
     rejected = [(row.target_path, row.reject) for row in rows if row.reject is not None]
-    tell_rejected(target.id, rejected, len(rejected))
+    tell_rejected(target.id, rejected, len(rejected), str(table))
     asked = {row.target_path for row in rows}
     summary = DatasetPairs(
         dataset_id=target.id,

@@ -5,6 +5,7 @@ other processes; what is opened for them is kept per process.
 """
 
 import json
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -116,9 +117,9 @@ def _bucket_options(url: str, dataset: "DatasetConfig") -> str:
 def read_bytes(place: Place, path: str) -> bytes:
     """Read one image's file; raises OSError."""
     if isinstance(place, Folder):
-        return (Path(place.root) / path).read_bytes()
+        return _file_bytes(Path(place.root) / path)
     if isinstance(place, Downloads):
-        return place.file(path).read_bytes()
+        return _file_bytes(place.file(path))
     if isinstance(place, Rows):
         try:
             return row_bytes(open_rows(replace(place, streaming=False))[row_number(path)][place.image_column])
@@ -128,6 +129,13 @@ def read_bytes(place: Place, path: str) -> bytes:
     if isinstance(got, OSError):
         raise got
     return got
+
+
+def _file_bytes(file: Path) -> bytes:
+    """Read a file; a pipe would make us wait for ever."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError("not a regular file")
+    return file.read_bytes()
 
 
 # Buckets

@@ -28,7 +28,7 @@ _MEASURE_LIMIT_S = 60.0  # for the headers of one task, then of each of its file
 _HASH_LIMIT_S = 900.0  # the same where whole files are read
 
 _CHUNK = 1024  # files per task of the pool
-_FAR_CHUNK = 64  # the same where every file is fetched
+_WHOLE_CHUNK = 64  # the same where whole files are read
 
 _SEEN = ("fault", "phash", "face", "examined", "image_id")  # columns that decoding may change
 
@@ -53,7 +53,7 @@ class _Tasks(Sequence[Task]):
 
     @property
     def _size(self) -> int:
-        return _FAR_CHUNK if self._far else _CHUNK
+        return min(_WHOLE_CHUNK, _CHUNK) if self._far or self.blank.hashed else _CHUNK
 
     @property
     def _far(self) -> bool:

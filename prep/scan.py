@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from families import Source, open_project
 from prep.captioning import caption_all
 from prep.captions import Captioner
 from prep.frames import frame_all, policy_of
 from prep.geometry import Targets
+from prep.images import looks
 from prep.listing import Asked, Listing, list_images
 from prep.measure import measure
 from prep.memory import COMPARED, CONTENT_APART_FROM, Memory, changed_rows, known_rows, numbers_of, recall, spelled
@@ -109,7 +111,7 @@ def _scan_what_is_new(run: _Run, dataset: DatasetConfig, *, forget: bool) -> tup
             run, dataset, read_pieces(manifest, ImageRow), _Done(noted=_noted(before), looked_at=False)
         ), None
     captioner = Captioner.of(dataset, project.caption_filter(dataset), project.trainer.prep_seed)
-    source, captions = digest(dataset.type, _where(project, dataset), dataset.view), project.caption_settings(dataset)
+    source, captions = _source(project, dataset), project.caption_settings(dataset)
     compared = None if forget else known_rows(manifest, before, source, COMPARED)
     many = run.crew.summon if compared is None else None
     asked = Asked(captioner.reads_text, compared is not None, run.dry_run, many, run.limit)
@@ -117,16 +119,27 @@ def _scan_what_is_new(run: _Run, dataset: DatasetConfig, *, forget: bool) -> tup
     cut = run.limit if run.limit is not None and run.limit < len(listing.paths) else None
     if cut is not None:
         listing.cut(cut)
+        if compared is not None and compared.num_rows > cut:
+            log.warning(
+                "%s: --limit: what is known of %d more images is forgotten", dataset.id, compared.num_rows - cut
+            )
     alike = before is not None and before.captions == captions
     memory = recall(compared, listing, hashed=run.hashed, captioned_alike=alike)
+    memory.same_view = before is not None and before.source == source
     provenance = Provenance(config, "", cut, source, captions, hashed=run.hashed)
-    if before is not None and _nothing_new(run, dataset, memory, listing, before, provenance):
+    if before is not None and memory.same_view and _nothing_new(run, dataset, memory, listing, before, provenance):
         return _summary(run, dataset, read_pieces(manifest, ImageRow), _Done(listing, noted=_noted(before))), None
     gone = compared.num_rows - int(np.count_nonzero(memory.at >= 0)) if compared is not None and cut is None else 0
     memory.table = known = known_rows(manifest, before, source) if compared is not None else None
     del compared
     table, done = _made(run, dataset, listing, memory, captioner)
-    provenance = replace(provenance, inputs=content_of(table, CONTENT_APART_FROM), noted=canonical(done.noted))
+    provenance = replace(
+        provenance,
+        inputs=content_of(table, CONTENT_APART_FROM),
+        noted=canonical(done.noted),
+        hashed=run.hashed or _all_identified(table),
+    )
+    done.unchanged = int(memory.same_image.sum())
     done.removed, done.settings_changed = gone, before is not None and before.config != config
     done.written = provenance != before or known is None or not table.equals(known)
     if done.written and not run.dry_run:
@@ -147,6 +160,13 @@ class _Done:
     written: bool = False
     settings_changed: bool = False
     looked_at: bool = True
+    unchanged: int | None = None  # images that are as they were; null for all
+
+
+def _all_identified(table: pa.Table) -> bool:
+    """Tell whether every usable image of a look is known by its content from an earlier scan."""
+    unknown = pc.and_(pc.is_null(table["image_id"]), pc.is_null(table["reject"]))
+    return table.num_rows > 0 and not pc.any(unknown).as_py()
 
 
 def _noted(before: Provenance | None) -> dict[str, Any]:
@@ -167,7 +187,14 @@ def _taken_as_it_is(run: _Run, dataset: DatasetConfig, before: Provenance | None
     """Tell whether `skip_file_discovery` lets the manifest stand, which must be of these settings and whole."""
     asked = {"metadata", "aspect"} & set(dataset.skip_file_discovery)
     whole = before is not None and before.config == config and before.limit is None and before.hashed >= run.hashed
-    return bool(asked) and whole
+    return bool(asked) and whole and not run.verify and run.limit is None
+
+
+def _source(project: Project, dataset: DatasetConfig) -> str:
+    """Hash where images lie and what decides their sizes, then all that decides how they look."""
+    says = looks(dataset.view)
+    sizes = [says.get("orientation"), says.get("part")]
+    return f"{digest(dataset.type, _where(project, dataset), sizes)}:{digest(dataset.view)}"
 
 
 def _where(project: Project, dataset: DatasetConfig) -> list[str | None]:
@@ -185,7 +212,9 @@ def _nothing_new(
     if known is None or replace(before, inputs="", noted="{}") != now or known.num_rows != len(listing.paths):
         return False
     plain = not (listing.captions or listing.measured or listing.rejects or listing.faults or run.verify)
-    alone = sum(_size_of(run, other) == _size_of(run, dataset) for other in run.project.scanned) == 1
+    sharing = [one for one in run.project.scanned if one.conditioning_type != "reference_strict"]
+    alike = sum(_size_of(run, other) == _size_of(run, dataset) for other in sharing)
+    alone = alike <= (dataset in sharing)
     untold = listing.of("text_sizes") < 0
     texts = memory.same_text | (untold & (numbers_of(known, "caption_size_bytes")[memory.at] < 0))
     in_order = np.array_equal(memory.at, np.arange(known.num_rows))
@@ -259,13 +288,15 @@ def _summary(run: _Run, dataset: DatasetConfig, rows: Iterable[pa.Table], done: 
     count = statistics(run.project, dataset, rows)
     if not count.kept:
         log.warning("%s: no usable image in %s", dataset.id, place_of(run.project, dataset).name(""))
-    tell_rejected(dataset.id, count.examples, count.seen - count.kept)
+    manifest = str(run.project.manifest(dataset.id))
+    tell_rejected(dataset.id, count.examples, count.seen - count.kept, manifest)
     return DatasetScan(
         dataset_id=dataset.id,
         seen=count.seen,
         kept=count.kept,
         rejected=count.rejected,
         read=done.read,
+        unchanged=count.seen if done.unchanged is None else done.unchanged,
         decoded=done.examined,
         removed=done.removed,
         changed=done.changed,
@@ -282,7 +313,7 @@ def _summary(run: _Run, dataset: DatasetConfig, rows: Iterable[pa.Table], done: 
         captions=count.captions,
         ignored_files=done.listing.ignored,
         unreadable_folders=tuple(done.listing.unreadable),
-        manifest=str(run.project.manifest(dataset.id)),
+        manifest=manifest,
         written=done.written,
         looked_at=done.looked_at,
     )

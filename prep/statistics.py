@@ -13,7 +13,6 @@ from schemas.datasets import DatasetConfig
 from schemas.project import Project
 
 _PIECE = 1 << 17  # rows counted at a time
-_EXAMPLES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +21,7 @@ class Statistics:
 
     seen: int
     kept: int
-    examples: tuple[tuple[str, str], ...]  # path and reason of the first rejected ones
+    examples: tuple[tuple[str, str], ...]  # path and reason of the first rejected one of each kind
     rejected: Mapping[str, int]  # kind of reason -> images
     buckets: Mapping[str, int]  # "WxH" -> kept images
     batch_fill: Mapping[str, float]  # "WxH" -> share of the places in its batches that an epoch fills
@@ -43,8 +42,7 @@ def statistics(project: Project, dataset: DatasetConfig, rows: Iterable[pa.Table
         seen += piece.num_rows
         bad = piece.filter(pc.is_valid(piece["reject"]))
         reasons.update(_counts(_kind(bad["reject"])))
-        first = bad.slice(0, _EXAMPLES - len(examples))
-        examples += zip(first["path"].to_pylist(), first["reject"].to_pylist(), strict=True)
+        examples += _firsts(bad, {reason.partition(":")[0] for _, reason in examples})
         good = piece.filter(pc.is_null(piece["reject"]))
         kept += good.num_rows
         sizes.update(_counts(good["bucket"]))
@@ -68,6 +66,13 @@ def statistics(project: Project, dataset: DatasetConfig, rows: Iterable[pa.Table
         faces=faces if dataset.crop and dataset.crop_style == "face" else None,
         captions=captions,
     )
+
+
+def _firsts(bad: pa.Table, known: set[str]) -> list[tuple[str, str]]:
+    """Return path and reason of the first rejected row of each kind that is not known yet."""
+    kinds = _kind(bad["reject"]).combine_chunks()
+    rows = [pc.index(kinds, kind).as_py() for kind in kinds.unique() if kind.as_py() not in known]
+    return [(bad["path"][row].as_py(), bad["reject"][row].as_py()) for row in sorted(rows)]
 
 
 def pieces(table: pa.Table) -> Iterator[pa.Table]:

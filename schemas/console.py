@@ -98,12 +98,19 @@ def reporting() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def tell_rejected(dataset_id: str, rejected: Sequence[tuple[str, str]], count: int) -> None:
-    """Name the first few of `count` rejected rows; the table has them all."""
-    for path, reason in rejected[:_NAMED]:
+# Reasons that the configuration asks for: they are counted, not warned of.
+_CHOSEN = ("not drawn", "duplicate", "near duplicate", "filtered")
+
+
+def tell_rejected(dataset_id: str, rejected: Sequence[tuple[str, str]], count: int, table: str) -> None:
+    """Name one rejected row of each kind, of `count`; the table has them all."""
+    kinds = {reason.partition(":")[0]: (path, reason) for path, reason in reversed(rejected)}
+    told = [one for kind, one in reversed(kinds.items()) if kind not in _CHOSEN][:_NAMED]
+    for path, reason in told:
         log.warning("%s: %s: %s", dataset_id, printable(path), reason)
-    if count > _NAMED:
-        log.warning("%s: and %d more; column `reject` of the table has them all", dataset_id, count - _NAMED)
+    if told and count > len(told):
+        more = count - len(told)
+        log.warning("%s: %d more are rejected; column `reject` of %s says why", dataset_id, more, table)
 
 
 def printable(text: str) -> str:

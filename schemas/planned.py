@@ -142,7 +142,11 @@ def sized(size: int) -> str:
 
 
 def _dataset_lines(plan: DatasetPlan) -> Iterator[str]:
-    origin = "from its manifest" if plan.looked_at is None else f"{plan.looked_at}: looked at now"
+    origin = (
+        "from its manifest: files changed since are not seen"
+        if plan.looked_at is None
+        else f"{plan.looked_at}: looked at now"
+    )
     yield f"{plan.dataset_id}: {plan.role}, {_many(plan.seen, 'image')}, {plan.kept:,} kept ({origin})"
     for reason, count in plan.rejected.items():
         yield f"  rejected {count:,}: {reason}"

@@ -26,7 +26,7 @@ _CHOSEN = ("closest", "random")  # values of crop_aspect that need aspects
 
 def root_hint(relative: str, base: Path) -> str | None:
     """Say so if `--root .` would find a path that is missing below `base`."""
-    if (Path.cwd() / relative).exists() and base != Path.cwd():
+    if not Path(relative).is_absolute() and (Path.cwd() / relative).exists() and base != Path.cwd():
         return "it exists below the current folder: add --root ."
     return None
 

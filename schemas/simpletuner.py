@@ -467,6 +467,10 @@ DATASET_KEYS: Mapping[str, str] = (
         "ignored: write composite_image_config, which says how many pictures one shows",
         "composite_image_column split_composite_images",
     )
+    | _same(
+        "ignored here: write it in config.json, where it holds for every dataset",
+        "aspect_bucket_alignment aspect_bucket_rounding",
+    )
     | {"auto_load": "ignored: a dataset is loaded when it is scanned"}
     # Links to other sets
     | _same(

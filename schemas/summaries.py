@@ -18,7 +18,8 @@ class DatasetScan:
     seen: int
     kept: int
     rejected: Mapping[str, int]  # kind of reason -> images
-    read: int  # images whose content was read; the others were unchanged since the last scan
+    read: int  # images whose content was read
+    unchanged: int  # since the last scan
     decoded: int  # images whose pixels were looked at
     removed: int  # rows of the last scan whose image is gone
     changed: int  # rows of the last scan that say something else now
@@ -49,7 +50,7 @@ class DatasetScan:
         yield (
             f"{self.dataset_id}: {counted(self.seen, 'image')}, {self.kept} kept, {counted(self.captions, 'caption')}, "
             f"{counted(len(self.buckets), 'bucket')}; "
-            + (f"{self.read} read, {self.seen - self.read} unchanged" if self.looked_at else "not looked at")
+            + (f"{self.read} read, {self.unchanged} unchanged" if self.looked_at else "not looked at")
             + (f", {self.decoded} decoded" if self.decoded else "")
             + (f", {self.removed} gone" if self.removed else "")
         )
@@ -72,9 +73,9 @@ class DatasetScan:
 
     def _duplicates(self) -> Iterator[str]:
         if self.equal_files:
-            yield f"  {counted(self.equal_files, 'file')} repeat another's bytes (exact_duplicates: reject drops them)"
+            yield f"  repeating another's bytes: {counted(self.equal_files, 'file')} (see exact_duplicates)"
         if self.near_duplicates:
-            yield f"  {counted(self.near_duplicates, 'picture')} look like another"
+            yield f"  looking like another: {counted(self.near_duplicates, 'picture')}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,6 +140,8 @@ def _box(row: ImageRow, size: tuple[int, int]) -> Box:
 
 def _thumbnail(place: Place, dataset: DatasetConfig, row: ImageRow, most: tuple[int, int], share: int) -> str | Refused:
     """Make a data URI of at most about `share` bytes."""
+    if row.fault is not None:  # decoding would tell the same again, or cost this process
+        return Refused(row.fault)
     if (row.width or 0) * (row.height or 0) > dataset.image_policy.maximum_megapixels * 1e6:
         return Refused("too large to be opened")
     try:

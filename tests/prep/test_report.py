@@ -434,3 +434,14 @@ def test_a_telephone_shows_the_page_without_scrolling_sideways(project, tmp_path
     assert int(found[1]) <= 375
     assert found[2] == "false"  # the script ran: its policy lets it
     assert "CONSOLE" not in done.stderr
+
+
+def test_what_is_no_file_is_never_opened_for_its_picture(tmp_path):
+    (tmp_path / "photos").mkdir()
+    os.mkfifo(tmp_path / "photos" / "pipe.jpg")
+    (tmp_path / "config.json").write_text('{"pretrained_model_name_or_path": "tiny"}')
+    (tmp_path / "multidatabackend.json").write_text('[{"id": "photos", "instance_data_dir": "photos"}]')
+    from prep.scan import scan
+
+    scan(tmp_path, workers=1)
+    assert "unreadable: not a regular file" in Path(report(tmp_path).path).read_text()

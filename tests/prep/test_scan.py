@@ -738,3 +738,71 @@ def test_faces_decide_crops_where_they_are_found_and_the_middle_where_not(tmp_pa
     assert rows["astronaut.png"].crop_left > 1.5 * middle
     assert "faces found in 1; the other 1 are cropped in the middle" in "\n".join(summary.lines(dry_run=False))
     assert scan(tmp_path, workers=1).datasets[0].decoded == 0
+
+
+# What a later command may rely on
+
+
+def test_a_look_at_a_scanned_set_leaves_it_usable(tmp_path):
+    draw(project(tmp_path) / "photos" / "a.png")
+    scan(tmp_path, workers=1)
+    scan(tmp_path, workers=1, hashed=False)
+    opened = open_project(tmp_path)
+    assert len(read_manifest(opened, opened.datasets[0])) == 1
+    draw(tmp_path / "photos" / "new.png", seed=1)
+    scan(tmp_path, workers=1, hashed=False)
+    with pytest.raises(UserError, match="scanned with --no-hash"):
+        read_manifest(opened, opened.datasets[0])
+
+
+def test_verifying_and_limits_look_at_a_set_whose_discovery_is_skipped(tmp_path):
+    entry = {"id": "photos", "instance_data_dir": "photos", "skip_file_discovery": "metadata"}
+    for number in range(3):
+        draw(project(tmp_path, entry) / "photos" / f"{number}.png", seed=number)
+    scan(tmp_path, workers=1)
+    assert scan(tmp_path, workers=1, verify=True).datasets[0].decoded == 3
+    assert scan(tmp_path, workers=1, limit=2).datasets[0].seen == 2
+
+
+def test_another_background_reads_no_file_again_but_looks_at_pixels_anew(tmp_path):
+    entry = {"id": "photos", "instance_data_dir": "photos", "near_duplicates": "report"}
+    photos = project(tmp_path, entry) / "photos"
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    clear.paste((0, 0, 0, 255), (0, 0, 20, 64))
+    clear.save(photos / "a.png")
+    scan(tmp_path, workers=1)
+    white = rows_of(tmp_path)["a.png"].phash
+    project(tmp_path, {**entry, "image_policy": {"alpha_background": "black"}})
+    [summary] = scan(tmp_path, workers=1).datasets
+    assert (summary.read, summary.unchanged, summary.decoded) == (0, 1, 1)
+    assert rows_of(tmp_path)["a.png"].phash != white
+
+
+def test_one_rejected_image_of_each_kind_is_named_and_chosen_ones_are_not(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    entry = {"id": "photos", "instance_data_dir": "photos", "max_num_samples": 2}
+    photos = project(tmp_path, entry) / "photos"
+    for number in range(5):
+        draw(photos / f"{number}.png", seed=number)
+        (photos / f"broken{number}.png").write_bytes(b"no picture")
+    draw(photos / "narrow.png", 2, 900)
+    with caplog.at_level(logging.WARNING, logger="pairline"):
+        scan(tmp_path, workers=1)
+    manifest = tmp_path / "work" / "manifests" / "photos.parquet"
+    assert caplog.messages == [
+        "photos: broken0.png: unreadable: no known image format",
+        "photos: narrow.png: too narrow: 2x900, its aspect ratio rounds to 0",
+        f"photos: 7 more are rejected; column `reject` of {manifest} says why",
+    ]
+
+
+def test_formats_that_compiled_code_must_read_are_left_to_workers_and_come_out_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(prep.reading, "_CHUNK", 4)
+    for number in range(12):
+        draw(project(tmp_path) / "photos" / f"{number:02d}.{('png', 'tif')[number % 2]}", 64 + number)
+    [summary] = scan(tmp_path, workers=2).datasets
+    rows = rows_of(tmp_path)
+    assert (summary.read, summary.kept) == (12, 12)
+    assert [row.width for row in rows.values()] == list(range(64, 76))
+    assert [row.format for row in rows.values()] == ["PNG", "TIFF"] * 6
+    assert {row.fault for row in rows.values()} == {None}
