@@ -160,6 +160,7 @@ def timed(folder, workers, flags):
         "start = time.monotonic()\n"
         "from prep.scan import scan\n"
         "from families import open_project\n"
+        "import pandas, pyarrow.compute\n"  # Arrow loads it with its first array
         "project, workers, *flags = sys.argv[1:]\n"
         "sets = [flags[i + 1] for i, flag in enumerate(flags) if flag == '--set']\n"
         "begun = time.monotonic()\n"

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import xxhash
 
 from prep.fetch import masked, stubborn
 from schemas.errors import UserError
 from schemas.paths import is_url
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _BATCH = 1024  # rows read at a time
 
@@ -79,7 +81,7 @@ class RowTable:
 
     place: Rows
     mark: int  # changes with the dataset
-    schema: pa.Schema
+    schema: "pa.Schema"
     select: Callable[[list[str]], Any]
 
     def rows(self, columns: list[str]) -> Iterator[Mapping[str, Any]]:
@@ -91,8 +93,10 @@ class RowTable:
 
     def _lightest(self) -> str:
         """Return a column to count rows by."""
-        light = [field.name for field in self.schema if not pa.types.is_nested(field.type)
-                 and not pa.types.is_binary(field.type)]  # fmt: skip
+        from pyarrow import types  # noqa: PLC0415 - workers start faster without
+
+        light = [field.name for field in self.schema if not types.is_nested(field.type)
+                 and not types.is_binary(field.type)]  # fmt: skip
         return light[0] if light else self.place.image_column
 
 

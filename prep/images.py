@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from prep.headers import Header, Read, parse
-from schemas.rows import Geometry
+from schemas.geometry import Geometry
 
 Pixels = npt.NDArray[np.uint8]  # height × width × 3, RGB
 
@@ -52,6 +52,13 @@ _NOT_PICTURES = ("EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF")
 
 # What libjpeg says of the segments before the picture's data, which is sound all the same.
 _BESIDE_THE_DATA = re.compile(r"bad ICC marker|extraneous bytes before marker 0x(db|e[0-9a-f]|fe)$")
+
+# File extensions of the pictures that Pillow opens; written down because asking it loads all its readers.
+_EXTENSIONS = """
+apng avif avifs blp bmp bw cur dcx dds dib fit fits flc fli ftc ftu gbr gif icb icns ico iim im j2c j2k jfif jp2 jpc jpe
+jpeg jpf jpg jpx mpo msp pbm pcd pcx pfm pgm png pnm ppm psd pxr qoi ras rgb rgba sgi tga tif tiff vda vst webp xbm xpm
+"""
+EXTENSIONS = frozenset(_EXTENSIONS.split())
 
 _COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
 
@@ -243,13 +250,6 @@ def _formats() -> tuple[str, ...]:
     """Return Pillow's formats of pictures: a picture must not run a program."""
     Image.init()
     return tuple(name for name in Image.ID if name not in _NOT_PICTURES)
-
-
-@cache
-def extensions() -> frozenset[str]:
-    """Return the file extensions of pictures, lower case, without the dot."""
-    readable = ({*_formats()} & {*Image.OPEN}) | {"MPO"}  # which is opened as a JPEG
-    return frozenset(end[1:] for end, kind in Image.registered_extensions().items() if kind in readable)
 
 
 def _orientation(image: Image.Image) -> int:

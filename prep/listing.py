@@ -20,7 +20,7 @@ import xxhash
 from prep.captions import beside, texts_of
 from prep.fetch import fetch_all, masked, stubborn
 from prep.hub import Rows, open_table
-from prep.images import extensions
+from prep.images import EXTENSIONS
 from prep.metadata import note_row, read_table_beside, wanted_columns
 from prep.places import Bucket, Downloads, Folder, open_bucket, place_of
 from prep.walk import NOT_THERE, walk
@@ -121,7 +121,7 @@ def _list_bucket(place: Bucket, *, texts: bool) -> Listing:
     if not details:
         raise UserError(f"{masked(place.url)}: no file there; check the bucket and the folder in it")
     stripped = {name.removeprefix(f"{root}/"): facts for name, facts in details.items()}
-    found, ends = Listing(), extensions()
+    found, ends = Listing(), EXTENSIONS
     for path in sorted(stripped, key=lambda one: one.split("/")):
         name = path.rpartition("/")[2]
         if path.startswith(".") or "/." in path or "." not in name:

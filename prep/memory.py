@@ -4,9 +4,9 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prep.listing import Listing
-from prep.measure import columns_of, facts_schema
-from schemas.rows import ImageRow
+from prep.measure import Facts
+from schemas.rows import ImageRow, arrow_schema
 from schemas.tables import Provenance, read_columns
+
+
+def columns_of(*names: str) -> pa.Schema:
+    """Return some columns of the manifest."""
+    schema = arrow_schema(ImageRow)
+    return pa.schema([schema.field(name) for name in names])
+
+
+FACTS = columns_of(*(field.name for field in fields(Facts)))
 
 # What later stages do not depend on: a file that was only touched is the same, and so is one that was looked at closer.
 CONTENT_APART_FROM = ("mtime_ns", "caption_mtime_ns", "phash", "face", "examined")
@@ -119,9 +128,14 @@ def _place_of(source: str) -> str:
     return source.partition(":")[0]
 
 
+def as_batch(columns: Sequence[Sequence[Any]]) -> pa.RecordBatch:
+    """Turn columns of facts into Arrow's."""
+    return pa.record_batch([pa.array(column, field.type) for column, field in zip(columns, FACTS, strict=True)], FACTS)
+
+
 def gathered(memory: Memory, rows: Numbers, new: pa.Table) -> pa.Table:
     """Put the facts of all images in order: those known, those of `rows`, and none for what is left."""
-    names = [*facts_schema().names, *_UNSEEN.names]
+    names = [*FACTS.names, *_UNSEEN.names]
     for field in _UNSEEN:
         new = new.append_column(field, _nothing(field.type, new.num_rows))
     known = memory.table.select(names) if memory.table is not None else new.schema.empty_table()

@@ -16,8 +16,19 @@ from prep.captions import Captioner, beside
 from prep.hub import Rows
 from prep.images import DEFERRED
 from prep.listing import Listing
-from prep.measure import UNKNOWN, Facts, Look, Measured, Sight, Task, as_batch, examine, measure, measure_carefully
-from prep.memory import Memory, Numbers, gathered, is_broken
+from prep.measure import (
+    UNKNOWN,
+    Facts,
+    Look,
+    Measured,
+    Sight,
+    Task,
+    columns_of_facts,
+    examine,
+    measure,
+    measure_carefully,
+)  # fmt: skip
+from prep.memory import Memory, Numbers, as_batch, gathered, is_broken
 from prep.places import Bucket, Place
 from prep.pool import Crash, Crew, each
 from schemas.console import progress
@@ -102,15 +113,15 @@ def read_new(
     total, known = len(listing.paths), 0
     with progress(f"scan {dataset.id}", total, "image", done=total - len(unread)) as bar:
         for measured in _measured(_Tasks(blank, listing, unread, text_rows), wanted.crew, place, helping=not far):
-            facts.append(measured.facts)
+            facts.append(as_batch(measured.facts))
             some = text_rows[known : known + len(measured.captions)].tolist()
             known += len(some)
             captions.append(caption_batch(captioner, measured.captions, _text_stats(listing, measured, some)))
-            bar.update(measured.facts.num_rows)
+            bar.update(facts[-1].num_rows)
             if not dataset.is_target:
                 tell_broken(dataset.id, measured.captions)
     facts, unread = _with_deferred(facts, unread, blank, listing, wanted.crew)
-    facts.append(as_batch([*told.values(), Facts()]))  # the last for images of which nothing is known
+    facts.append(as_batch(columns_of_facts([*told.values(), Facts()])))  # the last for images of which nothing is known
     order = np.concatenate([unread, np.array(list(told), np.int64)])
     read = Texts(text_rows, pa.Table.from_batches([*captions, caption_batch(captioner, [])]))
     together = gathered(memory, order, pa.Table.from_batches(facts))
@@ -129,7 +140,7 @@ def _with_deferred(
         return facts, rows
     kept = [batch.filter(pc.invert(one)) for batch, one in zip(facts, left, strict=True)]
     tasks = _Tasks(blank, listing, rows[waits], np.zeros(0, np.int64))
-    kept += [measured.facts for measured in _measured(tasks, crew, blank.place, helping=False)]
+    kept += [as_batch(measured.facts) for measured in _measured(tasks, crew, blank.place, helping=False)]
     return kept, np.concatenate([rows[~waits], rows[waits]])
 
 
@@ -190,7 +201,9 @@ def _measured(tasks: Sequence[Task], crew: Crew, place: Place, *, helping: bool)
 def _given_up(task: Task, crash: Crash) -> Measured:
     """Stand in for a file that costs its worker."""
     facts = [Facts(fault=f"unreadable: {crash.reason}") for _ in task.paths]
-    return Measured(as_batch(facts), [f"no caption: {crash.reason}" for _ in task.texts], [UNKNOWN for _ in task.texts])
+    return Measured(
+        columns_of_facts(facts), [f"no caption: {crash.reason}" for _ in task.texts], [UNKNOWN for _ in task.texts]
+    )
 
 
 def look_closer(

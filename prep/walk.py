@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from prep.images import extensions
+from prep.images import EXTENSIONS
 from schemas.console import log
+from schemas.storage import whole_time
 
 _Entries: TypeAlias = dict[str, os.DirEntry[str]]
 
@@ -72,7 +73,7 @@ def _take(
     prefix: str, entries: Iterator[os.DirEntry[str]], captions: _Entries, found: Found, on: _Walk
 ) -> os.DirEntry[str] | None:
     """Take in the images up to the next folder, which is returned; None at the end."""
-    ends, add = extensions(), found.add
+    ends, add = EXTENSIONS, found.add
     for entry in entries:
         name = entry.name
         dot = name.rfind(".")
@@ -146,8 +147,3 @@ def _stat(entry: os.DirEntry[str]) -> tuple[int, int]:
     except OSError:
         return NOT_THERE
     return found.st_size, whole_time(found.st_mtime_ns)
-
-
-def whole_time(mtime_ns: int) -> int:
-    """Fit a time into 64 bits: file systems know years that no count of ns does."""
-    return min(max(mtime_ns, -(2**63)), 2**63 - 1)

@@ -69,3 +69,8 @@ def sync(path: Path) -> None:
 def is_aside(path: Path) -> bool:
     """Tell the leftover of an interrupted write from a product."""
     return _MARK in path.name
+
+
+def whole_time(mtime_ns: int) -> int:
+    """Fit a time into 64 bits: file systems know years that no count of ns does."""
+    return min(max(mtime_ns, -(2**63)), 2**63 - 1)
