@@ -85,8 +85,17 @@ def test_generated_documents_are_current() -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        TrainerConfig, DatasetConfig, Generator, HuggingFace, CompositeImage, FilterFunc, MetadataTable, AspectBucket,
-        CaptionShuffle, ImagePolicy, *RECIPES.values(),
+        TrainerConfig,
+        DatasetConfig,
+        Generator,
+        HuggingFace,
+        CompositeImage,
+        FilterFunc,
+        MetadataTable,
+        AspectBucket,
+        CaptionShuffle,
+        ImagePolicy,
+        *RECIPES.values(),
     ],
 )
 def test_every_option_is_documented_and_either_acted_on_or_said_to_have_no_effect(model: type[BaseModel]) -> None:

@@ -102,7 +102,13 @@ def rows_of(row_type, **columns):
     """Draw rows: whole numbers and text by the names of the types, what is nested from `columns`."""
     shares = st.floats(allow_nan=False)
     small = st.integers(-(2**31), 2**31 - 1)
-    plain = {"str": text, "int": whole, "typing.Optional[schemas.rows.Int32]": st.none() | small, "bool": st.booleans(), "list[str]": st.lists(text, max_size=3)}
+    plain = {
+        "str": text,
+        "int": whole,
+        "typing.Optional[schemas.rows.Int32]": st.none() | small,
+        "bool": st.booleans(),
+        "list[str]": st.lists(text, max_size=3),
+    }
     plain |= {"list[float]": st.lists(shares, max_size=2)}
     plain |= {f"{name} | None": st.none() | one for name, one in plain.items()}
     drawn = {field.name: plain[spelled(field.type)] for field in fields(row_type) if field.name not in columns}
