@@ -1,7 +1,7 @@
 """Time prep scan: by number of files, against plain reads of the same files, and against a peer.
 
-`python benchmarks/scan.py` makes its trees below a temporary folder: hard links to copies of the demo photographs, each
-tree 1000 to a folder, a text file beside each image. With `--photos FOLDER`, scans that hash are compared with processes
+`python benchmarks/scan.py` makes its trees below a temporary folder: hard links to copies of the demo photographs, 1000
+to a folder, a text file beside each image. With `--photos FOLDER`, scans that hash are compared with processes
 that do nothing but read the same files, from memory and, if it may drop the system's caches, from the disk. `--peer
 "PYTHON SCRIPT"` (repeatable) runs a peer's scan on that folder too; the script prints one JSON line with `files_per_s`,
 `peak_rss_mib` and `version`. Times are those of the work, without importing Python modules, but with starting workers.
@@ -22,6 +22,7 @@ DEMO = Path(__file__).parent.parent / "datasets_demo" / "photos"
 
 
 def main():
+    """Time what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--workers", type=int, default=2)
@@ -129,6 +130,7 @@ def tree(folder, count):
 
 
 def project(folder, images):
+    """Write a project whose one dataset is a folder of images."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text('{"pretrained_model_name_or_path": "tiny"}')
     entry = {"id": "images", "instance_data_dir": str(images), "caption_strategy": "textfile"}
@@ -138,6 +140,7 @@ def project(folder, images):
 
 
 def warm(folder):
+    """Read the beginning of every file."""
     for place in folder.iterdir():
         for path in place.iterdir():
             with path.open("rb") as file:
@@ -151,12 +154,14 @@ def run(folder, workers, *flags):
 
 
 def fresh(folder, photos, workers, flags):
+    """Run a first scan of photographs in a process of its own."""
     project(folder, photos)
     subprocess.run(["rm", "-rf", str(folder / "work")], check=True)
     return timed(folder, workers, flags)
 
 
 def timed(folder, workers, flags):
+    """Run a scan in a process of its own; return its times and the peak memory of all its processes."""
     code = (
         "import sys, time, resource\n"
         "start = time.monotonic()\n"
@@ -196,6 +201,7 @@ def memory_of(root):
 
 
 def children(process):
+    """Return the processes below a process."""
     try:
         own = [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
     except OSError:
@@ -204,6 +210,7 @@ def children(process):
 
 
 def told(label, count, row):
+    """Print one line of a table."""
     print(f"| {label} | {count / row['work']:,.0f} files/s | {row['work']:.2f} s | {row['peak_mib']:,.0f} MiB | "
           f"read {row['read']:,}, written {row['written']} |", flush=True)  # fmt: skip
 

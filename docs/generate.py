@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from families import FAMILIES
-from schemas import rows, shards
+from schemas import geometry, rows, shards
 from schemas.datasets import (
     AspectBucket,
     CaptionShuffle,
@@ -106,7 +106,7 @@ def options_page() -> str:
 
 def formats_page() -> str:
     """Tell every table and shard: columns, Arrow types, metadata."""
-    comments = _field_comments(rows)
+    comments = _field_comments(rows) | _field_comments(geometry)
     tables = [
         ("ImageRow", "manifests/&lt;dataset id&gt;.parquet", rows.ImageRow),
         ("PairRow", "pairs/&lt;dataset id&gt;.parquet", rows.PairRow),
