@@ -81,16 +81,14 @@ def of_photos(folder, photos, workers, peers):
         else:
             total = sum(path.stat().st_size for path in some) / 2**20
             print(f"| {label}: only reading | {total / min(plain):,.0f} MiB/s |")
-            print(
-                f"| {label}: scan with hashing | {total / min(scans):,.0f} MiB/s | {min(plain) / min(scans):.2f} of it |"
-            )
+            ratio = min(plain) / min(scans)
+            print(f"| {label}: scan with hashing | {total / min(scans):,.0f} MiB/s | {ratio:.2f} of it |")
     for path in images:
         path.read_bytes()
     rows = [fresh(folder, photos, workers, ("--no-hash",)) for _ in range(5)]
     best = min(row["work"] for row in rows)
-    print(
-        f"| scan without hashing | {len(images) / best:,.0f} files/s | {max(row['peak_mib'] for row in rows):,.0f} MiB |"
-    )
+    peak = max(row["peak_mib"] for row in rows)
+    print(f"| scan without hashing | {len(images) / best:,.0f} files/s | {peak:,.0f} MiB |")
     for peer in peers:
         answer = subprocess.run([*shlex.split(peer), str(photos)], capture_output=True, text=True, check=True)
         said = json.loads(answer.stdout.splitlines()[-1])

@@ -114,7 +114,9 @@ def normalise(
             found.warnings.append(f"{file}: {prefix}{key}: {unneeded[key]}")
         else:
             known = [*model.model_fields, *aliases, *unneeded]
-            found.faults.append(Fault(file, prefix + spelled, "unknown key", shown(value), _nearest(key, known)))
+            misplaced = not prefix and key in datasets.DatasetConfig.model_fields
+            hint = "it is an option of datasets: write it in their file" if misplaced else _nearest(key, known)
+            found.faults.append(Fault(file, prefix + spelled, "unknown key", shown(value), hint))
     return values
 
 

@@ -506,3 +506,11 @@ def test_a_filter_list_of_another_shape_names_its_file(tmp_path):
     (tmp_path / "list.json").write_text('{"a": "b"}')
     [fault] = faults_of(tmp_path, LOCAL, {**TEXT, "caption_filter_list": "list.json"})
     assert fault.startswith("list.json: must be a list of texts")
+
+
+def test_an_option_of_datasets_among_those_of_the_trainer_is_told_where_it_belongs(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "config.json").write_text('{"crop_style": "center"}')
+    (tmp_path / "multidatabackend.json").write_text('[{"id": "a", "instance_data_dir": "photos"}]')
+    with pytest.raises(ConfigError, match=r"crop_style = \"center\": unknown key; it is an option of datasets"):
+        open_project(tmp_path)
