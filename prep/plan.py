@@ -19,6 +19,7 @@ from prep.planning.epochs import plan_epoch, shown_of
 from prep.planning.matching import COLUMNS, Manifest, Match, match
 from prep.planning.obstacles import trained, why_blocked, why_empty
 from prep.scan import looking
+from prep.statistics import counts_of, kinds_of
 from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
 from schemas.freshness import pairs_provenance
@@ -125,7 +126,6 @@ def _cached(project: Project) -> bool:
 
 def _dataset(project: Project, manifest: Manifest, matches: Sequence[Match]) -> DatasetPlan:
     dataset, rejects = manifest.dataset, pc.drop_null(manifest.rows["reject"])
-    kinds = pc.list_element(pc.split_pattern(rejects, ":", max_splits=1), 0)
     pairs = next((one for one in matches if one.target.id == dataset.id), None)
     count = pairs.count if pairs is not None else 0
     learnt = dataset.is_target and trained(project, dataset)
@@ -135,7 +135,7 @@ def _dataset(project: Project, manifest: Manifest, matches: Sequence[Match]) -> 
         looked_at=manifest.stale,
         seen=manifest.rows.num_rows + manifest.absent,
         kept=manifest.rows.num_rows - len(rejects),
-        rejected=_counts(kinds),
+        rejected=counts_of(kinds_of(rejects)),
         absent=manifest.absent,
         targets=count,
         variants=dataset.variants,
@@ -145,11 +145,6 @@ def _dataset(project: Project, manifest: Manifest, matches: Sequence[Match]) -> 
         made_references=len(dataset.conditioning) if dataset.is_target else 0,
         showings=shown_of(pairs) * (dataset.repeats + 1) if pairs is not None and learnt else 0,
     )
-
-
-def _counts(values: pa.ChunkedArray) -> dict[str, int]:
-    found = [(one["values"], one["counts"]) for one in pc.value_counts(values).to_pylist()]
-    return dict(sorted(found, key=lambda item: (-item[1], item[0])))
 
 
 def _tables(project: Project, manifests: Mapping[str, Manifest], matches: Sequence[Match]) -> Iterator[StagePlan]:

@@ -41,11 +41,11 @@ def statistics(project: Project, dataset: DatasetConfig, rows: Iterable[pa.Table
     for piece in rows:
         seen += piece.num_rows
         bad = piece.filter(pc.is_valid(piece["reject"]))
-        reasons.update(_counts(_kind(bad["reject"])))
+        reasons.update(counts_of(kinds_of(bad["reject"])))
         examples += _firsts(bad, {reason.partition(":")[0] for _, reason in examples})
         good = piece.filter(pc.is_null(piece["reject"]))
         kept += good.num_rows
-        sizes.update(_counts(good["bucket"]))
+        sizes.update(counts_of(good["bucket"]))
         oddities.update(_oddities(good))
         identities.append(_halves(pc.drop_null(good["image_id"])))
         upscaled += _count(pc.greater(good["intermediary_width"], good["width"]))
@@ -70,7 +70,7 @@ def statistics(project: Project, dataset: DatasetConfig, rows: Iterable[pa.Table
 
 def _firsts(bad: pa.Table, known: set[str]) -> list[tuple[str, str]]:
     """Return path and reason of the first rejected row of each kind that is not known yet."""
-    kinds = _kind(bad["reject"]).combine_chunks()
+    kinds = kinds_of(bad["reject"]).combine_chunks()
     rows = [pc.index(kinds, kind).as_py() for kind in kinds.unique() if kind.as_py() not in known]
     return [(bad["path"][row].as_py(), bad["reject"][row].as_py()) for row in sorted(rows)]
 
@@ -81,8 +81,8 @@ def pieces(table: pa.Table) -> Iterator[pa.Table]:
         yield table.slice(first, _PIECE)
 
 
-def _kind(reasons: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return what stands before the first colon of reasons."""
+def kinds_of(reasons: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the kind of every reason, which stands before its first colon; null where there is none."""
     return pc.list_element(pc.split_pattern(reasons, ":", max_splits=1), 0) if len(reasons) else reasons
 
 
@@ -91,8 +91,10 @@ def _halves(identities: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     return np.frombuffer(bytes.fromhex("".join(identities.to_pylist())), np.uint64)[::2]
 
 
-def _counts(column: pa.ChunkedArray) -> dict[str, int]:
-    return {one["values"]: one["counts"] for one in pc.value_counts(column).to_pylist()}
+def counts_of(column: pa.ChunkedArray) -> dict[str, int]:
+    """Count the values of a column, the most frequent first, then in the order of their names."""
+    found = [(one["values"], one["counts"]) for one in pc.value_counts(column).to_pylist()]
+    return dict(sorted(found, key=lambda item: (-item[1], str(item[0]))))
 
 
 def _count(found: pa.ChunkedArray) -> int:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prep.statistics import Statistics
+from prep.statistics import Statistics, kinds_of
 from schemas import tables
 from schemas.rows import ImageRow, from_columns
 
@@ -137,7 +137,7 @@ def buckets(found: Statistics, batch_size: int, repeats: int) -> list[Bucket]:
 
 def kinds(manifest: Manifest) -> Any:
     """Return the kind of every reject, null for a kept image."""
-    return pc.list_element(pc.split_pattern(manifest.table["reject"], ":", max_splits=1), 0)
+    return kinds_of(manifest.table["reject"])
 
 
 def captions(manifest: Manifest) -> Captions:

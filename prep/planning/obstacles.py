@@ -13,6 +13,7 @@ from prep.frames import policy_of
 from prep.geometry import Size, Targets, aspects_for, framed
 from prep.places import place_of
 from prep.planning.matching import Manifest, Match
+from prep.statistics import counts_of, kinds_of
 from schemas.console import printable
 from schemas.datasets import DatasetConfig
 from schemas.project import Project
@@ -65,12 +66,11 @@ def _unkept(project: Project, manifest: Manifest) -> str:
     if rows.num_rows == 0:
         where = printable(place_of(project, dataset).name("").rstrip("/"))
         return f"no image in {where}; instance_data_dir or the table of the dataset must lead to some"
-    kinds = pc.list_element(pc.split_pattern(rows["reject"], ":", max_splits=1), 0)
+    kinds = kinds_of(rows["reject"])
     enlarged = pc.match_substring(rows["reject"], "would be enlarged")
     kinds = pc.if_else(enlarged, "enlarged", kinds)
-    counts = sorted(((one["counts"], one["values"]) for one in pc.value_counts(kinds).to_pylist()), reverse=True)
     told = []
-    for count, kind in counts[:_KINDS]:
+    for kind, count in [*counts_of(kinds).items()][:_KINDS]:
         some = rows.filter(pc.equal(kinds, kind))
         number = f"all {count}" if count == rows.num_rows else f"{count} of {rows.num_rows}"
         told.append(f"{number} images: {_REMEDIES.get(kind, _quoted)(project, dataset, some)}")
