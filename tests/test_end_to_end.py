@@ -325,6 +325,39 @@ def test_several_reference_sets_and_plain_images_train_together(make_project: Ma
     )
 
 
+def _edit_dataset(folder: Path, **options: object) -> None:
+    """Give the first dataset of a project more options."""
+    path = folder / "multidatabackend.json"
+    first, *others = json.loads(path.read_text())
+    path.write_text(json.dumps([first | options, *others]))
+
+
+def test_variants_of_a_crop_are_shown_in_turn_epoch_by_epoch(make_project: MakeProject) -> None:
+    folder = make_project("deblur")
+    _edit_dataset(folder, crop=True, crop_aspect="square", crop_style="random", crop_variants=2)
+    project, summary = _prepare(folder)
+    shelf = _shelf(project)
+    epochs = [{one.target.key for batch in epoch_batches(project, shelf, epoch) for one in batch} for epoch in range(4)]
+    assert len(epochs[0]) == 6 and epochs[0] == epochs[2] and epochs[1] == epochs[3]
+    assert len(epochs[0] & epochs[1]) <= 2  # pictures that are squares already have no room for another crop
+    assert len(epochs[0] | epochs[1]) * 2 == summary.stores[0].needed
+    assert run(project, limit=3).last_step == 3
+
+
+def test_a_share_of_a_set_is_drawn_anew_for_each_epoch(make_project: MakeProject) -> None:
+    folder = make_project("deblur")
+    _edit_dataset(folder, probability=0.5, repeats=1)
+    project, _ = _prepare(folder)
+    shelf = _shelf(project)
+    epochs = [
+        sorted(one.sample_id for batch in epoch_batches(project, shelf, epoch) for one in batch) for epoch in range(8)
+    ]
+    assert {len(shown) for shown in epochs} == {6}  # half of six pictures, each twice
+    assert all(len(set(shown)) == 3 for shown in epochs)
+    assert len({tuple(shown) for shown in epochs}) > 3
+    assert len({name for shown in epochs for name in shown}) == 6
+
+
 def test_an_unreadable_image_is_rejected_once_and_left_out_of_training(make_project: MakeProject) -> None:
     folder = make_project("edits")
     broken = sorted((folder / "target").glob("*.jpg"))[0]

@@ -706,3 +706,37 @@ def test_pictures_of_any_file_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(os.sep)
     row = rows_of(tmp_path)["a.png"]
     assert reference_picture(open_project(tmp_path), row, row.references[0]).stored.exists()
+
+
+# Variants of random crops
+
+
+def test_every_variant_of_a_random_crop_is_a_row_and_what_shares_the_targets_box_moves_with_it(tmp_path):
+    target = {**PAIRED[0], "crop": True, "crop_style": "random", "crop_variants": 3, "conditioning": JPEG}
+    project(tmp_path, target, REFS, {**REFS, "id": "loose", "conditioning_type": "reference_loose",
+                                     "source_dataset_id": "edits"})  # fmt: skip
+    for name in ("a.png", "b.png"):
+        draw(tmp_path / "edits" / name, 400, 100)
+        draw(tmp_path / "refs" / name, 400, 100, seed=1)
+    summary, _ = paired(tmp_path)
+    rows = read_table(tmp_path / "work" / "pairs" / "edits.parquet", PairRow)
+    assert (summary.pairs, summary.unused_references) == (6, 0)
+    assert [(row.target_path, row.variant, row.variants) for row in rows] == [
+        (name, variant, 3) for name in ("a.png", "b.png") for variant in range(3)
+    ]
+    assert len({row.sample_id for row in rows}) == 6
+    for row in rows:
+        strict, loose, made = row.references
+        assert strict.geometry == made.geometry == row.geometry
+        assert loose.geometry == rows[0 if row.target_path == "a.png" else 3].references[1].geometry
+    assert len({row.geometry.crop_left for row in rows}) >= 4
+    assert len({row.geometry.as_key()[:4] for row in rows}) == 1
+    assert len({row.target_key("e1") for row in rows}) == 6
+
+
+def test_an_epoch_that_clears_the_cache_upstream_is_four_variants_here_and_none_without_random_crops(tmp_path):
+    clearing = {**EDITS, "crop": True, "vae_cache_clear_each_epoch": True}
+    for style, count in (("random", 4), ("center", 1)):
+        folder = project(tmp_path / style, {**clearing, "crop_style": style})
+        draw(folder / "edits" / "a.png", 400, 100)
+        assert paired(folder)[0].pairs == count
