@@ -5,7 +5,7 @@ number of workers never show.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -29,9 +29,7 @@ from schemas.rows import Geometry
 
 Integers: TypeAlias = npt.NDArray[np.int64]
 
-_COLUMNS = (
-    "target_width", "target_height", "intermediary_width", "intermediary_height", "crop_top", "crop_left",
-)  # fmt: skip
+_COLUMNS = tuple(field.name for field in fields(Geometry))
 _DEEP_MODES = ("I", "F")  # Pillow's modes of 32 bits; 16-bit ones begin with I;16
 
 
@@ -150,8 +148,8 @@ def _kinds(
 
 def _spread(
     made: Sequence[Geometry | str],
-    kind: npt.NDArray[np.int64],
-    rows: npt.NDArray[np.int64],
+    kind: Integers,
+    rows: Integers,
     count: int,
     rejects: dict[int, str],
 ) -> Frames:

@@ -121,12 +121,12 @@ def _list_bucket(place: Bucket, *, texts: bool) -> Listing:
     if not details:
         raise UserError(f"{masked(place.url)}: no file there; check the bucket and the folder in it")
     stripped = {name.removeprefix(f"{root}/"): facts for name, facts in details.items()}
-    found, ends = Listing(), EXTENSIONS
+    found = Listing()
     for path in sorted(stripped, key=lambda one: one.split("/")):
         name = path.rpartition("/")[2]
         if path.startswith(".") or "/." in path or "." not in name:
             found.ignored += 1
-        elif name.rpartition(".")[2].lower() in ends:
+        elif name.rpartition(".")[2].lower() in EXTENSIONS:
             text = stripped.get(beside(path)) if texts else None
             found.add(path, _mark(stripped[path]), _mark(text) if text is not None else None)
         elif not name.endswith(".txt"):

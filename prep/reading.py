@@ -34,7 +34,7 @@ from prep.pool import Crash, Crew, each
 from schemas.console import progress
 from schemas.datasets import DatasetConfig
 
-EXAMINE_LIMIT_S = 60.0  # for decoding one file
+_EXAMINE_LIMIT_S = 60.0  # for decoding one file
 _MEASURE_LIMIT_S = 60.0  # for the headers of one task, then of each of its files
 _HASH_LIMIT_S = 900.0  # the same where whole files are read
 
@@ -64,10 +64,16 @@ class _Tasks(Sequence[Task]):
 
     @property
     def _size(self) -> int:
-        return min(_WHOLE_CHUNK, _CHUNK) if self._far or self.blank.hashed else _CHUNK
+        return min(_WHOLE_CHUNK, _CHUNK) if self.whole else _CHUNK
 
     @property
-    def _far(self) -> bool:
+    def whole(self) -> bool:
+        """Say whether whole files may be read: to hash them, or because they come from afar."""
+        return self.far or self.blank.hashed
+
+    @property
+    def far(self) -> bool:
+        """Say whether files come from a service or a library."""
         return isinstance(self.blank.place, Bucket | Rows)
 
     def __len__(self) -> int:
@@ -87,7 +93,7 @@ class _Tasks(Sequence[Task]):
         return replace(
             self.blank,
             paths=[listing.paths[row] for row in images],
-            stats=[(listing.sizes[row], listing.mtimes[row]) for row in images] if self._far else (),
+            stats=[(listing.sizes[row], listing.mtimes[row]) for row in images] if self.far else (),
             texts=[beside(listing.paths[row]) for row in self.texts[first : first + self._size].tolist()],
         )
 
@@ -99,7 +105,7 @@ def read_new(
 
     Images whose name cannot be spelled are not opened: nothing is known of them.
     """
-    dataset, far = captioner.dataset, isinstance(place, Bucket | Rows)
+    dataset = captioner.dataset
     spellable = np.ones(len(listing.paths), np.bool_)
     spellable[[row for row, path in enumerate(listing.paths) if not path.isascii() and is_broken(path)]] = False
     new = np.flatnonzero(~memory.same_image & spellable)
@@ -108,11 +114,12 @@ def read_new(
     text_rows = np.flatnonzero(~memory.same_text & (listing.of("text_sizes") >= 0) & spellable)
     blank = Task(place, (), (), (), wanted.hashed, dataset.view, dataset.caption_encoding,
                  dataset.disable_multiline_split)  # fmt: skip
+    tasks = _Tasks(blank, listing, unread, text_rows)
     facts: list[pa.RecordBatch] = []
     captions: list[pa.RecordBatch] = []
     total, known = len(listing.paths), 0
     with progress(f"scan {dataset.id}", total, "image", done=total - len(unread)) as bar:
-        for measured in _measured(_Tasks(blank, listing, unread, text_rows), wanted.crew, place, helping=not far):
+        for measured in _measured(tasks, wanted.crew, helping=not tasks.far):
             facts.append(as_batch(measured.facts))
             some = text_rows[known : known + len(measured.captions)].tolist()
             known += len(some)
@@ -140,7 +147,7 @@ def _with_deferred(
         return facts, rows
     kept = [batch.filter(pc.invert(one)) for batch, one in zip(facts, left, strict=True)]
     tasks = _Tasks(blank, listing, rows[waits], np.zeros(0, np.int64))
-    kept += [as_batch(measured.facts) for measured in _measured(tasks, crew, blank.place, helping=False)]
+    kept += [as_batch(measured.facts) for measured in _measured(tasks, crew, helping=False)]
     return kept, np.concatenate([rows[~waits], rows[waits]])
 
 
@@ -170,11 +177,12 @@ def _told(listing: Listing, new: Numbers, *, hashed: bool) -> dict[int, Facts]:
     return told
 
 
-def _measured(tasks: Sequence[Task], crew: Crew, place: Place, *, helping: bool) -> Iterator[Measured]:
+def _measured(tasks: _Tasks, crew: Crew, *, helping: bool) -> Iterator[Measured]:
     """Measure on the pool; the files of a task whose worker died are tried one by one.
 
     With `helping`, this process measures too while workers start, and leaves some files `DEFERRED`.
     """
+    place = tasks.blank.place
     streamed = isinstance(place, Rows) and place.streaming  # from front to back, by one reader
     if streamed or crew.workers == 1:
         yield from map(measure, tasks)
@@ -182,9 +190,7 @@ def _measured(tasks: Sequence[Task], crew: Crew, place: Place, *, helping: bool)
     if helping and len(tasks) == 1:  # no worker would be ready before it is done
         yield measure_carefully(tasks[0])
         return
-    limit_s = (
-        _HASH_LIMIT_S if isinstance(place, Bucket | Rows) or (len(tasks) and tasks[0].hashed) else _MEASURE_LIMIT_S
-    )
+    limit_s = _HASH_LIMIT_S if tasks.whole else _MEASURE_LIMIT_S
     for task, answer in crew.each(measure, tasks, limit_s, measure_carefully if helping else None):
         if not isinstance(answer, Crash):
             yield answer
@@ -225,10 +231,10 @@ def look_closer(
             asked = " ".join(sorted(missing))
             looks.append((row, Look(place, name, columns["image_id"][row], dataset.view, asked)))
     with progress(f"decode {dataset.id}", len(looks), "image") as bar:
-        answers = wanted.crew.each(examine, [look for _, look in looks], EXAMINE_LIMIT_S)
+        answers = wanted.crew.each(examine, [look for _, look in looks], _EXAMINE_LIMIT_S)
         for (row, _), (look, sight) in zip(looks, answers, strict=True):
             if isinstance(sight, Crash) and sight.died:  # perhaps not by this file: once more, alone
-                [(_, sight)] = each(examine, [look], 1, EXAMINE_LIMIT_S)
+                [(_, sight)] = each(examine, [look], 1, _EXAMINE_LIMIT_S)
             _note(columns, row, look, sight)
             bar.update()
     for name in _SEEN:
