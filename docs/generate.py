@@ -14,6 +14,7 @@ from typing import Any
 from families import FAMILIES
 from schemas import geometry, rows, shards
 from schemas.datasets import (
+    AlignmentCheck,
     AspectBucket,
     CaptionShuffle,
     CompositeImage,
@@ -37,6 +38,7 @@ MADE = "<!-- Made by docs/generate.py from the models in schemas/; `make docs` w
 _NESTED: Mapping[str, type[Options]] = {
     "crop_aspect_buckets": AspectBucket,
     "image_policy": ImagePolicy,
+    "alignment_check": AlignmentCheck,
     "caption_shuffle": CaptionShuffle,
     "parquet": MetadataTable,
     "huggingface": HuggingFace,

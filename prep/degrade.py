@@ -3,6 +3,7 @@
 A new one is a function here named like its recipe in schemas/recipes.py, and a line in `DEGRADATIONS`.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from statistics import NormalDist
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.images import Pixels
-from schemas.recipes import JpegArtifacts, Recipe, Superresolution
+from schemas.recipes import JpegArtifacts, Recipe, Superresolution, parse_recipe
 
 _SUBSAMPLING = {
     "4:4:4": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
@@ -144,3 +145,29 @@ DEGRADATIONS: Mapping[str, Callable[[Pixels, Any, Draws], Pixels]] = {
     "superresolution": superresolution,
     "jpeg_artifacts": jpeg_artifacts,
 }
+
+
+Step = dict
+
+
+def realise(recipe, seed):
+    return [recipe.acting("pairs")]
+
+
+def apply(pixels, steps, seed):
+    return degrade(pixels, parse_recipe(json.dumps(steps[0])), seed)
+
+
+def encode(pixels, steps, seed):
+    return cv2.imencode(".png", apply(pixels, steps, seed)[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes(), ".png"
+
+
+def suffix_of(steps):
+    return ".png"
+
+
+def decode_stored(data):
+    stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if stored is None:
+        raise ValueError("damaged")
+    return np.ascontiguousarray(stored[:, :, ::-1], np.uint8)

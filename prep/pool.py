@@ -24,6 +24,8 @@ from schemas.errors import UserError
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
+_THREADS = ("OPENCV_FOR_THREADS_NUM", "VIPS_CONCURRENCY")  # variables that limit them
+
 _AHEAD = 4  # items in flight or waiting to be yielded, per worker: what bounds memory
 
 
@@ -156,7 +158,7 @@ class Crew:
     def _start(self) -> None:
         here, there = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(there, self._warm), daemon=True)
-        with _interrupts_held_back(), _nameless_main():  # the worker inherits the first: the parent decides
+        with _interrupts_held_back(), _nameless_main(), _one_thread():  # the worker inherits the first and the last
             process.start()
         there.close()
         self._processes[here] = process
@@ -229,14 +231,26 @@ def _nameless_main() -> Iterator[None]:
             setattr(main, name, value)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have image libraries work in one thread each: there is a worker for every core."""
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
 def _serve(pipe: Any, _warm: Callable[[Any], Any]) -> None:
     """Run in the worker: one item in, one result out, until the pipe closes.
 
     Both are pickled here: the pipe's own `send` would go through `dill`, which takes twenty times as long.
     """
-    os.environ["OPENCV_FOR_THREADS_NUM"] = "1"  # should OpenCV be loaded later
-    if "cv2" in sys.modules:
-        sys.modules["cv2"].setNumThreads(1)
     gc.freeze()  # what is imported by now is never looked through again
     pipe.send(None)
     while True:

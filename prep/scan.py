@@ -309,7 +309,7 @@ def _summary(run: _Run, dataset: DatasetConfig, rows: Iterable[pa.Table], done: 
         near_duplicates=done.noted.get("alike", 0),
         collisions=done.noted.get("collisions", {}),
         faces=count.faces,
-        variants=dataset.variants,
+        variants=dataset.crops,
         captions=count.captions,
         ignored_files=done.listing.ignored,
         unreadable_folders=tuple(done.listing.unreadable),

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFont
 
 from prep.images import Pixels
 from prep.pixels import Refusal, pixels_of, reference_picture, target_picture
 from schemas.project import Project
-from schemas.rows import PairRow
+from schemas.rows import PairRow, from_columns
 from schemas.storage import write_aside
 
 _HEIGHT = 224  # pixels of a thumbnail
@@ -16,12 +18,13 @@ _GAP = 12
 _WIDTH = 1500  # of a line of pairs
 
 
-def contact_sheet(project: Project, dataset_id: str, rows: list[PairRow], count: int) -> Path | None:
+def contact_sheet(project: Project, dataset_id: str, table: pa.Table, count: int) -> Path | None:
     """Draw up to `count` pairs, spread over the table, as one PNG beside it; None if there is nothing to draw."""
-    kept = [row for row in rows if row.reject is None]
-    if not kept:
+    kept = np.flatnonzero(table["reject"].is_null().to_numpy())
+    if not len(kept):
         return None
-    chosen = [kept[number * len(kept) // min(count, len(kept))] for number in range(min(count, len(kept)))]
+    drawn = min(count, len(kept))
+    chosen = from_columns(table.take(pa.array(kept[np.arange(drawn) * len(kept) // drawn])), PairRow)
     lines = _lines([_cell(project, row) for row in chosen])
     widths = [sum(cell.width + _GAP for cell in line) for line in lines]
     heights = [max(cell.height for cell in line) + _GAP for line in lines]

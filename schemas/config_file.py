@@ -32,6 +32,7 @@ _NESTED: Mapping[str, type[Options]] = {
     "crop_aspect_buckets": datasets.AspectBucket,
     "caption_shuffle": datasets.CaptionShuffle,
     "image_policy": datasets.ImagePolicy,
+    "alignment_check": datasets.AlignmentCheck,
 }
 
 _SECRETS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")

@@ -86,11 +86,15 @@ class Generator(Options):
         "reference_strict", "generated references share their target's crop", stages="pairs"
     )
     storage: Literal["files", "ondemand"] = option(
-        "files",
-        "`files`: prep pairs writes lossless pictures that prep cache reads; `ondemand`: nothing is written, prep "
-        "cache makes the same pixels while encoding",
+        "ondemand",
+        "`ondemand`: nothing is written, prep cache makes the pixels while encoding; `files`: prep pairs writes the "
+        "very same pixels as lossless pictures",
         stages="pairs",
     )
+    variants: int = option(
+        1, "degradations drawn per target, shown in turn, epoch by epoch; the target is cached once", stages="pairs",
+        ge=1, le=64,
+    )  # fmt: skip
     instance_data_dir: str | None = option(
         None,
         "folder for the generated files",
@@ -207,6 +211,24 @@ class ImagePolicy(Options):
     maximum_megapixels: float = option(179, "larger pictures are rejected unread", stages="scan", gt=0, le=2000)
 
 
+class AlignmentCheck(Options):
+    """How strict references are compared with their targets, on small gray versions."""
+
+    enabled: bool = option(True, "compare at all; `prep pairs --no-align` leaves it out once", stages="pairs")
+    maximum_shift: float = option(
+        0.6, "pixels of the training picture by which a reference may lie beside its target", stages="pairs", ge=0
+    )
+    maximum_scale: float = option(
+        0.004, "share by which what it shows may be larger or smaller", stages="pairs", ge=0, le=1
+    )
+    minimum_similarity: float = option(
+        0.1, "structural similarity (SSIM) below which it may be another picture", stages="pairs", ge=0, le=1
+    )
+    misaligned: Literal["report", "reject"] = option(
+        "report", "name such pairs, or leave them out, as `prep pairs --reject-misaligned` does", stages="pairs"
+    )
+
+
 _URL_KEYS = "`type: aws`, and s3:// URLs"
 
 
@@ -281,6 +303,22 @@ class DatasetConfig(Options):
     )
     source_dataset_id: str | None = option(None, "the target set this reference set belongs to", stages="pairs")
     conditioning: tuple[Generator, ...] = option((), "generators of references", stages="pairs")
+    ignore_extension: bool = option(
+        False, "pair `a.jpg` with `a.png`; two files that differ in nothing else are a fault then", stages="pairs"
+    )
+    on_unpaired: Literal["error", "drop", "train_without_reference"] = option(
+        "error",
+        "targets that lack a reference, or whose reference is unreadable, of another aspect or the target itself: "
+        "`error` lists them all and pairs nothing, `drop` leaves them out, `train_without_reference` keeps them with "
+        "the references they have",
+        stages="pairs",
+    )
+    identical_references: Literal["refuse", "keep"] = option(
+        "refuse", "references with the very bytes of their target: a fault, or pairs like others", stages="pairs"
+    )
+    alignment_check: AlignmentCheck = option(
+        AlignmentCheck(), "whether strict references lie on their targets", stages="pairs"
+    )
 
     # Amount
     repeats: Annotated[int, BeforeValidator(_no_repeats)] = option(
@@ -399,22 +437,27 @@ class DatasetConfig(Options):
         return self.crop_style == "random"
 
     @property
-    def variants(self) -> int:
+    def crops(self) -> int:
         """Return how many random crops of an image are cached."""
         if not self.random_crops:
             return 1
         return self.crop_variants or (4 if self.vae_cache_clear_each_epoch else 1)
 
     @property
+    def variants(self) -> int:
+        """Return how many rows a target has: its random crops, each with every draw of its degradations."""
+        return self.crops * max((entry.variants for entry in self.conditioning), default=1)
+
+    @property
     def is_target(self) -> bool:
         """Tell a set of targets from references and text stores."""
         return self.dataset_type in ("image", "eval")
 
-    def generated_id(self, generator: Generator) -> str:
-        """Name the reference set that a generator makes, as SimpleTuner names it."""
-        return f"{self.id}_conditioning_{generator.recipe.type}"
-
     @property
     def generated_ids(self) -> tuple[str, ...]:
-        """Name the reference sets that `conditioning` makes."""
-        return tuple(self.generated_id(entry) for entry in self.conditioning)
+        """Name the reference sets that `conditioning` makes, as SimpleTuner does; a second of a type gets a number."""
+        types = [entry.recipe.type for entry in self.conditioning]
+        return tuple(
+            f"{self.id}_conditioning_{kind}" + (f"_{before + 1}" if (before := types[:place].count(kind)) else "")
+            for place, kind in enumerate(types)
+        )

@@ -3,13 +3,17 @@
 Stages read each other's tables through here and nowhere else.
 """
 
+from collections.abc import Sequence
+
+import pyarrow as pa
+
 from schemas.console import log
 from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
 from schemas.keys import digest
 from schemas.project import Project
 from schemas.rows import ImageRow, PairRow
-from schemas.tables import Provenance, read_provenance, read_table
+from schemas.tables import Provenance, read_columns, read_provenance, read_table
 
 
 def manifest_provenance(project: Project, dataset: DatasetConfig) -> Provenance:
@@ -24,15 +28,15 @@ def manifest_provenance(project: Project, dataset: DatasetConfig) -> Provenance:
     return provenance
 
 
-def read_manifest(project: Project, dataset: DatasetConfig) -> list[ImageRow]:
-    """Read a dataset's manifest; raises UserError if it is missing, stale or damaged."""
+def read_manifest(project: Project, dataset: DatasetConfig, columns: Sequence[str]) -> pa.Table:
+    """Read columns of a dataset's manifest; raises UserError if it is missing, stale or damaged."""
     provenance = manifest_provenance(project, dataset)
     if not provenance.hashed:
         raise UserError(f"{dataset.id}: scanned with --no-hash, for a look; run: {project.command('prep scan')}")
     limit = provenance.limit
     if limit is not None:
         log.warning("%s: its manifest has the first %d files only (prep scan --limit)", dataset.id, limit)
-    return read_table(project.manifest(dataset.id), ImageRow)
+    return read_columns(project.manifest(dataset.id), ImageRow, columns)
 
 
 def pairs_provenance(project: Project, target: DatasetConfig) -> Provenance:

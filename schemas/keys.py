@@ -16,7 +16,7 @@ from schemas.storage import write_aside
 CACHE_VERSION = 1
 
 # How a file becomes pixels, besides its geometry; part of every latent key.
-PIXEL_POLICY = "exif-oriented/icc-to-srgb/alpha-on-white/rgb8/lanczos"
+PIXEL_POLICY = "exif-oriented/icc-to-srgb/alpha-on-white/rgb8/vips-lanczos3"
 
 _CHUNK = 1 << 20
 
@@ -57,10 +57,31 @@ def seed_of(*parts: object) -> int:
 
 def seeds_of(before: Sequence[object], names: Iterable[str], after: Sequence[object]) -> Iterator[int]:
     """Yield `seed_of(*before, name, *after)` for many names, at a fraction of the time."""
-    head, tail = canonical(list(before))[:-1], canonical(list(after))[1:]
+    for spelled in _spelled(before, names, after):
+        yield xxhash.xxh3_64_intdigest(spelled) >> 1
+
+
+def digests_of(before: Sequence[object], names: Iterable[str], after: Sequence[object]) -> Iterator[str]:
+    """Yield `digest(*before, name, *after)` for many names, at a fraction of the time."""
+    return map(content_id, _spelled(before, names, after))
+
+
+def _spelled(before: Sequence[object], names: Iterable[str], after: Sequence[object]) -> Iterator[bytes]:
+    """Yield the canonical spelling of (*before, name, *after) for many names."""
+    head, tail = canonical(list(before))[:-1], f",{canonical(list(after))[1:]}" if after else "]"
     spelled = json.encoder.encode_basestring
     for name in names:
-        yield xxhash.xxh3_64_intdigest(f"{head},{spelled(name)},{tail}".encode()) >> 1
+        yield f"{head},{spelled(name)}{tail}".encode()
+
+
+def degrade_seed(prep_seed: int, image_id: str, recipe: str, draw: int) -> int:
+    """Seed the draws of one degraded image: the first, or another of several variants."""
+    return seed_of(prep_seed, "degrade", image_id, recipe, draw)
+
+
+def degrade_seeds(prep_seed: int, image_ids: Iterable[str], recipe: str, draw: int) -> Iterator[int]:
+    """Yield `degrade_seed` for many images."""
+    return seeds_of((prep_seed, "degrade"), image_ids, (recipe, draw))
 
 
 def latent_key(
@@ -77,7 +98,7 @@ def text_key(encoder: str, prompt: str) -> str:
 
 
 def pixels_key(image_id: str, geometry: tuple[int, ...], view: str, recipe: str, seed: int) -> str:
-    """Key the pixels of one degraded image."""
+    """Key the pixels of one degraded image; one that is degraded at its own size has an empty geometry."""
     return digest("pixels", CACHE_VERSION, image_id, PIXEL_POLICY, view, geometry, recipe, seed)
 
 

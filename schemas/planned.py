@@ -24,7 +24,8 @@ class DatasetPlan:
     absent: int  # images of a list that are not downloaded yet: nothing is known of them
     targets: int  # that have all their references
     variants: int  # random crops of each
-    pairs: int  # rows of its pair table that are kept: targets × variants
+    degradations: int  # draws of each, where references are made
+    pairs: int  # rows of its pair table that are kept: targets × variants × degradations
     unpaired: Mapping[str, int]  # kind of reason -> targets
     file_references: int  # for each target
     made_references: int  # for each target
@@ -153,6 +154,7 @@ def _dataset_lines(plan: DatasetPlan) -> Iterator[str]:
     if plan.role == "references":
         return
     crops = f" x {plan.variants} random crops" if plan.variants > 1 else ""
+    crops += f" x {plan.degradations} degradations" if plan.degradations > 1 else ""
     kinds = [(plan.file_references, "from files"), (plan.made_references, "made of it")]
     each = ", ".join(f"{number} {kind}" for number, kind in kinds if number)
     references = f"; references of each: {each}" if each else "; no references"

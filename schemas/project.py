@@ -111,6 +111,10 @@ class Project:
         """Return the path of a dataset's manifest."""
         return self.workspace / "manifests" / f"{dataset_id}.parquet"
 
+    def pair_report(self, dataset_id: str) -> Path:
+        """Return the path of the list of what was odd when a target set was paired."""
+        return self.workspace / "pairs" / f"{dataset_id}.report.csv"
+
     def pair_table(self, dataset_id: str) -> Path:
         """Return the path of a target set's pair table."""
         return self.workspace / "pairs" / f"{dataset_id}.parquet"

@@ -6,6 +6,7 @@ defaults and order of operations are those of SimpleTuner's generators where it 
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field
@@ -110,3 +111,9 @@ def parse_recipe(text: str) -> Recipe:
     """Read a recipe back from a row."""
     values = json.loads(text)
     return RECIPES[values["type"]].model_validate(values)
+
+
+@cache
+def degraded_at_source(text: str) -> bool:
+    """Tell a recipe, as a row spells it, that acts on the full-size picture."""
+    return json.loads(text).get("degrade_at") == "source"

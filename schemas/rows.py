@@ -79,10 +79,16 @@ class Reference:
     path: str  # relative to the folder of its dataset; of the target's dataset if degraded
     recipe: str | None  # canonical JSON of the degradation; null for a file of its own
     seed: int | None  # of the degradation's draws
+    realised: str | None  # JSON of the steps of the degradation with every number as it was drawn
     bucket: str
     geometry: Geometry
     view: str  # how the file becomes an upright picture, where that is not the default: canonical JSON, or empty
     prompts: list[str]  # instead of the sample's, while this one of several references is shown; often empty
+    shift_x: float | None  # pixels of the training picture by which it lies right of its target; null if not compared
+    shift_y: float | None  # pixels by which it lies below
+    scale: float | None  # relative to its target; 1.01 is one per cent larger
+    similarity: float | None  # structural similarity to its target (SSIM), 0 to 1
+    confidence: float | None  # how far shift and scale can be trusted, 0 to 1
 
     def key(self, encoder: str) -> str:
         """Key its latent under an encoder."""
@@ -97,12 +103,13 @@ class PairRow:
     dataset_id: str
     target_image_id: str
     target_path: str  # relative to the dataset's folder
-    variant: int  # of its random crops: in epoch e, the variant e modulo `variants` is shown
-    variants: int  # random crops that are cached; 1 unless they differ by epoch
+    variant: int  # of its random crops and degradations: in epoch e, the variant e modulo `variants` is shown
+    variants: int  # of this target; 1 unless crops or degradations differ by epoch
     geometry: Geometry  # of the target
     view: str  # of the target: see Reference
     references: list[Reference]
     prompts: list[str]
+    prompt: str  # the one of them that is drawn by seed, for previews and other trainers; training shows all in turn
     bucket: str
     repeats: int  # extra showings per epoch; 0 is shown once
     reject: str | None  # a sentence; null means kept

@@ -342,7 +342,7 @@ def _inactive_crops(dataset: DatasetConfig) -> Iterator[str]:
     if dataset.vae_cache_clear_each_epoch and not dataset.random_crops:
         yield "vae_cache_clear_each_epoch has no effect: its crops are the same in every epoch"
     elif dataset.vae_cache_clear_each_epoch and dataset.crop_variants is None and dataset.is_target:
-        yield f"vae_cache_clear_each_epoch: {dataset.variants} random crops are cached (crop_variants), shown in turn"
+        yield f"vae_cache_clear_each_epoch: {dataset.crops} random crops are cached (crop_variants), shown in turn"
     if dataset.crop_variants is not None and not dataset.random_crops:
         yield "crop_variants has no effect: only random crops differ"
     if "near_duplicate_distance" in given and dataset.near_duplicates == "ignore":

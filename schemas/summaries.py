@@ -99,14 +99,42 @@ class DatasetPairs:
     """What pairing made of one set of targets."""
 
     dataset_id: str
-    targets: int
-    pairs: int  # kept samples
-    rejected: Mapping[str, int]  # kind of reason -> targets
+    targets: int  # usable images
+    pairs: int  # kept samples: targets × variants
+    rejected: Mapping[str, int]  # kind of reason -> samples
+    without_reference: int  # targets kept though they lack a proper reference
     unused_references: int  # files of the reference sets that no target asks for
+    resized_references: int  # strict references scaled to the size of their target
+    compared: int  # strict references that were held against their target by this run
+    misaligned: int  # strict references that do not lie on their target
+    worst: tuple[str, ...]  # a few of them
     generated: int  # reference pictures made by this run
     reused: int  # reference pictures that existed
     table: str
+    report: str  # CSV of all that was odd
     written: bool
+
+    def lines(self, dry_run: bool) -> Iterator[str]:
+        """Yield the closing report."""
+        yield f"{self.dataset_id}: {counted(self.targets, 'target')}, {counted(self.pairs, 'pair')}" + (
+            f"; references made {self.generated}, reused {self.reused}" if self.generated + self.reused else ""
+        )
+        for reason, count in self.rejected.items():
+            yield f"  rejected {count}: {reason}"
+        if self.without_reference:
+            yield f"  kept {counted(self.without_reference, 'target')} without the references they lack"
+        if self.unused_references:
+            yield f"  {counted(self.unused_references, 'reference file')} without a target"
+        if self.resized_references:
+            yield f"  {counted(self.resized_references, 'reference')} of another size, scaled to their targets"
+        if self.compared:
+            yield f"  {counted(self.compared, 'reference')} compared with their targets"
+        if self.misaligned:
+            yield f"  {counted(self.misaligned, 'reference')} misaligned, the worst first:"
+            yield from (f"    {one}" for one in self.worst)
+        if self.unused_references or self.resized_references or self.misaligned or self.rejected:
+            yield f"  all of them: {self.report}"
+        yield f"  {_state(self.written, dry_run)} {self.table}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +151,7 @@ class PairsSummary:
     def lines(self) -> Iterator[str]:
         """Yield the closing report."""
         for entry in self.datasets:
-            yield f"{entry.dataset_id}: {entry.targets} targets, {entry.pairs} pairs" + (
-                f"; references made {entry.generated}, reused {entry.reused}" if entry.generated + entry.reused else ""
-            )
-            for reason, count in entry.rejected.items():
-                yield f"  rejected {count}: {reason}"
-            if entry.unused_references:
-                yield f"  {entry.unused_references} reference files belong to no target"
-            yield f"  {_state(entry.written, self.dry_run)} {entry.table}"
+            yield from entry.lines(self.dry_run)
         for path in self.previews:
             yield f"contact sheet {path}"
 

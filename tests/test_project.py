@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from families import FAMILIES, open_project
 from schemas.config_file import read_json
 from schemas.datasets import (
+    AlignmentCheck,
     AspectBucket,
     CaptionShuffle,
     CompositeImage,
@@ -95,6 +96,7 @@ def test_generated_documents_are_current() -> None:
         AspectBucket,
         CaptionShuffle,
         ImagePolicy,
+        AlignmentCheck,
         *RECIPES.values(),
     ],
 )

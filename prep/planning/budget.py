@@ -15,13 +15,16 @@ import pyarrow.compute as pc
 from families.checkpoints import here
 from prep.frames import name_of
 from prep.geometry import placed
-from prep.planning.matching import BOX, Mask, Match, Numbers, Side, prompts_of
+from prep.matching import BOX, Mask, Numbers
+from prep.planning.sides import Match, Side, prompts_of
 from schemas.datasets import DatasetConfig
 from schemas.family import Width
-from schemas.keys import latent_key, pixels_key, seed_of, text_key
+from schemas.keys import degrade_seed, latent_key, pixels_key, text_key
 from schemas.project import Project
+from schemas.recipes import degraded_at_source
 from schemas.rows import Geometry
 from schemas.shards import ShardIndex
+from schemas.storage import is_aside
 
 PICTURE_BYTES = 2.0  # per pixel of a degraded photograph as lossless PNG; flat drawings take less, noise up to 3
 
@@ -132,8 +135,13 @@ def pictures(project: Project, matches: Sequence[Match]) -> Need:
     sides = [(pairs, side) for pairs in matches for side in pairs.sides if side.to_file and pairs.count]
     if not sides:
         return Need(0, 0, 0, 0, True)
-    stored = {path.stem: path.stat().st_size for path in project.pixel_store.glob("*/*.png")}
-    wanted = _gathered(project, sides, all_drawn=bool(stored))
+    stored = {path.stem: path.stat().st_size for path in project.pixel_store.glob("*/*") if not is_aside(path)}
+    framed = [(pairs, side) for pairs, side in sides if side.sizes is None]
+    wanted = _gathered(project, framed, all_drawn=bool(stored))
+    for _, side in sides:
+        if side.sizes is not None:
+            wanted.named &= side.named
+            wanted.parts.append(_table(side.ids, np.pad(side.sizes, ((0, 0), (0, len(BOX) - 2))), side))
     table = wanted.once()
     boxes = [_boxes(table), *wanted.undrawn_boxes]
     pixels = sum(int((some[:, 0] * some[:, 1]).sum()) for some in boxes)
@@ -156,7 +164,7 @@ def _gathered(project: Project, sides: Iterable[tuple[Match, Side]], *, all_draw
         for boxes in drawn or ():
             wanted.parts.append(_table(side.ids.filter(pa.array(side.moves)), boxes[side.moves], side))
         if drawn is None:
-            extra = _positions(side.boxes, pairs.target.variants, side.moves) - 1
+            extra = _positions(side.boxes, pairs.target.crops, side.moves) - 1
             wanted.undrawn += int(extra.sum())
             wanted.undrawn_boxes.append(np.repeat(side.boxes[:, :2], extra, axis=0))
     return wanted
@@ -164,8 +172,8 @@ def _gathered(project: Project, sides: Iterable[tuple[Match, Side]], *, all_draw
 
 def _table(ids: pa.Array, boxes: Numbers, side: Side) -> pa.Table:
     columns = {name: pa.array(np.ascontiguousarray(boxes[:, place])) for place, name in enumerate(BOX)}
-    constants = {"view": pa.repeat(side.view, len(ids)), "recipe": pa.repeat(side.recipe or "", len(ids))}
-    return pa.table({"id": ids, **columns, **constants})
+    said = {"view": side.view, "recipe": side.recipe or "", "draw": side.draw}
+    return pa.table({"id": ids, **columns, **{name: pa.repeat(value, len(ids)) for name, value in said.items()}})
 
 
 def _boxes(table: pa.Table) -> Numbers:
@@ -182,10 +190,10 @@ def _crops(project: Project, pairs: Match, *, all_drawn: bool) -> list[Numbers] 
     """Draw the further random crops of targets; None if they are too many to be drawn for a count."""
     boxes, target = pairs.sides[0].boxes, pairs.target
     rows = np.flatnonzero((boxes[:, 0] != boxes[:, 2]) | (boxes[:, 1] != boxes[:, 3]))
-    if len(rows) * (target.variants - 1) > _DRAWN and not all_drawn:
+    if len(rows) * (target.crops - 1) > _DRAWN and not all_drawn:
         return None
     drawn, paths = [], pairs.paths.take(pa.array(rows)).to_pylist()
-    for variant in range(1, target.variants):
+    for variant in range(1, target.crops):
         moved = boxes.copy()
         for row, path in zip(rows.tolist(), paths, strict=True):
             box = placed(Geometry(*boxes[row].tolist()), target.crop_style, name_of(project, target, path), variant)
@@ -194,27 +202,25 @@ def _crops(project: Project, pairs: Match, *, all_drawn: bool) -> list[Numbers] 
     return drawn
 
 
-def _rows(table: pa.Table) -> Iterator[tuple[str, tuple[int, ...], str, str]]:
+def _rows(project: Project, table: pa.Table) -> Iterator[tuple[str, tuple[int, ...], str, str | None, int | None]]:
+    """Yield what keys are made of: image, box, view, recipe, seed."""
     boxes = map(tuple, _boxes(table).tolist())
-    columns = (table[name].to_pylist() for name in ("id", "view", "recipe"))
-    for image_id, view, recipe, box in zip(*columns, boxes, strict=True):
-        yield image_id, box, view, recipe
+    columns = (table[name].to_pylist() for name in ("id", "view", "recipe", "draw"))
+    for image_id, view, recipe, draw, box in zip(*columns, boxes, strict=True):
+        seed = degrade_seed(project.trainer.prep_seed, image_id, recipe, draw) if recipe else None
+        yield image_id, box, view, recipe or None, seed
 
 
 def _latent_keys(project: Project, table: pa.Table, encoder: str) -> Iterator[str]:
     """Key pictures; one that is not identified gets a key that no store has."""
-    for image_id, box, view, recipe in _rows(table):
-        seed = _degrade_seed(project, image_id, recipe) if recipe else None
-        yield latent_key(encoder, image_id, box, view, recipe or None, seed)
+    for image_id, box, view, recipe, seed in _rows(project, table):
+        yield latent_key(encoder, image_id, box, view, recipe, seed)
 
 
 def _pixel_keys(project: Project, table: pa.Table) -> Iterator[str]:
-    for image_id, box, view, recipe in _rows(table):
-        yield pixels_key(image_id, box, view, recipe, _degrade_seed(project, image_id, recipe))
-
-
-def _degrade_seed(project: Project, image_id: str, recipe: str) -> int:
-    return seed_of(project.trainer.prep_seed, "degrade", image_id, recipe)
+    for image_id, box, view, recipe, seed in _rows(project, table):
+        assert recipe is not None and seed is not None, "only degraded pictures are kept"
+        yield pixels_key(image_id, () if degraded_at_source(recipe) else box, view, recipe, seed)
 
 
 # Prompts
@@ -248,7 +254,7 @@ def smaller(matches: Sequence[Match], whole: int) -> dict[str, int]:
     now, saved = _area(sides, None, 1), {}
     for edge in [edge for edge in _CUSTOMARY if edge < largest][:2]:
         saved[f"resolution {edge}"] = round(whole * _area(sides, edge, 1) / now)
-    most = max(pairs.target.variants for pairs, _ in sides)
+    most = max(pairs.target.crops for pairs, _ in sides)
     if most > 1:
         saved[f"crop_variants {most // 2}"] = round(whole * _area(sides, None, 2) / now)
     return saved
@@ -259,6 +265,6 @@ def _area(sides: Sequence[tuple[Match, Side]], edge: float | None, share: int) -
     total = 0.0
     for pairs, side in sides:
         scale = min(1.0, (edge / edge_of(side.resolution)) ** 2) if edge is not None else 1.0
-        crops = _positions(side.boxes, max(1, pairs.target.variants // share), side.moves)
+        crops = _positions(side.boxes, max(1, pairs.target.crops // share), side.moves)
         total += scale * float((side.boxes[:, 0] * side.boxes[:, 1] * crops).sum())
     return total

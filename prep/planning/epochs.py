@@ -8,7 +8,8 @@ from fractions import Fraction
 
 import pyarrow as pa
 
-from prep.planning.matching import Match, Numbers
+from prep.matching import Numbers
+from prep.planning.sides import Match
 from schemas.planned import Bucket, Epoch
 from schemas.project import Project
 from schemas.trainer import DEFAULT_STEPS
@@ -72,12 +73,12 @@ def _bucket(group: Group, showings: int, size: int) -> Bucket:
 
 def _drawn_references(project: Project, pairs: Match) -> bool:
     """Tell whether each showing draws one of several references."""
-    return len(pairs.sides) > 2 and project.trainer.conditioning_multidataset_sampling == "random"
+    return len(pairs.shown) > 2 and project.trainer.conditioning_multidataset_sampling == "random"
 
 
 def _groups(project: Project, pairs: Match) -> dict[Group, Fraction]:
     """Count pairs by the shapes they are shown with; of references that are drawn each counts for its share."""
-    target, *references = (_sizes(side.boxes) for side in pairs.sides)
+    target, *references = (_sizes(side.boxes) for side in pairs.shown)
     if not pairs.count:
         return {}
     if not _drawn_references(project, pairs):

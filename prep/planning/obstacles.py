@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from prep.frames import policy_of
 from prep.geometry import Size, Targets, aspects_for, framed
 from prep.places import place_of
-from prep.planning.matching import Manifest, Match
+from prep.matching import Manifest
+from prep.planning.sides import Match
 from prep.statistics import counts_of, kinds_of
 from schemas.console import printable
 from schemas.datasets import DatasetConfig
@@ -34,10 +35,10 @@ def why_empty(project: Project, manifests: Mapping[str, Manifest], matches: Sequ
 
     One that waits for downloads, of its own or of its references, is left out: nothing is known of it.
     """
-    reasons = {}
+    reasons, paired = {}, {pairs.target.id for pairs in matches if pairs.count}
     for pairs in matches:
         name, asked = pairs.target.id, (pairs.target, *project.references_of(pairs.target))
-        if not pairs.count and not any(manifests[one.id].absent for one in asked):
+        if name not in paired and not any(manifests[one.id].absent for one in asked):
             told = _unpaired(project, pairs, manifests) if pairs.kept else _unkept(project, manifests[name])
             reasons[name] = told
     return reasons
@@ -45,10 +46,23 @@ def why_empty(project: Project, manifests: Mapping[str, Manifest], matches: Sequ
 
 def why_blocked(project: Project, matches: Sequence[Match], empty: Mapping[str, str]) -> str | None:
     """Return why training would have no batch at all, and the remedy; None if it has some, or that is not known."""
+    stops = [one for one in matches if one.rejected and one.target.on_unpaired == "error" and one.target.id not in empty]
+    if stops:
+        return "; ".join(map(_stopped, stops))
     own = [pairs.target.id for pairs in matches if trained(project, pairs.target)]
     if not own:
         return _all_held_out(project)
     return None if set(own) - empty.keys() else "; ".join(f"{name}: {empty[name]}" for name in own)
+
+
+def _stopped(pairs: Match) -> str:
+    """Say that prep pairs would not go on."""
+    first = printable(next(iter(pairs.examples.values()))[2])
+    count = sum(pairs.rejected.values())
+    return (
+        f"{pairs.target.id}: prep pairs stops, as {count} of {pairs.kept} targets have no proper reference, first {first}; "
+        'mend the files, or set on_unpaired to "drop" or "train_without_reference"'
+    )
 
 
 def _all_held_out(project: Project) -> str:
@@ -80,30 +94,22 @@ def _unkept(project: Project, manifest: Manifest) -> str:
 def _unpaired(project: Project, pairs: Match, manifests: Mapping[str, Manifest]) -> str:
     """Say why none of the kept targets is paired."""
     kind, count = max(pairs.rejected.items(), key=lambda item: item[1])
-    reference_id, path = pairs.examples[kind]
-    reference = manifests[reference_id]
+    reference_id, _, reason = pairs.examples[kind]
     number = f"all {count}" if count == pairs.kept else f"{count} of {pairs.kept}"
-    shown = printable(path)
-    if kind == "no reference" and reference.rows.num_rows == 0:
-        where = printable(place_of(project, reference.dataset).name("").rstrip("/"))
+    if kind == "no reference" and manifests[reference_id].rows.num_rows == 0:
+        where = printable(place_of(project, manifests[reference_id].dataset).name("").rstrip("/"))
         return f"{number} targets have no reference: {reference_id} has no image in {where}"
-    if kind == "no reference":
-        near = _namesake(reference.rows["path"], path)
-        but = f", but {printable(near)}" if near is not None else ""
-        advice = "references are found by relative path, extension included: rename them or mend instance_data_dir"
-        return f"{number} targets have no reference: {reference_id} has no {shown}{but}; {advice}"
-    if kind == "reference rejected":
-        row = reference.rows.filter(pc.equal(reference.rows["path"], path))["reject"][0].as_py()
-        return f"the references of {number} targets are rejected, first {reference_id}/{shown}: {row}; mend that"
-    advice = 'crop them alike, or set conditioning_type to "reference_loose"'
-    return f"the references of {number} targets in {reference_id} have another aspect, first {shown}; {advice}"
+    return f"{number} targets have no proper reference, first {printable(reason)}; {_ADVICE[kind]}"
 
 
-def _namesake(paths: pa.ChunkedArray, path: str) -> str | None:
-    """Find a path that differs in extension or case alone."""
-    stems = pc.replace_substring_regex(pc.utf8_lower(paths), r"\.[^./]*$", "")
-    at = pc.index(stems, path.rpartition(".")[0].lower()).as_py()
-    return paths[at].as_py() if at >= 0 else None
+_ADVICE: Mapping[str, str] = {
+    "no reference": "references are found by relative path: rename them or mend instance_data_dir",
+    "reference collides": "rename one of each",
+    "reference rejected": "mend that",
+    "orientation differs": "turn one of each",
+    "aspect differs": 'crop them alike, or set conditioning_type to "reference_loose"',
+    "reference equals target": "instance_data_dir of both may be the same",
+}
 
 
 # What to change for each kind of reject

@@ -251,6 +251,7 @@ def test_pairs_that_cannot_be_are_counted_by_the_reasons_that_prep_pairs_gives(m
     second.rename(second.with_suffix(".jpeg"))
     third.write_bytes(b"no picture")
     Image.open(fourth).resize((400, 100)).save(fourth)
+    _edit(folder, 0, on_unpaired="drop")
     project = open_project(folder)
     before, (paired, _) = plan(project), _prepare(project)
     assert dict(before.datasets[0].unpaired) == dict(paired.datasets[0].rejected)
@@ -300,7 +301,9 @@ def test_half_the_random_crops_halve_what_moves(make_project: MakeProject) -> No
 
 
 def test_the_size_of_degraded_pictures_is_an_assumption_of_the_right_order(make_project: MakeProject) -> None:
-    project = open_project(make_project("deblur"))
+    folder = make_project("deblur")
+    _edit(folder, 0, conditioning=[{"type": "superresolution", "blur_radius": 1.5, "storage": "files"}])
+    project = open_project(folder)
     planned = _stage(plan(project), "reference pictures")
     _prepare(project)
     written = sum(path.stat().st_size for path in project.pixel_store.rglob("*.png"))
@@ -435,8 +438,8 @@ def test_several_reasons_are_told_the_most_frequent_first(tmp_path) -> None:
     [
         (lambda path: path.unlink(), "all 6 targets have no reference: gray has no image in"),
         (lambda path: path.rename(path.with_suffix(".jpeg")), "gray has no astronaut.jpg, but astronaut.jpeg;"),
-        (lambda path: path.write_bytes(b""), "the references of all 6 targets are rejected, first gray/astronaut.jpg"),
-        (lambda path: Image.new("RGB", (400, 90)).save(path), "in gray have another aspect, first astronaut.jpg"),
+        (lambda path: path.write_bytes(b""), "all 6 targets have no proper reference, first reference rejected: gray/astronaut.jpg"),
+        (lambda path: Image.new("RGB", (400, 90)).save(path), "first aspect differs: gray/astronaut.jpg is 400x90"),
     ],
 )
 def test_references_that_are_all_missing_or_unfit_are_named(make_project: MakeProject, spoil, told) -> None:
