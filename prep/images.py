@@ -333,8 +333,3 @@ def _reason(fault: Exception) -> str:
         return "its pixels are absurdly many"
     text = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
     return "no known image format" if isinstance(fault, UnidentifiedImageError) else text
-
-
-def decode_gray(data: bytes, view: str, *args: object) -> Image.Image | str:
-    decoded = decode(data, view)
-    return decoded if isinstance(decoded, str) else decoded.convert("L")

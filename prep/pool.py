@@ -19,6 +19,7 @@ import multiprocess
 from multiprocess import resource_tracker
 from multiprocess.connection import wait
 
+from prep.mailbox import Inbox, Outbox
 from schemas.errors import UserError
 
 ItemT = TypeVar("ItemT")
@@ -61,6 +62,7 @@ class Crew:
         self._idle: list[Any] = []  # pipes
         self._busy: dict[Any, int] = {}  # pipe -> position of its item
         self._processes: dict[Any, Any] = {}
+        self._inboxes: dict[Any, Inbox] = {}
         self._starting: set[Any] = set()  # pipes whose worker has not said anything yet
         self._since: dict[Any, float] = {}  # pipe -> when its worker began the item, if there is a limit
         self._overdue: set[Any] = set()  # pipes whose worker was killed for taking too long
@@ -162,6 +164,7 @@ class Crew:
             process.start()
         there.close()
         self._processes[here] = process
+        self._inboxes[here] = Inbox()
         self._starting.add(here)
 
     def _welcome(self, pipe: Any) -> None:
@@ -176,11 +179,12 @@ class Crew:
     def _fetch(self, pipe: Any, item: object) -> Any:
         self._since.pop(pipe, None)
         try:
-            result, failure = pickle.loads(pipe.recv_bytes())
+            result, failure = self._inboxes[pipe].unpack(pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
             process = self._processes.pop(pipe)
             process.join()
             pipe.close()
+            self._inboxes.pop(pipe).close()
             if pipe in self._overdue:
                 return Crash(f"it took longer than {self._limit_s:g} s")
             return Crash(f"its worker process died with exit status {process.exitcode}", died=True)
@@ -201,6 +205,7 @@ class Crew:
         if pipe in self._idle:
             self._idle.remove(pipe)
         process.join()
+        self._inboxes.pop(pipe).close()
 
 
 @contextmanager
@@ -253,16 +258,18 @@ def _serve(pipe: Any, _warm: Callable[[Any], Any]) -> None:
     """
     gc.freeze()  # what is imported by now is never looked through again
     pipe.send(None)
+    outbox = Outbox()
     while True:
         try:
             task, item = pickle.loads(pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
+            outbox.close()
             return
         try:
-            answer = pickle.dumps((task(item), None))
+            answer = outbox.pack((task(item), None))
         except UserError as fault:
-            answer = pickle.dumps((None, fault))
+            answer = outbox.pack((None, fault))
         except Exception:  # noqa: BLE001 - carried to the parent, raised there
-            answer = pickle.dumps((None, traceback.format_exc()))
+            answer = outbox.pack((None, traceback.format_exc()))
         with suppress(BrokenPipeError):  # the command was killed: nobody asks any more
             pipe.send_bytes(answer)

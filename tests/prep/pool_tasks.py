@@ -59,3 +59,11 @@ def measure_or_die(task):
     from prep.measure import measure
 
     return measure(task)
+
+
+def picture(number):
+    import numpy as np
+
+    if number < 0:
+        os._exit(1)
+    return {"pixels": np.full((400 + number, 300, 3), number, np.uint8), "strided": np.arange(60000)[::2], "n": number}

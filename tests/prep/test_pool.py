@@ -107,3 +107,19 @@ def test_workers_that_cannot_start_are_told_to_the_user(tmp_path, monkeypatch, c
     with pytest.raises(UserError, match="worker processes cannot start; --workers 1"):
         list(each(task, [1, 2, 3], 2))
     assert "No module named 'gone_tasks'" in capfd.readouterr().err
+
+
+def test_arrays_come_through_shared_memory_whole_and_leave_nothing_there(tasks, recwarn):
+    shared = Path("/dev/shm")
+    before = set(os.listdir(shared)) if shared.is_dir() else set()
+    items = [0, 9, 3, -1, 200, 5, 7]  # growing and shrinking, one dies
+    for workers in (1, 2):
+        results = list(each(tasks.picture, [item for item in items if workers > 1 or item >= 0], workers))
+        for number, result in results:
+            if number < 0:
+                assert isinstance(result, Crash)
+            else:
+                assert result["pixels"].shape == (400 + number, 300, 3) and (result["pixels"] == number).all()
+                assert (result["strided"] == range(0, 60000, 2)).all() and result["n"] == number
+                result["pixels"][0] = 1  # its own, and writable
+    assert not (set(os.listdir(shared)) - before if shared.is_dir() else set())
