@@ -26,10 +26,10 @@ _Values: TypeAlias = npt.NDArray[np.float32]
 _Numbers: TypeAlias = npt.NDArray[np.float64]
 
 MAXIMUM_SHIFT = 0.6  # pixels of the training picture
-MAXIMUM_SCALE = 0.004
-MINIMUM_SIMILARITY = 0.5
+MAXIMUM_SCALE = 0.004  # share
+MINIMUM_SIMILARITY = 0.6
 TRUSTED = 0.5  # confidence from which shift and zoom count
-UNKNOWN = 0.1  # confidence where either picture shows too little to tell
+UNKNOWN = 0.1  # confidence where nothing can be told
 
 SMALL = 256  # pixels of the side of a square with the small picture's area
 _SMALLEST = 24  # pixels of a side that can be registered
@@ -38,12 +38,20 @@ _THINNEST = 64  # pixels of the shorter side below which no level may be
 _BLOCK = 16  # pixels of a block's side
 _ROUNDS = 5  # of warping and fitting on a level
 _REWEIGHTINGS = 4
-_TEXTURE = 0.6  # gray levels: standard deviation of the band-passed block that is more than rounding and noise
+_FEWEST = 6  # blocks for a fit
+_TEXTURE = 0.6  # gray levels: standard deviation of a band-passed block that is more than rounding
 _FAR = 2.5  # pixels of a level: a larger displacement of a block is beyond the linear fit
+_SPREAD = 0.3  # pixels of a level: scale of the weights' fall
 _NEAR = 0.35  # pixels of a level by which blocks that agree may miss the common fit
 _ALIKE = 0.35  # correlation of blocks that agree, of either sign
-_SPREAD = 0.3  # pixels of a level: scale of the weights' fall
-_FEWEST = 6  # blocks for a fit
+_CLEARER = 0.3  # share of agreeing blocks by which a coarser level is preferred
+_AGREEING = 0.6  # share of agreeing blocks that leaves no doubt
+_ENOUGH = 20  # agreeing blocks that leave no doubt
+_DOUBT = 0.5  # pixels of the training picture: error at which confidence is halved
+_STRANGE_SHARE = 0.15  # of agreeing blocks; of different pictures at most this
+_STRANGE_LIKENESS = 0.18  # of edges
+_DETAIL = 0.2  # share of blocks that must show something before a picture is called another
+_SLACK = 3  # pixels by which edges may lie apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +119,26 @@ def alignment(target: Gray, reference: Gray, scale: float) -> Alignment:
     similarity = _similarity(one, other)
     if min(one.shape) < _SMALLEST:
         return Alignment(0.0, 0.0, 1.0, similarity, UNKNOWN)
-    fit, before = _registered(_pyramid(one, other))
-    return Alignment(fit.place.x*scale, fit.place.y*scale, fit.place.scale, similarity, _confidence(fit, before, scale, one, other))
+    levels = _pyramid(one, other)
+    fit, witness = _registered(levels)
+    confidence = _confidence(fit, witness, scale)
+    if confidence <= UNKNOWN:
+        strange = max(fit.share, witness.share) < _STRANGE_SHARE and _detailed(levels[0])
+        unlike = strange and _likeness(one, other) < _STRANGE_LIKENESS
+        return Alignment(0.0, 0.0, 1.0, similarity, 0.0 if unlike else UNKNOWN)
+    return Alignment(fit.place.x * scale, fit.place.y * scale, fit.place.scale, similarity, confidence)
 
 
-def _confidence(fit, before, scale, one, other):
-    return fit.share
+def _confidence(fit: _Fit, witness: _Fit, scale: float) -> float:
+    """Say how far a fit can be trusted: by the blocks that agree, its error, and what another level says.
+
+    The error of large shifts may be larger: they are no less misaligned.
+    """
+    apart = math.hypot(fit.place.x - witness.place.x, fit.place.y - witness.place.y)
+    doubt = math.hypot(fit.error, apart * (1 - fit.share)) * scale
+    allowed = _DOUBT + 0.1 * math.hypot(fit.place.x, fit.place.y) * scale
+    agreement = min(1.0, fit.share / _AGREEING) * min(1.0, fit.agreeing / _ENOUGH)
+    return agreement / (1 + (doubt / allowed) ** 2)
 
 
 def misaligned(found: Alignment, maximum_shift: float, maximum_scale: float, minimum_similarity: float) -> str | None:
@@ -196,6 +218,26 @@ def _pyramid(target: _Values, reference: _Values) -> list[_Level]:
     return levels
 
 
+def _detailed(level: _Level) -> bool:
+    """Tell whether both pictures show something in enough places."""
+    pictures = (level.basis[0], level.reference)
+    return all(float(np.mean(_means(one * one) > _TEXTURE**2)) > _DETAIL for one in pictures)
+
+
+def _likeness(target: _Values, reference: _Values) -> float:
+    """Return the correlation of where two pictures have edges, whatever these look like; the best of small shifts."""
+    edges = [_edges(picture) for picture in (target, reference)]
+    slack = min(_SLACK, min(edges[0].shape) // 4)
+    middle = edges[0][slack:-slack, slack:-slack]
+    return float(cv2.matchTemplate(edges[1], middle, cv2.TM_CCOEFF_NORMED).max())
+
+
+def _edges(picture: _Values) -> _Values:
+    reduced = _halved(picture) if min(picture.shape) >= 2 * _THINNEST else picture
+    strength = np.sqrt(np.hypot(_derivative(reduced, 1, 0), _derivative(reduced, 0, 1)))
+    return _smooth(strength, 1.0) - _smooth(strength, 6.0)
+
+
 def _level(target: _Values, reference: _Values, factor: int) -> _Level:
     band = _band(target)
     basis = (band, _derivative(band, 1, 0), _derivative(band, 0, 1))
@@ -207,7 +249,10 @@ def _level(target: _Values, reference: _Values, factor: int) -> _Level:
 
 
 def _registered(levels: list[_Level]) -> tuple[_Fit, _Fit]:
-    """Return the fit on the finest level that can be believed, and the one on the level before it."""
+    """Return the fit on the finest level and the one on the level above it, or in turn if that is much clearer.
+
+    It is where one picture is much blurred: its finest details are noise.
+    """
     coarsest = levels[-1]
     height, width = coarsest.reference.shape
     window = cv2.createHanningWindow((width, height), cv2.CV_32F)
@@ -215,11 +260,10 @@ def _registered(levels: list[_Level]) -> tuple[_Fit, _Fit]:
     starts = [_NOWHERE, _Place(x * coarsest.factor, y * coarsest.factor, 1.0)]
     fits: list[_Fit] = []
     for level in levels[::-1]:
-        tried = [_fitted(level, place) for place in starts]
-        fits.append(max(tried, key=lambda fit: fit.share))
-        starts = [fits[-1].place] + ([_NOWHERE] if fits[-1].share < TRUSTED else [])
-    last, before = fits[-1], fits[max(0, len(fits) - 2)]
-    return last, before
+        fits.append(max((_fitted(level, place) for place in starts), key=lambda fit: fit.share))
+        starts = [fits[-1].place] + ([_NOWHERE] if fits[-1].share < _AGREEING else [])
+    fine, coarse = fits[-1], fits[max(0, len(fits) - 2)]
+    return (coarse, fine) if coarse.share > fine.share + _CLEARER else (fine, coarse)
 
 
 def _fitted(level: _Level, place: _Place) -> _Fit:
@@ -274,6 +318,7 @@ def _measured(level: _Level, place: _Place) -> _Blocks:
     moved = cv2.warpAffine(level.reference, matrix, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     reach = np.abs(level.centres * place.scale + shift) + place.scale * _BLOCK / 2
     inside = np.all(reach <= middle + 1, axis=1)
+    inside &= np.mean(inside) > 0.5  # a place that leaves less of the picture is none
     products = np.stack([_means(one * moved) for one in level.basis], 1)
     energy = _means(moved * moved)
     solved = np.linalg.solve(level.normal, products[:, :, None])[:, :, 0]
