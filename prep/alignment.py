@@ -25,8 +25,8 @@ Gray: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 _Values: TypeAlias = npt.NDArray[np.float32]
 _Numbers: TypeAlias = npt.NDArray[np.float64]
 
-MAXIMUM_SHIFT = 0.6  # pixels of the training picture
-MAXIMUM_SCALE = 0.004  # share
+MAXIMUM_SHIFT = 0.7  # pixels of the training picture
+MAXIMUM_SCALE = 0.006  # share
 MINIMUM_SIMILARITY = 0.6
 TRUSTED = 0.5  # confidence from which shift and zoom count
 UNKNOWN = 0.1  # confidence where nothing can be told
@@ -38,6 +38,7 @@ _THINNEST = 64  # pixels of the shorter side below which no level may be
 _BLOCK = 16  # pixels of a block's side
 _ROUNDS = 5  # of warping and fitting on a level
 _REWEIGHTINGS = 4
+_SIGMAS = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0)  # pixels: blurs of the sharper picture
 _FEWEST = 6  # blocks for a fit
 _TEXTURE = 0.6  # gray levels: standard deviation of a band-passed block that is more than rounding
 _FAR = 2.5  # pixels of a level: a larger displacement of a block is beyond the linear fit
@@ -49,7 +50,7 @@ _AGREEING = 0.6  # share of agreeing blocks that leaves no doubt
 _ENOUGH = 20  # agreeing blocks that leave no doubt
 _DOUBT = 0.5  # pixels of the training picture: error at which confidence is halved
 _STRANGE_SHARE = 0.15  # of agreeing blocks; of different pictures at most this
-_STRANGE_LIKENESS = 0.18  # of edges
+_STRANGE_LIKENESS = 0.12  # of edges
 _DETAIL = 0.2  # share of blocks that must show something before a picture is called another
 _SLACK = 3  # pixels by which edges may lie apart
 
@@ -119,14 +120,15 @@ def alignment(target: Gray, reference: Gray, scale: float) -> Alignment:
     similarity = _similarity(one, other)
     if min(one.shape) < _SMALLEST:
         return Alignment(0.0, 0.0, 1.0, similarity, UNKNOWN)
-    levels = _pyramid(one, other)
+    levels = _pyramid(*_equally_sharp(one, other))
     fit, witness = _registered(levels)
     confidence = _confidence(fit, witness, scale)
     if confidence <= UNKNOWN:
         strange = max(fit.share, witness.share) < _STRANGE_SHARE and _detailed(levels[0])
         unlike = strange and _likeness(one, other) < _STRANGE_LIKENESS
         return Alignment(0.0, 0.0, 1.0, similarity, 0.0 if unlike else UNKNOWN)
-    return Alignment(fit.place.x * scale, fit.place.y * scale, fit.place.scale, similarity, confidence)
+    place = fit.place
+    return Alignment(place.x * scale, place.y * scale, place.scale, similarity, confidence)
 
 
 def _confidence(fit: _Fit, witness: _Fit, scale: float) -> float:
@@ -209,6 +211,38 @@ def _similarity(target: _Values, reference: _Values) -> float:
     return min(1.0, max(0.0, float(np.mean(above / below))))
 
 
+def _equally_sharp(target: _Values, reference: _Values) -> tuple[_Values, _Values]:
+    """Blur the sharper picture until it is as soft as the other.
+
+    Otherwise what the blur took away weighs on one side of a block's edges more than on the other, and moves it.
+    """
+    limits = _sharpness(target), _sharpness(reference)
+    if limits[0] > limits[1]:
+        return _blurred(target, limits[1]), reference
+    return target, _blurred(reference, limits[0])
+
+
+def _blurred(picture: _Values, sharpness: float) -> _Values:
+    """Blur a picture as far as it stays at least this sharp."""
+    blurred = picture
+    for sigma in _SIGMAS:
+        candidate = _smooth(picture, sigma)
+        if _sharpness(candidate) < sharpness:
+            break
+        blurred = candidate
+    return blurred
+
+
+def _sharpness(picture: _Values) -> float:
+    """Return the energy of differences at a short distance, relative to those at a long one."""
+    return _energy(picture, 2) / (_energy(picture, 8) + 1e-6)
+
+
+def _energy(picture: _Values, distance: int) -> float:
+    across, down = picture[:, distance:] - picture[:, :-distance], picture[distance:] - picture[:-distance]
+    return float(np.mean(across * across) + np.mean(down * down))
+
+
 def _pyramid(target: _Values, reference: _Values) -> list[_Level]:
     """Return the levels, finest first."""
     levels = [_level(target, reference, 1)]
@@ -278,11 +312,9 @@ def _fitted(level: _Level, place: _Place) -> _Fit:
         if np.count_nonzero(used) < _FEWEST:
             return _Fit(place, 0, int(np.count_nonzero(blocks.textured)), math.inf)
         change, missed, error = _robust(design, blocks, used)
-        step = np.clip(change, (-3, -3, -0.06), (3, 3, 0.06))
-        place = _Place(
-            place.x + step[0] * level.factor, place.y + step[1] * level.factor, place.scale * (1 + step[2])
-        )
-        if max(abs(step[0]), abs(step[1]), abs(step[2]) * reach) < 0.01:
+        right, below, larger = np.clip(change, (-3, -3, -0.06), (3, 3, 0.06)).tolist()
+        place = _Place(place.x + right * level.factor, place.y + below * level.factor, place.scale * (1 + larger))
+        if max(abs(right), abs(below), abs(larger) * reach) < 0.01:
             break
     near = used & (missed < _NEAR) & (np.abs(blocks.correlation) > _ALIKE)
     return _Fit(place, int(np.count_nonzero(near)), int(np.count_nonzero(blocks.textured)), error * level.factor)
