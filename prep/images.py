@@ -46,6 +46,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = {_UPRIGHT[orientation] for orientation in TURNED}
 _BACK = {**_UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 # Formats that Pillow names without being able to show a picture, or only by running a program (EPS: Ghostscript).
@@ -181,6 +182,47 @@ def decode(data: bytes, view: str = "") -> Image.Image | str:
         return f"unreadable: {_reason(fault)}"
     picture = picture.transpose(turn) if turn is not None else picture
     return _part(picture, *says["part"]) if "part" in says else picture
+
+
+def decode_gray(data: bytes, view: str, least: tuple[int, int]) -> Image.Image | str:
+    """Decode a whole file to an upright gray picture for measuring, or return the reason why it cannot be.
+
+    A JPEG comes reduced, by its own transform and to no less than `least` (width, height), and without its colour
+    profile; it is still the whole picture, to a fraction of a pixel. Other files are decoded as by `decode`.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        whole = decode(data, view)
+        return whole if isinstance(whole, str) else whole.convert("L")
+    says = looks(view)
+    index, count = says.get("part", (0, 1))
+    try:
+        with _opened(io.BytesIO(data)) as image:
+            turn = _turn(image, ignored=says.get("orientation") == "ignore")
+            turned = turn is not None and turn in _SIDEWAYS
+            width = (image.height if turned else image.width) // count * count  # as `_part` cuts
+            kept = width / (image.height if turned else image.width)
+            wanted = (least[0] * count, least[1])
+            reduced = image.draft("L", wanted[::-1] if turned else wanted)
+            image.load()
+            picture = image.convert("L")
+    except _FAULTS as fault:
+        return f"unreadable: {_reason(fault)}"
+    if reduced is not None:
+        picture = _filled(picture, reduced[1][2:])
+    picture = picture.transpose(turn) if turn is not None else picture
+    if count == 1:
+        return picture
+    step = picture.width * kept / count
+    box = (index * step, 0, (index + 1) * step, picture.height)
+    return picture.resize((max(1, int(step)), picture.height), Image.Resampling.BILINEAR, box)
+
+
+def _filled(picture: Image.Image, extent: tuple[float, float]) -> Image.Image:
+    """Stretch a reduced picture that ends inside its last row and column, so that it ends with them."""
+    if extent == picture.size:
+        return picture
+    size = (max(1, int(extent[0])), max(1, int(extent[1])))
+    return picture.resize(size, Image.Resampling.BILINEAR, (0, 0, *extent))
 
 
 def jpeg_damage(data: bytes) -> str | None:
