@@ -223,6 +223,7 @@ def pairs(project: Project, thumbnails: int) -> Section | None:
     paired = [page.facts for page in pages if page.facts is not None]
     accused = sum(facts.worst.num_accused for facts in paired)
     rejected = sum(facts.rejects.number for facts in paired)
+    compared = any(facts.worst.num_compared for facts in paired)
     return Section(
         template="pairs.html.j2",
         content=pages,
@@ -230,7 +231,7 @@ def pairs(project: Project, thumbnails: int) -> Section | None:
         figures=(
             Figure("pairs", sum(facts.num_pairs for facts in paired)),
             Figure("targets not paired", rejected),
-            Figure("misaligned references", accused),
+            *([Figure("misaligned references", accused)] if compared else []),
         ),
         datasets=tuple(page.dataset.id for page in pages if page.facts is not None),
         warnings=tuple(f"{page.dataset.id}: {notice}" for page in pages for notice in page.notices),

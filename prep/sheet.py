@@ -17,6 +17,7 @@ from prep.images import Pixels
 from prep.pixels import Refusal, pixels_of, reference_picture, target_picture
 from prep.showing import clipped, difference, measured, told, verdict, visible
 from schemas.datasets import DatasetConfig
+from schemas.errors import UserError
 from schemas.project import Project
 from schemas.rows import PairRow, Reference, from_columns
 from schemas.storage import write_aside
@@ -74,6 +75,17 @@ def contact_sheet(project: Project, dataset_id: str, table: pa.Table, count: int
     return path
 
 
+def pictured(project: Project, row: PairRow, reference: Reference | None = None) -> Pixels | Refusal:
+    """Make the target of a pair, or one of its references, or say why not: a page is drawn whatever is gone."""
+    try:
+        if reference is None:
+            return pixels_of(target_picture(project, row))
+        return pixels_of(reference_picture(project, row, reference))
+    except (OSError, UserError, ValueError, LookupError, TypeError) as fault:
+        # A stale table may name sets, recipes or sizes that are no more, a source names that no file can have.
+        return Refusal(f"cannot be made: {fault}", lasting=False)
+
+
 def _font() -> _Font:
     """Return a font of many scripts if there is one; prompts are not always English."""
     for name in _FONTS:
@@ -94,11 +106,11 @@ def _lines(cells: list[Image.Image]) -> list[list[Image.Image]]:
 
 def _cell(project: Project, dataset: DatasetConfig, row: PairRow, font: _Font) -> Image.Image:
     """Draw one pair: a line for each reference, then what is to be said."""
-    target = pixels_of(target_picture(project, row))
+    target = pictured(project, row)
     shown = row.references[:_REFERENCES]
     height = _HEIGHTS[min(len(shown), len(_HEIGHTS) - 1)]
     bands = [
-        _band(_compared(label, target, pixels_of(reference_picture(project, row, reference))), height, font)
+        _band(_compared(label, target, pictured(project, row, reference)), height, font)
         for label, reference in zip(_labels(len(shown)), shown, strict=True)
     ] or [_band([("target", target)], height, font)]
     width = max(_NARROWEST, *(band.width for band in bands))

@@ -1,4 +1,4 @@
-"""What the contact sheet and the report tell alike of a pair: its difference, the steps of a degradation, its alignment.
+"""What the contact sheet and the report tell alike of a pair: difference, steps of a degradation, alignment.
 
 Only pixels, numbers and words: how they are drawn is the business of prep/sheet.py and prep/page.
 """
@@ -68,7 +68,7 @@ def difference(target: Pixels, reference: Pixels) -> Difference | None:
 
 
 def told(realised: str | None) -> tuple[Told, ...]:
-    """Spell the steps of a degradation with their numbers as they were drawn, one each; what is no JSON as it stands."""
+    """Spell the steps of a degradation with their numbers as they were drawn; what is no JSON as it stands."""
     if realised is None:
         return ()
     try:
@@ -124,7 +124,7 @@ def accusation(found: Alignment, check: AlignmentCheck) -> str | None:
 def verdict(found: Alignment, check: AlignmentCheck) -> Verdict:
     """Judge how a reference lies on its target."""
     reason, trusted = accusation(found, check), found.confidence >= TRUSTED
-    words = reason or ("lies on its target" if trusted else "cannot be told: too little in common")
+    words = reason or ("lies on its target" if trusted else "cannot be told: too little to go by")
     known = (("shift", _shift(found)), ("scale", f"×{found.scale:.4f}")) if trusted else ()
     likeness = (("similarity", f"{found.similarity:.2f}"), ("confidence", f"{found.confidence:.2f}"))
     return Verdict(reason is not None, words, (*known, *likeness))

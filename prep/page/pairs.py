@@ -5,10 +5,11 @@ compared anew. A new figure is a line in `_figures`.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -21,7 +22,8 @@ from prep.images import Pixels
 from prep.page.columns import Figure, Flags, Indices
 from prep.page.pictures import data_uri, spread
 from prep.pairing import MEASURES
-from prep.pixels import Refusal, pixels_of, reference_picture, target_picture
+from prep.pixels import Refusal
+from prep.sheet import pictured
 from prep.showing import Told, Verdict, accusation, difference, measured, told, verdict
 from prep.statistics import counts_of, kinds_of
 from schemas.console import progress
@@ -29,18 +31,20 @@ from schemas.datasets import AlignmentCheck, DatasetConfig
 from schemas.errors import UserError
 from schemas.freshness import pairs_provenance
 from schemas.project import Project
-from schemas.rows import PairRow, Reference, from_columns
+from schemas.rows import PairRow, from_columns
 from schemas.tables import Provenance, read_columns, read_provenance
 
 _PAIRS = 24  # shown at most
+_COMPARISONS = 48  # of their references with them: pairs of many references are fewer
 _WORST = 12  # references shown at least, worst first, if there are so many
 _ACCUSED = 24  # of those that the thresholds accuse, shown with pictures
 _NAMED = 200  # of those, named
 _REJECTS = 24  # rejected samples named
 _REFERENCES = 4  # of one pair
 _PROMPTS = 12  # of one pair
-_SIZE = (480, 360)  # most pixels of a picture, across and down
-_SMALL = (320, 240)
+_SIZE = (400, 300)  # most pixels of a picture, across and down
+_DETAIL = (240, 180)  # pixels of the part that is shown as large as it is
+_ENLARGED = 1.5  # reduction from which it is shown
 _BUDGET = 1_800_000  # bytes of the pictures of a table; base64 adds a third
 _SHARE = 40_000  # most bytes of one
 
@@ -57,6 +61,15 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class Detail:
+    """The part in which two pictures differ most, pixel for pixel."""
+
+    picture: View
+    target: View
+    apart: View
+
+
+@dataclass(frozen=True, slots=True)
 class Compared:
     """A reference beside its target."""
 
@@ -69,6 +82,7 @@ class Compared:
     target: View
     apart: View | None  # the difference; None if the two have different sizes
     apart_label: str
+    detail: Detail | None  # None if the pictures are shown about as large as they are
     steps: tuple[Told, ...]
     alignment: Verdict | None
     prompts: tuple[str, ...]
@@ -150,9 +164,7 @@ def show(project: Project, thumbnails: int) -> list[PairsPage]:
     """Show the pair tables, those that are missing by a notice; nothing if there is none at all."""
     if not any(project.pair_table(target.id).exists() for target in project.targets):
         return []
-    return [
-        _page(project, target, f"pairs-{number}", thumbnails) for number, target in enumerate(project.targets, 1)
-    ]
+    return [_page(project, target, f"pairs-{number}", thumbnails) for number, target in enumerate(project.targets, 1)]
 
 
 def _page(project: Project, target: DatasetConfig, anchor: str, thumbnails: int) -> PairsPage:
@@ -193,13 +205,15 @@ def _facts(project: Project, target: DatasetConfig, table: pa.Table, thumbnails:
     kept = pc.is_null(table["reject"]).to_numpy()
     references = _flat(table)
     worst = _worst(target.alignment_check, table, references)
-    pairs = _chosen(table, kept, references, min(thumbnails, _PAIRS))
+    each = -(-len(references.row) // max(1, int(kept.sum())))
+    pairs = _chosen(table, kept, references, min(thumbnails, _PAIRS, _COMPARISONS // max(1, min(each, _REFERENCES))))
     limit = min(thumbnails, max(_WORST, min(_ACCUSED, len(worst.accused))))
     rows = from_columns(table.take(pa.array(pairs)), PairRow)
+    rows.sort(key=lambda row: row.geometry.target_width / row.geometry.target_height)
     lines = worst.order[:limit]
     beside = from_columns(table.take(pa.array(references.row[lines])), PairRow)
     places = references.place[lines].tolist()
-    count = sum(max(1, 3 * len(row.references[:_REFERENCES])) for row in rows) + 3 * len(beside)
+    count = sum(max(1, 6 * len(row.references[:_REFERENCES])) for row in rows) + 6 * len(beside)
     camera = _Camera(project, target.alignment_check, min(_SHARE, _BUDGET // max(1, count)))
     with progress(f"report pairs {target.id}", len(rows) + len(beside), "pair") as bar:
         shown = []
@@ -208,11 +222,11 @@ def _facts(project: Project, target: DatasetConfig, table: pa.Table, thumbnails:
             bar.update()
         lying = []
         for row, place in zip(beside, places, strict=True):
-            lying.append((row.target_path, _compared(camera, row, row.references[place : place + 1], _SMALL)[0]))
+            lying.append(_lying(camera, row, place))
             bar.update()
     return Facts(
         figures=_figures(table, kept, references, worst),
-        sets=tuple(_sets(project, target, table, references)),
+        sets=_sets(project, target, references),
         pairs=tuple(shown),
         num_pairs=int(kept.sum()),
         worst=Worst(tuple(lying), _named(table, references, worst, limit), worst.num_compared, len(worst.accused)),
@@ -238,8 +252,8 @@ def _figures(table: pa.Table, kept: Flags, references: _References, worst: "_Ran
     several = (Figure("variants of a target", variants, "shown in turn, epoch by epoch"),) if variants > 1 else ()
     without = int((counts == 0).sum())
     plain = (Figure("without a reference", without, "plain text-to-image"),) if without else ()
-    accused, compared = len(worst.accused), worst.num_compared
-    note = f"of {compared:,} compared" if compared else "no reference was compared"
+    compared = worst.num_compared
+    lying = (Figure("misaligned", len(worst.accused), f"of {compared:,} compared"),) if compared else ()
     return (
         Figure("targets", int(first.sum())),
         Figure("pairs", int(kept.sum())),
@@ -247,7 +261,7 @@ def _figures(table: pa.Table, kept: Flags, references: _References, worst: "_Ran
         Figure("references per pair", _median(counts), _range(counts)),
         *several,
         *plain,
-        Figure("misaligned", accused, note),
+        *lying,
     )
 
 
@@ -262,22 +276,27 @@ def _range(counts: npt.NDArray[np.int64]) -> str:
     return f"median; {counts.min():,} to {counts.max():,}"
 
 
-def _sets(project: Project, target: DatasetConfig, table: pa.Table, references: _References) -> Iterator[Figure]:
-    """Count the references of each set, and say what they are."""
-    kinds = {one.id: one.conditioning_type for one in project.references_of(target)}
-    made = dict(zip(target.generated_ids, (entry.recipe.type for entry in target.conditioning), strict=True))
-    for name, count in counts_of(pa.chunked_array([references.columns.field("dataset_id")])).items():
-        kind = made.get(name, "").replace("_", " ")
-        loose = "files of their own size" if kinds.get(name) == "reference_loose" else "files, cropped like the target"
-        yield Figure(name, count, f"targets degraded: {kind}" if kind else loose if name in kinds else "")
+def _sets(project: Project, target: DatasetConfig, references: _References) -> tuple[Figure, ...]:
+    """Count the references of each set, in the order of the project, and say what they are."""
+    files = {"reference_loose": "files of their own size", "reference_strict": "files, cropped like the target"}
+    said = {one.id: files.get(one.conditioning_type or "", "files") for one in project.references_of(target)}
+    made = zip(target.generated_ids, target.conditioning, strict=True)
+    said |= {name: f"made of the target: {entry.recipe.type.replace('_', ' ')}" for name, entry in made}
+    counts = counts_of(pa.chunked_array([references.columns.field("dataset_id")]))
+    unknown = [name for name in counts if name not in said]
+    return tuple(Figure(name, counts[name], said.get(name, "")) for name in (*said, *unknown) if name in counts)
 
 
 def _chosen(table: pa.Table, kept: Flags, references: _References, count: int) -> Indices:
-    """Choose kept rows, spread over buckets and over what their references are."""
+    """Choose kept rows, spread over buckets and sets of references; of each target one, if there are many targets."""
+    variant, variants = np.asarray(table["variant"]), np.asarray(table["variants"])
+    nth = np.cumsum(variant == 0)
+    one_each = kept & (nth % variants == variant)
+    candidates = one_each if one_each.sum() >= count else kept
     column = table["references"].combine_chunks()
     names = pa.ListArray.from_arrays(column.offsets, references.columns.field("dataset_id"))
     kinds = pc.binary_join_element_wise(table["bucket"].combine_chunks(), pc.binary_join(names, " "), " ")
-    kinds = pc.if_else(pa.array(kept), kinds, None)
+    kinds = pc.if_else(pa.array(candidates), kinds, None)
     return spread(kinds, pc.unique(kinds.drop_null()).to_pylist(), count)
 
 
@@ -319,8 +338,8 @@ def _worst(check: AlignmentCheck, table: pa.Table, references: _References) -> _
         groups[0 if words else 1 if found.confidence >= TRUSTED else 2].append((line, 0, words or ""))
     ranked = [worst_first(Comparison({0: numbers}, tuple(group), 0)) for group in groups]
     order = np.array([line for some in ranked for line, _, _ in some], np.int64)
-    lines, words = tuple(line for line, _, _ in ranked[0]), tuple(words for _, _, words in ranked[0])
-    return _Ranked(order, lines, words, len(compared))
+    lines, reasons = tuple(line for line, _, _ in ranked[0]), tuple(reason for _, _, reason in ranked[0])
+    return _Ranked(order, lines, reasons, len(compared))
 
 
 def _values(column: Any) -> npt.NDArray[np.float64]:
@@ -349,38 +368,21 @@ class _Camera:
     check: AlignmentCheck
     share: int  # most bytes of a picture
 
-    def target(self, row: PairRow) -> Seen:
-        """Make the target of a pair."""
-        return self._seen(row, None)
-
-    def reference(self, row: PairRow, reference: Reference) -> Seen:
-        """Make a reference of a pair."""
-        return self._seen(row, reference)
-
-    def _seen(self, row: PairRow, reference: Reference | None) -> Seen:
-        try:
-            picture = (
-                target_picture(self.project, row)
-                if reference is None
-                else reference_picture(self.project, row, reference)
-            )
-            return pixels_of(picture)
-        except (OSError, UserError, ValueError, LookupError, TypeError) as fault:
-            # A stale table may name sets, recipes or sizes that are no more: a reason, like a file that is gone.
-            return Refusal(f"cannot be made: {fault}", lasting=False)
-
-    def view(self, seen: Seen, most: tuple[int, int]) -> View:
-        """Reduce a picture to what the page shows of it."""
+    def view(self, seen: Seen, most: tuple[int, int] | None = None) -> View:
+        """Show a picture, reduced to fit."""
         if isinstance(seen, Refusal):
             return View(None, seen.reason, None)
         image = Image.fromarray(seen)
-        image.thumbnail(most, Image.Resampling.LANCZOS, reducing_gap=3.0)
+        if most is not None:
+            image.thumbnail(most, Image.Resampling.LANCZOS, reducing_gap=3.0)
         return View(data_uri(image, self.share), "", (seen.shape[1], seen.shape[0]))
 
 
 def _pair(camera: _Camera, row: PairRow) -> Pair:
+    target = pictured(camera.project, row)
+    view = camera.view(target, _SIZE)
     others = list((Counter(row.prompts) - Counter([row.prompt])).elements())
-    references = _compared(camera, row, row.references[:_REFERENCES], _SIZE)
+    shown = row.references[:_REFERENCES]
     return Pair(
         path=row.target_path,
         bucket=row.bucket,
@@ -389,37 +391,51 @@ def _pair(camera: _Camera, row: PairRow) -> Pair:
         prompt=row.prompt,
         others=tuple(others[:_PROMPTS]),
         num_others=len(others),
-        target=references[0].target if references else camera.view(camera.target(row), _SIZE),
-        references=tuple(references),
+        target=view,
+        references=tuple(_compared(camera, row, place, target, view) for place in range(len(shown))),
         num_references=len(row.references),
     )
 
 
-def _compared(camera: _Camera, row: PairRow, references: Sequence[Reference], most: tuple[int, int]) -> list[Compared]:
-    """Hold references against their target."""
-    target = camera.target(row)
-    view, compared = camera.view(target, most) if references else None, []
-    for reference in references:
-        assert view is not None
-        seen = camera.reference(row, reference)
-        both = not isinstance(seen, Refusal) and not isinstance(target, Refusal)
-        apart = difference(target, seen) if both else None  # type: ignore[arg-type]
-        found = measured(reference)
-        number = row.references.index(reference) + 1
-        compared.append(
-            Compared(
-                label=f"reference {number}" if len(row.references) > 1 else "reference",
-                dataset_id=reference.dataset_id,
-                path=reference.path,
-                bucket=reference.bucket,
-                made=reference.recipe is not None,
-                picture=camera.view(seen, most),
-                target=view,
-                apart=camera.view(apart.pixels, most) if apart is not None else None,
-                apart_label=apart.label if apart is not None else "",
-                steps=told(reference.realised),
-                alignment=verdict(found, camera.check) if found is not None else None,
-                prompts=tuple(reference.prompts),
-            )
-        )
-    return compared
+def _lying(camera: _Camera, row: PairRow, place: int) -> tuple[str, Compared]:
+    target = pictured(camera.project, row)
+    return row.target_path, _compared(camera, row, place, target, camera.view(target, _SIZE))
+
+
+def _compared(camera: _Camera, row: PairRow, place: int, target: Seen, view: View) -> Compared:
+    """Hold one of a pair's references against the target."""
+    reference = row.references[place]
+    seen, found = pictured(camera.project, row, reference), measured(reference)
+    apart = detail = None
+    if not isinstance(seen, Refusal) and not isinstance(target, Refusal):
+        apart = difference(target, seen)
+        detail = _detail(camera, target, seen, apart.pixels) if apart is not None else None
+    return Compared(
+        label=f"reference {place + 1}" if len(row.references) > 1 else "reference",
+        dataset_id=reference.dataset_id,
+        path=reference.path,
+        bucket=reference.bucket,
+        made=reference.recipe is not None,
+        picture=camera.view(seen, _SIZE),
+        target=view,
+        apart=camera.view(apart.pixels, _SIZE) if apart is not None else None,
+        apart_label=apart.label if apart is not None else "",
+        detail=detail,
+        steps=told(reference.realised),
+        alignment=verdict(found, camera.check) if found is not None else None,
+        prompts=tuple(reference.prompts),
+    )
+
+
+def _detail(camera: _Camera, target: Pixels, reference: Pixels, apart: Pixels) -> Detail | None:
+    """Cut out the part in which two pictures differ most; None if they are small enough to be judged as a whole."""
+    height, width = apart.shape[:2]
+    if max(width / _SIZE[0], height / _SIZE[1]) < _ENLARGED:
+        return None
+    across, down = min(width, _DETAIL[0]), min(height, _DETAIL[1])
+    sums = cv2.integral(apart.max(axis=2), sdepth=cv2.CV_64F)
+    totals = sums[down:, across:] - sums[:-down, across:] - sums[down:, :-across] + sums[:-down, :-across]
+    top, left = (int(place) for place in np.unravel_index(np.argmax(totals), totals.shape))
+    part = np.s_[top : top + down, left : left + across]
+    picture, its_target, its_difference = (camera.view(pixels[part]) for pixels in (reference, target, apart))
+    return Detail(picture, its_target, its_difference)
