@@ -81,7 +81,7 @@ def pictured(project: Project, row: PairRow, reference: Reference | None = None)
         if reference is None:
             return pixels_of(target_picture(project, row))
         return pixels_of(reference_picture(project, row, reference))
-    except (OSError, UserError, ValueError, LookupError, TypeError) as fault:
+    except (OSError, UserError, ValueError, LookupError, TypeError, RecursionError) as fault:
         # A stale table may name sets, recipes or sizes that are no more, a source names that no file can have.
         return Refusal(f"cannot be made: {fault}", lasting=False)
 

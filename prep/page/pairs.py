@@ -208,28 +208,15 @@ def _facts(project: Project, target: DatasetConfig, table: pa.Table, thumbnails:
     each = -(-len(references.row) // max(1, int(kept.sum())))
     pairs = _chosen(table, kept, references, min(thumbnails, _PAIRS, _COMPARISONS // max(1, min(each, _REFERENCES))))
     limit = min(thumbnails, max(_WORST, min(_ACCUSED, len(worst.accused))))
-    rows = from_columns(table.take(pa.array(pairs)), PairRow)
-    rows.sort(key=lambda row: row.geometry.target_width / row.geometry.target_height)
     lines = worst.order[:limit]
-    beside = from_columns(table.take(pa.array(references.row[lines])), PairRow)
-    places = references.place[lines].tolist()
-    count = sum(max(1, 6 * len(row.references[:_REFERENCES])) for row in rows) + 6 * len(beside)
-    camera = _Camera(project, target.alignment_check, min(_SHARE, _BUDGET // max(1, count)))
-    with progress(f"report pairs {target.id}", len(rows) + len(beside), "pair") as bar:
-        shown = []
-        for row in rows:
-            shown.append(_pair(camera, row))
-            bar.update()
-        lying = []
-        for row, place in zip(beside, places, strict=True):
-            lying.append(_lying(camera, row, place))
-            bar.update()
+    places = list(zip(references.row[lines].tolist(), references.place[lines].tolist(), strict=True))
+    shown, lying = _drawn(project, target, table, (pairs, places))
     return Facts(
         figures=_figures(table, kept, references, worst),
         sets=_sets(project, target, references),
-        pairs=tuple(shown),
+        pairs=shown,
         num_pairs=int(kept.sum()),
-        worst=Worst(tuple(lying), _named(table, references, worst, limit), worst.num_compared, len(worst.accused)),
+        worst=Worst(lying, _named(table, references, worst, limit), worst.num_compared, len(worst.accused)),
         rejects=_rejects(table, kept),
         report=str(project.pair_report(target.id)),
     )
@@ -378,6 +365,28 @@ class _Camera:
         return View(data_uri(image, self.share), "", (seen.shape[1], seen.shape[0]))
 
 
+def _drawn(
+    project: Project, target: DatasetConfig, table: pa.Table, wanted: tuple[Indices, list[tuple[int, int]]]
+) -> tuple[tuple[Pair, ...], tuple[tuple[str, Compared], ...]]:
+    """Draw rows of a table, narrow ones first, and single references (row, place in it), none of them twice."""
+    chosen, beside = wanted
+    numbers = sorted({*chosen.tolist(), *(number for number, _ in beside)})
+    rows = dict(zip(numbers, from_columns(table.take(pa.array(numbers, pa.int64())), PairRow), strict=True))
+    order = sorted(chosen.tolist(), key=lambda at: rows[at].geometry.target_width / rows[at].geometry.target_height)
+    count = sum(max(1, 6 * len(rows[at].references[:_REFERENCES])) for at in order) + 6 * len(beside)
+    camera = _Camera(project, target.alignment_check, min(_SHARE, _BUDGET // max(1, count)))
+    pairs, lying, known = [], [], dict[tuple[int, int], Compared]()
+    with progress(f"report pairs {target.id}", len(order) + len(beside), "pair") as bar:
+        for at in order:
+            pairs.append(_pair(camera, rows[at]))
+            known |= {(at, place): one for place, one in enumerate(pairs[-1].references)}
+            bar.update()
+        for at, place in beside:
+            lying.append((rows[at].target_path, known.get((at, place)) or _lying(camera, rows[at], place)))
+            bar.update()
+    return tuple(pairs), tuple(lying)
+
+
 def _pair(camera: _Camera, row: PairRow) -> Pair:
     target = pictured(camera.project, row)
     view = camera.view(target, _SIZE)
@@ -397,9 +406,9 @@ def _pair(camera: _Camera, row: PairRow) -> Pair:
     )
 
 
-def _lying(camera: _Camera, row: PairRow, place: int) -> tuple[str, Compared]:
+def _lying(camera: _Camera, row: PairRow, place: int) -> Compared:
     target = pictured(camera.project, row)
-    return row.target_path, _compared(camera, row, place, target, camera.view(target, _SIZE))
+    return _compared(camera, row, place, target, camera.view(target, _SIZE))
 
 
 def _compared(camera: _Camera, row: PairRow, place: int, target: Seen, view: View) -> Compared:

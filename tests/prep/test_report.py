@@ -476,6 +476,8 @@ def pairs_of(
 ) -> Project:
     """Make a project of `count` targets and of references with the same names, scan and pair it."""
     named = [{**other, "instance_data_dir": str(other["id"])} for other in others]
+    for other in named:
+        (folder / str(other["id"])).mkdir(parents=True)
     listed = {"conditioning_data": [other["id"] for other in named]} if named else {}
     project = project_of(folder, [{**TARGETS, **listed, **targets}, *named])
     for number in range(count):
@@ -537,13 +539,13 @@ def test_the_figures_of_pairs_are_those_of_their_table(tmp_path):
 def test_a_reference_can_be_slid_over_its_target_and_its_difference_stands_beside(tmp_path):
     page = page_of(pairs_of(tmp_path / "p", {}, {**STRICT, "id": "gray"}, count=1))
     [slider] = page.attributes("input", type="range")
-    [label] = page.attributes("label", **{"for": slider["id"]})
+    assert len(page.attributes("label", **{"for": slider["id"]})) == 1
     assert "hidden" in slider  # until a script can move it
-    before, after, apart = [one for one in page.attributes("img") if one["class"] in ("before", "after", "one")]
+    before, after, apart = [one for one in page.attributes("img") if "class" in one]
     assert (before["alt"], after["alt"]) == ("reference of 0.png", "target 0.png")
-    assert apart["alt"].startswith("difference ×") and apart["alt"] in page.text
+    assert apart["alt"].startswith("difference") and apart["alt"] in page.text
     sizes = [Image.open(BytesIO(base64.b64decode(one["src"].partition(",")[2]))).size for one in (before, after, apart)]
-    assert sizes == [(320, 256)] * 3
+    assert sizes == [(256, 256)] * 3  # as the model sees them
 
 
 def test_a_large_picture_is_shown_in_a_part_pixel_for_pixel_where_it_differs_most(tmp_path):
@@ -569,7 +571,7 @@ def test_the_numbers_of_a_degradation_are_told_step_by_step(tmp_path):
     steps = json.dumps([{"step": "blur", "kernel": "gaussian", "sigma": 1.8312}, {"step": "jpeg", "quality": 23}])
     altered(made, lambda rows: [replace(row, references=[replace(row.references[0], realised=steps)]) for row in rows])
     items = [text for place, text in page_of(made).texts if "ol li" in place and "texts" not in place]
-    assert ["blur", "kernel gaussian, sigma 1.831", "jpeg", "quality 23"] == items[-4:]
+    assert items[-4:] == ["blur", "kernel gaussian, sigma 1.831", "jpeg", "quality 23"]
 
 
 def test_prompts_are_the_drawn_one_and_how_many_others(tmp_path):
@@ -597,7 +599,13 @@ def test_three_references_are_each_held_against_the_target(tmp_path):
 
 
 def test_a_loose_reference_of_another_size_stands_beside_its_target(tmp_path):
-    made = pairs_of(tmp_path / "p", {}, {**REFERENCES, "id": "loose", "conditioning_type": "reference_loose"}, count=1)
+    made = pairs_of(
+        tmp_path / "p",
+        {},
+        {**REFERENCES, "id": "loose", "conditioning_type": "reference_loose"},
+        count=1,
+        size=(640, 256),
+    )
     Image.new("RGB", (8, 8), "teal").save(made.root / "loose" / "0.png")
     scan(made, workers=1)
     pairs(made, workers=1)
@@ -689,7 +697,7 @@ def test_a_file_that_is_gone_or_changed_is_a_reason_in_place_of_its_picture(tmp_
     (made.root / "gray" / "1.png").write_bytes(b"other")
     altered(made, lambda rows: [lying(row, 9.0) for row in rows])
     page = page_of(made)
-    text = " ".join(page.text.split())
+    text = page.text.partition("Before and after")[2]
     assert text.count("cannot be read: No such file or directory") == 2  # in both lists
     assert text.count("changed since prep scan") == 2
     assert page.attributes("input", type="range") == []
