@@ -98,6 +98,18 @@ def pairs(
     limit: Limit = None,
     workers: Workers = None,
     preview: Annotated[int, typer.Option(min=0, metavar="N", help="Draw N pairs on a contact sheet.")] = 0,
+    no_align: Annotated[
+        bool, typer.Option("--no-align", help="Do not check that strict references lie on their targets.")
+    ] = False,
+    reject_misaligned: Annotated[
+        bool, typer.Option("--reject-misaligned", help="Leave out pairs that do not lie on each other.")
+    ] = False,
+    materialise: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write all pictures and captions, cropped, as files to DIR.")
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="For whom: pairline, simpletuner, musubi, ai-toolkit, diffusers.")
+    ] = "pairline",
 ) -> None:
     """Match targets and references, or make references by degradation: WORKSPACE/pairs/*.parquet."""
     with reporting():
@@ -106,7 +118,20 @@ def pairs(
 
         opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
         warn(opened.warnings)
-        report(run(opened, limit=limit, workers=workers, dry_run=dry_run, preview=preview), json)
+        report(
+            run(
+                opened,
+                limit=limit,
+                workers=workers,
+                dry_run=dry_run,
+                preview=preview,
+                align=not no_align,
+                reject_misaligned=reject_misaligned,
+                materialise=materialise,
+                layout=layout,
+            ),
+            json,
+        )
 
 
 @app.command(short_help="Encode images and prompts.", epilog="Example:  prep cache my-project --dry-run")

@@ -832,12 +832,22 @@ def test_generators_that_are_no_list_are_a_fault(tmp_path):
 
 
 def test_two_reference_sets_of_one_name_are_a_fault(tmp_path):
-    generators = [{"type": "jpeg", "quality": 10}, {"type": "jpeg", "quality": 20}]
-    datasets = [{"id": "photos", "instance_data_dir": "photos", "conditioning": generators}]
+    datasets = [
+        {"id": "photos", "instance_data_dir": "photos", "conditioning": [{"type": "jpeg"}]},
+        {**REFERENCES, "id": "photos_conditioning_jpeg_artifacts"},
+    ]
     faults = faults_of(written(tmp_path, datasets=datasets))
     assert faults and all(
         "two reference sets would have the id 'photos_conditioning_jpeg_artifacts'" in one for one in faults
     )
+
+
+def test_generators_of_one_type_have_ids_of_their_own(tmp_path):
+    generators = [{"type": "jpeg", "quality": 10}, {"type": "lowres"}, {"type": "jpeg", "quality": 20}]
+    datasets = [{"id": "photos", "instance_data_dir": "photos", "conditioning": generators}]
+    project = load_project(written(tmp_path, datasets=datasets), FAMILIES)
+    names = ["jpeg_artifacts", "superresolution", "jpeg_artifacts_2"]
+    assert list(project.targets[0].generated_ids) == [f"photos_conditioning_{name}" for name in names]
 
 
 def test_captions_of_references_are_a_fault_where_all_are_shown_together(tmp_path):
