@@ -139,8 +139,10 @@ _WORKSPACE = """Everything is Parquet; any reader opens it. The workspace is `wo
 ```
 manifests/<dataset id>.parquet                  ImageRow    one per image file seen, rejected ones included
 pairs/<dataset id>.parquet                      PairRow     one per training sample of that set of targets
+pairs/<dataset id>.report.csv                   all that was odd when it was paired: kind, target, reference, detail
 pairs/<dataset id>.preview.png                  contact sheet of prep pairs --preview
-references/<2 digits of key>/<key>.png          generated references (storage: files), lossless, named by content
+references/<2 digits of key>/<key>.png          generated references (storage: files), lossless, named by content; .jpg
+                                                or .webp where the last step is that codec: its very bitstream
 cache/latents/<encoder key>/<W>x<H>/*.parquet   LatentRow   one bucket per shard
 cache/latents/<encoder key>/rejects/*.parquet   RejectRow   images that cannot be encoded, and why
 cache/text/<encoder key>/*.parquet              TextRow     one per distinct prompt

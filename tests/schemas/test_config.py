@@ -845,7 +845,7 @@ def test_two_reference_sets_of_one_name_are_a_fault(tmp_path):
 def test_generators_of_one_type_have_ids_of_their_own(tmp_path):
     generators = [{"type": "jpeg", "quality": 10}, {"type": "lowres"}, {"type": "jpeg", "quality": 20}]
     datasets = [{"id": "photos", "instance_data_dir": "photos", "conditioning": generators}]
-    project = load_project(written(tmp_path, datasets=datasets), FAMILIES)
+    project = open_project(written(tmp_path, datasets=datasets))
     names = ["jpeg_artifacts", "superresolution", "jpeg_artifacts_2"]
     assert list(project.targets[0].generated_ids) == [f"photos_conditioning_{name}" for name in names]
 
