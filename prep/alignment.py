@@ -49,7 +49,8 @@ _CLEARER = 0.3  # share of agreeing blocks by which a coarser level is preferred
 _AGREEING = 0.6  # share of agreeing blocks that leaves no doubt
 _ENOUGH = 20  # agreeing blocks that leave no doubt
 _DOUBT = 0.5  # pixels of the training picture: error at which confidence is halved
-_STRANGE_SHARE = 0.15  # of agreeing blocks; of different pictures at most this
+_STRANGE_SHARE = 0.1  # of agreeing blocks, below which pictures may be different ones
+_STRANGE_SHARE_ABOVE = 0.15  # on the level above, of fewer blocks
 _STRANGE_LIKENESS = 0.12  # of edges
 _DETAIL = 0.2  # share of blocks that must show something before a picture is called another
 _SLACK = 3  # pixels by which edges may lie apart
@@ -124,7 +125,7 @@ def alignment(target: Gray, reference: Gray, scale: float) -> Alignment:
     fit, witness = _registered(levels)
     confidence = _confidence(fit, witness, scale)
     if confidence <= UNKNOWN:
-        strange = max(fit.share, witness.share) < _STRANGE_SHARE and _detailed(levels[0])
+        strange = fit.share < _STRANGE_SHARE and witness.share < _STRANGE_SHARE_ABOVE and _detailed(levels[0])
         unlike = strange and _likeness(one, other) < _STRANGE_LIKENESS
         return Alignment(0.0, 0.0, 1.0, similarity, 0.0 if unlike else UNKNOWN)
     place = fit.place
