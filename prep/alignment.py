@@ -25,9 +25,11 @@ Gray: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 _Values: TypeAlias = npt.NDArray[np.float32]
 _Numbers: TypeAlias = npt.NDArray[np.float64]
 
-# Defaults, from 2,900 pairs made of the demo photographs at 512² to 1024² pixels: references blurred (σ up to 8 px),
+# Defaults, from 2,500 pairs made of the demo photographs at 512² to 1024² pixels: references blurred (σ up to 8 px),
 # shrunk, compressed, noisy, tinted, gray, faded and scratched, inverted, posterised, drawn, or up to 65 % replaced.
-MAXIMUM_SHIFT = 0.7  # pixels of the training picture; trusted measures err by 0.02 (median), 0.10 (95 %), 0.23 (99 %)
+MAXIMUM_SHIFT = (
+    0.7  # pixels of the training picture; of good pairs, trusted ones err by 0.02 (median), 0.11 (95 %), 0.23 (99 %)
+)
 MAXIMUM_SCALE = 0.006  # share by which the reference may be larger or smaller; 99 % err by less than 0.002
 MINIMUM_SIMILARITY = 0.6  # of other pictures 99 % have less; many a good edit too, so it never accuses by itself
 TRUSTED = 0.5  # confidence from which shift and zoom count; of different pictures none had it
@@ -140,7 +142,8 @@ def _confidence(fit: _Fit, witness: _Fit, scale: float) -> float:
     The error of large shifts may be larger: they are no less misaligned.
     """
     apart = math.hypot(fit.place.x - witness.place.x, fit.place.y - witness.place.y)
-    doubt = math.hypot(fit.error, apart * (1 - fit.share)) * scale
+    contradiction = apart * (1 - fit.share) * min(1.0, witness.share / _AGREEING)
+    doubt = math.hypot(fit.error, contradiction) * scale
     allowed = _DOUBT + 0.1 * math.hypot(fit.place.x, fit.place.y) * scale
     agreement = min(1.0, fit.share / _AGREEING) * min(1.0, fit.agreeing / _ENOUGH)
     return agreement / (1 + (doubt / allowed) ** 2)
