@@ -27,9 +27,7 @@ _Numbers: TypeAlias = npt.NDArray[np.float64]
 
 # Defaults, from 2,500 pairs made of the demo photographs at 512² to 1024² pixels: references blurred (σ up to 8 px),
 # shrunk, compressed, noisy, tinted, gray, faded and scratched, inverted, posterised, drawn, or up to 65 % replaced.
-MAXIMUM_SHIFT = (
-    0.7  # pixels of the training picture; of good pairs, trusted ones err by 0.02 (median), 0.11 (95 %), 0.23 (99 %)
-)
+MAXIMUM_SHIFT = 0.7  # pixels of the training picture; of good pairs, half err by 0.02, 95 % by 0.11, 99 % by 0.23
 MAXIMUM_SCALE = 0.006  # share by which the reference may be larger or smaller; 99 % err by less than 0.002
 MINIMUM_SIMILARITY = 0.6  # of other pictures 99 % have less; many a good edit too, so it never accuses by itself
 TRUSTED = 0.5  # confidence from which shift and zoom count; of different pictures none had it
