@@ -78,6 +78,7 @@ class Layout:
     start: Callable[[Export], str]  # how to train on it
     altered: Callable[[Export], int]  # pairs of which the trainer would resize or crop a picture again
     caches: str | None  # what the trainer keeps of pictures by their names alone, stale when they change
+    least_edge: int = 1  # pixels of a shorter side that its configuration can name
 
 
 def _numbered(folder: str, number: int) -> str:
@@ -332,7 +333,11 @@ def _quoted(path: Path) -> str:
 
 
 LAYOUTS: Mapping[str, Layout] = {
-    "pairline": Layout(_grouped_target, _grouped_reference, True, _pairline_files, _pairline_start, _none, None),
+    "pairline": Layout(
+        *(_grouped_target, _grouped_reference, True, _pairline_files, _pairline_start, _none),
+        caches=None,
+        least_edge=64,
+    ),
     "simpletuner": Layout(
         *(_grouped_target, _grouped_reference, True, _simpletuner_files, _simpletuner_start, _altered_by_simpletuner),
         caches="cache/vae and target/*/aspect_ratio_bucket_*.json",

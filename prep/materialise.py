@@ -134,7 +134,9 @@ class _Folder:
         for folder in {self._path, *(file.path.parent for pair in pairs for file in pair.pictures)}:
             sweep(folder)
         layout = LAYOUTS[self._layout]
-        reasons = self._settle([file for pair in pairs for file in pair.pictures], workers)
+        reasons = {pair.pictures[0].name: reason for pair in pairs if (reason := _too_small(pair.sample, layout))}
+        asked = [pair for pair in pairs if pair.pictures[0].name not in reasons]
+        reasons |= self._settle([file for pair in asked for file in pair.pictures], workers)
         whole = [pair for pair in pairs if _fault(pair, reasons) is None]
         left_out = [(pair, reason) for pair in pairs if (reason := _fault(pair, reasons)) is not None]
         export = Export(project, self._target, self._path, tuple(pair.sample for pair in whole))
@@ -220,6 +222,12 @@ class _Folder:
         if (self.replaced or self.removed) and layout.caches is not None:
             log.warning("%s: files changed under names that %s caches them by: if it ran, delete %s in %s",
                         self._target.id, self._layout, layout.caches, self._path)  # fmt: skip
+
+
+def _too_small(sample: Sample, layout: Layout) -> str | None:
+    """Return why a layout has no place for a pair, None if it has."""
+    small = [f"{width}x{height}" for width, height in sample.sizes if min(width, height) < layout.least_edge]
+    return f"too small: {small[0]}, shorter sides must be {layout.least_edge} pixels" if small else None
 
 
 def _fault(pair: _Pair, reasons: Mapping[str, str]) -> str | None:
