@@ -30,6 +30,7 @@ from schemas.summaries import Materialised
 _MANIFEST = ".pairline.json"
 _OF_THE_LOCK = (".lock", ".holder")
 _FORMAT = 1
+_MANY = 2000  # texts that are worth a process
 _NAMED = 5  # pairs that are left out, named one by one
 
 # Of a picture, what does not decide its pixels: where its file is, and where it may lie made already.
@@ -141,7 +142,7 @@ class _Folder:
         left_out = [(pair, reason) for pair in pairs if (reason := _fault(pair, reasons)) is not None]
         export = Export(project, self._target, self._path, tuple(pair.sample for pair in whole))
         texts = [_text(self._path, name, text) for name, text in _texts(export, layout).items()]
-        self._settle(texts, workers)
+        self._settle(texts, workers if len(texts) > _MANY else 1)
         self._prune({file.name for pair in whole for file in pair.pictures} | {file.name for file in texts})
         self._save()
         self._tell(left_out, layout)
