@@ -128,7 +128,8 @@ class _Folder:
     def __init__(self, path: Path, target: DatasetConfig, layout: str, known: dict[str, _Entry]) -> None:
         self._path, self._target, self._layout = path, target, layout
         self._known, self._saved = known, dict(known)  # files of ours; what the manifest on disk says of them
-        self.written = self.reused = self.replaced = self.removed = 0
+        self._before, self._made = set(known), set[str]()  # names: of earlier runs, and written by this one
+        self._reused = self._replaced = self._removed = 0
 
     def write(self, project: Project, pairs: Sequence[_Pair], workers: int) -> Materialised:
         """Write pictures, then captions and configuration of the pairs that are whole; remove what is left over."""
@@ -151,9 +152,9 @@ class _Folder:
             layout=self._layout,
             folder=str(self._path),
             pairs=len(whole),
-            written=self.written,
-            reused=self.reused,
-            removed=self.removed,
+            written=len(self._made),
+            reused=self._reused,
+            removed=self._removed,
             left_out=dict(Counter(reason.partition(":")[0] for _, reason in left_out)),
             altered=layout.altered(export),
             instructions=layout.start(export) if whole else "there is nothing to train on",
@@ -162,14 +163,14 @@ class _Folder:
     def _settle(self, files: Sequence[_File], workers: int) -> dict[str, str]:
         """Write the files that are not there as they should be; return why some could not be made, by name."""
         missing = [file for file in files if not self._stands(file)]
-        self.reused += len(files) - len(missing)
+        self._reused += len(files) - len(missing)
         for file in missing:
             if file.name not in self._known and os.path.lexists(file.path):
                 raise UserError(f"{file.path}: is not pairline's; move it away, or write to another folder")
         for file in missing:  # before the manifest says what will be there, nothing else may be
             if file.name in self._known and os.path.lexists(file.path):
                 file.path.unlink()
-                self.replaced += 1
+                self._replaced += 1
             self._known[file.name] = _Entry(file.key, None)
         self._save()
         reasons: dict[str, str] = {}
@@ -177,10 +178,10 @@ class _Folder:
             for file, made in each(_make, missing, workers):
                 if isinstance(made, int):
                     self._known[file.name] = _Entry(file.key, made)
+                    self._made.add(file.name)
                 else:
                     reasons[file.name] = made.reason
                 bar.update()
-        self.written += len(missing) - len(reasons)
         return reasons
 
     def _stands(self, file: _File) -> bool:
@@ -202,7 +203,8 @@ class _Folder:
             path = self._path / name
             if os.path.lexists(path):
                 path.unlink()
-                self.removed += 1
+                self._removed += name in self._before
+            self._made.discard(name)
             del self._known[name]
             with suppress(OSError):  # not empty
                 for parent in list(path.parents)[: len(PurePosixPath(name).parents) - 1]:
@@ -220,7 +222,7 @@ class _Folder:
     def _tell(self, left_out: Sequence[tuple[_Pair, str]], layout: Layout) -> None:
         for pair, reason in left_out[:_NAMED]:
             log.warning("%s: %s left out: %s", self._target.id, printable(pair.row.target_path), reason)
-        if (self.replaced or self.removed) and layout.caches is not None:
+        if (self._replaced or self._removed) and layout.caches is not None:
             log.warning("%s: files changed under names that %s caches them by: if it ran, delete %s in %s",
                         self._target.id, self._layout, layout.caches, self._path)  # fmt: skip
 
@@ -257,7 +259,8 @@ def _make(file: _File) -> int | Refusal:
         pixels = pixels_of(file.content)
         if isinstance(pixels, Refusal):
             return pixels
-        done, encoded = cv2.imencode(".png", pixels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
+        # Without options, OpenCV takes its fastest setting; a level, even 1, takes twice as long for as many bytes.
+        done, encoded = cv2.imencode(".png", pixels[:, :, ::-1])
         assert done, "an 8-bit colour picture always encodes"
         data = encoded.tobytes()
     with write_aside(file.path, tidy=False) as aside:

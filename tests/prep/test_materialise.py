@@ -528,8 +528,9 @@ def test_a_picture_that_cannot_be_made_costs_its_pair_and_is_made_when_it_can_be
         done = materialise(opened, opened.targets[0], rows, into, "musubi", 1)
 
     assert (done.pairs, done.left_out) == (1, {"changed since prep scan": 1, "cannot be read": 1})
+    assert (done.written, done.reused, done.removed) == (4, 0, 0)
     assert listed(into) == ["dataset.toml", "reference/c.png", "target/c.png", "target/c.txt"]
-    assert caplog.messages[:2] == [
+    assert caplog.messages == [
         "edits: a.png left out: changed since prep scan",
         "edits: b.png left out: cannot be read: No such file or directory",
     ]
