@@ -10,7 +10,8 @@ the share of blocks that agree. The start is phase correlation (Kuglin & Hines 1
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import cv2
@@ -27,9 +28,6 @@ _Numbers: TypeAlias = npt.NDArray[np.float64]
 
 # Defaults, from 2,500 pairs made of the demo photographs at 512² to 1024² pixels: references blurred (σ up to 8 px),
 # shrunk, compressed, noisy, tinted, gray, faded and scratched, inverted, posterised, drawn, or up to 65 % replaced.
-MAXIMUM_SHIFT = 0.7  # pixels of the training picture; of good pairs, half err by 0.02, 95 % by 0.11, 99 % by 0.23
-MAXIMUM_SCALE = 0.006  # share by which the reference may be larger or smaller; 99 % err by less than 0.002
-MINIMUM_SIMILARITY = 0.6  # of other pictures 99 % have less; many a good edit too, so it never accuses by itself
 TRUSTED = 0.5  # confidence from which shift and zoom count; of different pictures none had it
 UNKNOWN = 0.1  # confidence where nothing can be told
 
@@ -67,6 +65,12 @@ class Alignment:
     scale: float  # of the reference relative to its target, about the middle; 1.01 is one per cent larger
     similarity: float  # structural similarity (Wang et al. 2004) of the two gray pictures as they lie, 0 to 1
     confidence: float  # of shift and scale, 0 to 1; 0 only where both show detail and none of it agrees
+
+
+MEASURES = tuple(field.name for field in fields(Alignment))  # the columns of `schemas.rows.Reference` that tell it
+
+# Place of a set of references -> targets × MEASURES; NaN where nothing was compared.
+Measures: TypeAlias = Mapping[int, _Numbers]
 
 
 @dataclass(frozen=True, slots=True)

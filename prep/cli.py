@@ -4,6 +4,7 @@ Stages are imported inside their commands, so that `prep --help` answers at once
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -114,24 +115,21 @@ def pairs(
     """Match targets and references, or make references by degradation: WORKSPACE/pairs/*.parquet."""
     with reporting():
         from families import open_project
+        from prep.materialise import check_layout, materialise_all
         from prep.pairs import pairs as run
 
+        if no_align and reject_misaligned:
+            raise typer.BadParameter("--reject-misaligned needs the check that --no-align leaves out")
+        check_layout(layout)
         opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
         warn(opened.warnings)
-        report(
-            run(
-                opened,
-                limit=limit,
-                workers=workers,
-                dry_run=dry_run,
-                preview=preview,
-                align=not no_align,
-                reject_misaligned=reject_misaligned,
-                materialise=materialise,
-                layout=layout,
-            ),
-            json,
-        )
+        misaligned = "ignore" if no_align else "reject" if reject_misaligned else None
+        summary = run(
+            opened, limit=limit, workers=workers, dry_run=dry_run, preview=preview, misaligned=misaligned
+        )  # fmt: skip
+        if materialise is not None and not dry_run:
+            summary = replace(summary, materialised=materialise_all(opened, materialise, layout, workers=workers))
+        report(summary, json)
 
 
 @app.command(short_help="Encode images and prompts.", epilog="Example:  prep cache my-project --dry-run")

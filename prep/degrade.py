@@ -159,7 +159,9 @@ def apply(pixels, steps, seed):
 
 
 def encode(pixels, steps, seed):
-    return cv2.imencode(".png", apply(pixels, steps, seed)[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes(), ".png"
+    return cv2.imencode(".png", apply(pixels, steps, seed)[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[
+        1
+    ].tobytes(), ".png"
 
 
 def suffix_of(steps):

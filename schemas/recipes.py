@@ -116,4 +116,4 @@ def parse_recipe(text: str) -> Recipe:
 @cache
 def degraded_at_source(text: str) -> bool:
     """Tell a recipe, as a row spells it, that acts on the full-size picture."""
-    return json.loads(text).get("degrade_at") == "source"
+    return bool(json.loads(text).get("degrade_at") == "source")

@@ -7,9 +7,6 @@ import pytest
 from PIL import Image
 
 from prep.alignment import (
-    MAXIMUM_SCALE,
-    MAXIMUM_SHIFT,
-    MINIMUM_SIMILARITY,
     TRUSTED,
     Alignment,
     alignment,
@@ -18,6 +15,7 @@ from prep.alignment import (
     misaligned,
 )
 from prep.images import decode, decode_gray
+from schemas.datasets import AlignmentCheck
 from schemas.geometry import Geometry
 
 DEMO = Path(__file__).parent.parent.parent / "datasets_demo"
@@ -27,7 +25,8 @@ SIZES = (512, 640, 768, 1024)  # sides of a square with the training picture's a
 
 def judged(found):
     """Judge by the defaults."""
-    return misaligned(found, MAXIMUM_SHIFT, MAXIMUM_SCALE, MINIMUM_SIMILARITY)
+    check = AlignmentCheck()
+    return misaligned(found, check.maximum_shift, check.maximum_scale, check.minimum_similarity)
 
 
 def photo(number):

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.prep.test_pairs import draw, paired, project, rows_of
 
 from families import open_project
 from prep import generating
@@ -22,6 +21,7 @@ from prep.pixels import pixels_of, reference_picture, target_picture
 from prep.scan import scan
 from schemas.rows import PairRow
 from schemas.tables import read_table
+from tests.prep.drawn import draw, paired, project, rows_of
 
 TARGETS = {"id": "edits", "instance_data_dir": "edits", "crop_style": "center"}
 KINDS = {
@@ -59,7 +59,9 @@ def test_files_and_ondemand_give_the_same_bytes(kind, degrade_at, tmp_path):
     assert all(np.array_equal(one, other) for one, other in zip(*pixels, strict=True))
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [("superresolution", ".png"), ("jpeg_artifacts", ".jpg"), ("webp", ".webp")])
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [("superresolution", ".png"), ("jpeg_artifacts", ".jpg"), ("webp", ".webp")]
+)
 def test_what_ends_in_a_codec_is_kept_as_its_bitstream_and_all_else_lossless(kind, suffix, tmp_path):
     project(tmp_path, {**TARGETS, "conditioning": {**KINDS[kind], "storage": "files"}})
     draw(tmp_path / "edits" / "a.png")
@@ -79,7 +81,9 @@ def test_one_two_and_eight_workers_make_the_same_tables_and_files(tmp_path):
             draw(folder / "edits" / f"{number}.png", 100 + number, 90, seed=number)
         scan(folder, workers=1)
         pairs(folder, workers=workers)
-        files = [path for path in sorted((folder / "work").rglob("*")) if path.is_file() and "manifests" not in path.parts]
+        files = [
+            path for path in sorted((folder / "work").rglob("*")) if path.is_file() and "manifests" not in path.parts
+        ]
         trees.append({str(path.relative_to(folder)): path.read_bytes() for path in files if path.name[0] != "."})
     assert trees[0] == trees[1] == trees[2]
     assert len(trees[0]) == 5 * len(KINDS) + 2  # the table and its report
@@ -95,7 +99,10 @@ def test_degrading_at_the_source_is_stronger_for_small_pictures_and_weaker_for_l
         _, rows = paired(folder)
         opened = open_project(folder)
         for name, row in rows.items():
-            target, reference = pixels_of(target_picture(opened, row)), pixels_of(reference_picture(opened, row, row.references[0]))
+            target, reference = (
+                pixels_of(target_picture(opened, row)),
+                pixels_of(reference_picture(opened, row, row.references[0])),
+            )
             off[place, name] = np.abs(target.astype(float) - reference).mean()
     assert off["source", "large.png"] < off["target", "large.png"]
     assert off["source", "small.png"] > off["target", "small.png"]
@@ -174,14 +181,23 @@ def test_changed_parameters_make_new_files_and_unchanged_ones_are_reused(tmp_pat
     assert (back.generated, back.reused) == (0, 3)
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("LA", ".png"), ("RGBA", ".png"), ("L", ".png"), ("P", ".gif"), ("1", ".png"), ("I;16", ".png"), ("CMYK", ".jpg")])
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("LA", ".png"), ("RGBA", ".png"), ("L", ".png"), ("P", ".gif"), ("1", ".png"), ("I;16", ".png"), ("CMYK", ".jpg")],
+)
 def test_sources_of_any_kind_are_degraded_as_they_are_seen(mode, suffix, tmp_path):
     project(tmp_path, {**TARGETS, "conditioning": [KINDS["superresolution"], KINDS["jpeg_artifacts"]]})
     image = Image.open(draw(tmp_path / "a.png", 120, 90))
-    image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+    image = (
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+        if mode == "I;16"
+        else image.convert(mode)
+    )
     image.save(tmp_path / "edits" / f"a{suffix}")
     paired(tmp_path)
-    assert [(one.shape, one.dtype) for one in made(tmp_path)] == [((48, 64, 3), np.uint8)] * 2 or len(made(tmp_path)) == 2
+    assert [(one.shape, one.dtype) for one in made(tmp_path)] == [((48, 64, 3), np.uint8)] * 2 or len(
+        made(tmp_path)
+    ) == 2
 
 
 # Crashes

@@ -57,7 +57,9 @@ def both(opened, row):
 
 
 @pytest.mark.parametrize("orientations", [(1, 1), (1, 6), (8, 1), (3, 5), (2, 7), (4, 4)])
-@pytest.mark.parametrize("crop", [{}, SQUARE, {"crop": True, "crop_aspect": "closest", "crop_aspect_buckets": [0.5, 1.5]}])
+@pytest.mark.parametrize(
+    "crop", [{}, SQUARE, {"crop": True, "crop_aspect": "closest", "crop_aspect_buckets": [0.5, 1.5]}]
+)
 @pytest.mark.parametrize("style", ["random", "corner", "center", "face"])
 def test_target_and_reference_agree_to_the_pixel(style, crop, orientations, tmp_path):
     project(tmp_path, **crop, crop_style=style, crop_variants=3 if style == "random" else None,

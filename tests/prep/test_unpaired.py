@@ -4,11 +4,11 @@ import csv
 import shutil
 
 import pytest
-from tests.prep.test_pairs import JPEG, REFS, draw, paired, products, project, rows_of
 
 from prep.pairs import pairs
 from prep.scan import scan
 from schemas.errors import ConfigError, UserError
+from tests.prep.drawn import JPEG, REFS, draw, paired, products, project, rows_of
 
 EDITS = {"id": "edits", "instance_data_dir": "edits", "conditioning_data": "refs"}
 
@@ -130,7 +130,12 @@ def test_a_loose_reference_of_the_same_file_is_another_picture_if_it_is_cropped_
 
 def test_extensions_may_be_ignored_where_the_very_path_is_not_there(tmp_path):
     project(tmp_path, {**EDITS, "ignore_extension": True}, REFS)
-    for target, reference in (("a.png", "a.webp"), ("day/a.png", "day/a.jpg"), ("b.png", "b.png"), ("c.d.png", "c.d.bmp")):
+    for target, reference in (
+        ("a.png", "a.webp"),
+        ("day/a.png", "day/a.jpg"),
+        ("b.png", "b.png"),
+        ("c.d.png", "c.d.bmp"),
+    ):
         draw(tmp_path / "edits" / target)
         draw(tmp_path / "refs" / reference, seed=3)
     draw(tmp_path / "refs" / "b.jpg", seed=5)  # b.png has its own
