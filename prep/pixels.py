@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from prep.degrade import degrade
 from prep.images import Pixels, decode, frame
@@ -88,10 +89,13 @@ def pixels_of(picture: Picture) -> Pixels | Refusal:
         return Refusal("not enough memory to decode it", lasting=False)
     if isinstance(decoded, str):
         return Refusal(decoded, lasting=True)
-    pixels = frame(decoded, picture.geometry)
     if picture.recipe is None or picture.seed is None:
-        return pixels
-    return degrade(pixels, parse_recipe(picture.recipe), picture.seed)
+        return frame(decoded, picture.geometry)
+    recipe = parse_recipe(picture.recipe)
+    if recipe.degrade_at == "source":
+        whole = degrade(np.asarray(decoded), recipe, picture.seed)
+        return frame(Image.fromarray(whole), picture.geometry)
+    return degrade(frame(decoded, picture.geometry), recipe, picture.seed)
 
 
 def store(picture: Picture) -> Refusal | None:

@@ -132,10 +132,11 @@ class Noise(StepOptions):
         (0.05, 3.0), "of the difference that counting 256 photons for white makes: poisson"
     )
     shot: Annotated[Range, Drawn(1e-5, 1, log=True)] = param(
-        (0.0001, 0.012), "variance of a white pixel, white being 1, proportional to brightness: shot_read"
+        (0.0001, 0.012),
+        "variance of a white pixel, white being 1, proportional to brightness, drawn log-uniformly: shot_read",
     )
     read: Annotated[Range, Drawn(0.01, 255, log=True)] = param(
-        (0.5, 8.0), "standard deviation everywhere, levels of 255: shot_read"
+        (0.5, 8.0), "standard deviation everywhere, levels of 255, drawn log-uniformly: shot_read"
     )
     amount: Annotated[Range, Drawn(0, 1)] = param((0.0, 0.01), "share of values replaced: salt_pepper")
     salt: Annotated[Range, Drawn(0, 1)] = param(0.5, "share of white among those: salt_pepper")
@@ -186,7 +187,7 @@ class Gamma(StepOptions):
     """Raise brightness, white being 1, to a power: above 1 darkens."""
 
     step: Literal["gamma"] = param("gamma", "which step")
-    gamma: Annotated[Range, Drawn(0.1, 10, log=True)] = param((0.5, 2.0), "exponent")
+    gamma: Annotated[Range, Drawn(0.1, 10, log=True)] = param((0.5, 2.0), "exponent, drawn log-uniformly")
 
 
 class Banding(StepOptions):

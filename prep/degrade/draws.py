@@ -51,6 +51,13 @@ class Draws:
         return (raw >> np.uint64(11)) / float(1 << 53)
 
 
+def add_levels(levels: npt.NDArray[np.uint8], drawn: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Add whole numbers to levels, and stop at black and white."""
+    # OpenCV takes lists of up to four numbers for one colour, rows of them never.
+    added: npt.NDArray[np.uint8] = cv2.add(levels.reshape(1, -1), drawn.reshape(1, -1), dtype=cv2.CV_8U)
+    return added.reshape(levels.shape)
+
+
 def look_up(table: npt.NDArray[Any], words: npt.NDArray[np.uint16]) -> npt.NDArray[Any]:
     """Return `table[words]`, fast; the table has 65536 entries of 8 or 16 bits."""
     if not _WORDS:

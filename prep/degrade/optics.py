@@ -133,7 +133,8 @@ def haze(
     kept = np.rint(shares * 256).astype(np.uint16)[:, :, None]
     added = np.uint16(round(airlight * 255)) * (np.uint16(256) - kept) + np.uint16(128)
     if kept.size > 1:
-        return ((pixels * kept + added) >> 8).astype(np.uint8)
+        mixed: Pixels = ((pixels * kept + added) >> 8).astype(np.uint8)
+        return mixed
     table = (np.arange(256, dtype=np.uint16) * kept[0, 0] + added[0, 0]) >> 8
     hazy: Pixels = cv2.LUT(pixels, table.astype(np.uint8))
     return hazy
@@ -163,7 +164,8 @@ def _bessel(values: Kernel) -> Kernel:
 
 
 def _normalised(kernel: Kernel) -> Kernel:
-    return kernel / kernel.sum()
+    normalised: Kernel = kernel / kernel.sum()
+    return normalised
 
 
 KERNELS: Mapping[str, Callable[..., Kernel]] = {

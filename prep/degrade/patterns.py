@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from prep.degrade.draws import Draws
+from prep.degrade.draws import Draws, add_levels
 from prep.images import Pixels
 
 _SHIFT = 4  # bits of a pixel's fraction in OpenCV's drawing
@@ -34,8 +34,7 @@ def moire(
         # cos(a + b) from cosines and sines of rows and columns: two products per pixel instead of a cosine.
         plane = _outer(np.cos(starts), np.cos(across)) - _outer(np.sin(starts), np.sin(across))
         wave[:, :, channel] = np.rint(plane * np.float32(strength))
-    lined: Pixels = cv2.add(pixels.reshape(-1), wave.reshape(-1), dtype=cv2.CV_8U).reshape(pixels.shape)
-    return lined
+    return add_levels(pixels, wave)
 
 
 def scratches(pixels: Pixels, draws: Draws, *, count: int, width: int, opacity: float) -> Pixels:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from prep.degrade.draws import NORMAL, PIECE, Draws, look_up
+from prep.degrade.draws import NORMAL, PIECE, Draws, add_levels, look_up
 from prep.images import Pixels
 
 _BLOCK = 8  # pixels of a JPEG block's side
@@ -27,13 +27,13 @@ def gaussian(pixels: Pixels, draws: Draws, *, gray: bool, sigma: float) -> Pixel
     table = table.astype(np.int8 if np.abs(table).max() < 128 else np.int16)
     if gray:
         drawn = np.concatenate([look_up(table, draws.words(n)) for n in _pieces(pixels.size // 3)])
-        return _add(pixels, drawn.reshape(*pixels.shape[:2], 1).repeat(3, 2))
+        return add_levels(pixels, drawn.reshape(*pixels.shape[:2], 1).repeat(3, 2))
     flat = pixels.reshape(-1)
     noisy = np.empty_like(flat)
     start = 0
     for count in _pieces(flat.size):
         piece = slice(start, start + count)
-        cv2.add(flat[piece], look_up(table, draws.words(count)), dst=noisy[piece], dtype=cv2.CV_8U)
+        noisy[piece] = add_levels(flat[piece], look_up(table, draws.words(count)))
         start += count
     return noisy.reshape(pixels.shape)
 
@@ -56,7 +56,7 @@ def poisson(pixels: Pixels, draws: Draws, *, gray: bool, scale: float) -> Pixels
         np.take(table, levels[at : at + PIECE] * np.intp(_SHARES) + (draws.words(len(levels[at : at + PIECE])) >> 4))
         for at in range(0, len(levels), PIECE)
     ]
-    return _add(pixels, _spread(np.concatenate(drawn), pixels, gray))
+    return add_levels(pixels, _spread(np.concatenate(drawn), pixels, gray))
 
 
 def salt_pepper(pixels: Pixels, draws: Draws, *, gray: bool, amount: float, salt: float) -> Pixels:
@@ -86,7 +86,7 @@ def _by_level(pixels: Pixels, draws: Draws, deviations: npt.NDArray[np.float64],
         piece = levels[at : at + PIECE]
         # One product in float32, then rounded: the same on every machine.
         drawn[at : at + PIECE] = np.rint(table[piece] * normal[draws.words(piece.size)])
-    return _add(pixels, _spread(drawn, pixels, gray))
+    return add_levels(pixels, _spread(drawn, pixels, gray))
 
 
 @lru_cache(maxsize=1)
@@ -110,12 +110,6 @@ def _levels(pixels: Pixels, gray: bool) -> npt.NDArray[np.uint8]:
 def _spread(values: npt.NDArray[Any], pixels: Pixels, gray: bool) -> npt.NDArray[Any]:
     """Bring one value per level drawn for into the picture's shape."""
     return values.reshape(*pixels.shape[:2], 1).repeat(3, 2) if gray else values.reshape(pixels.shape)
-
-
-def _add(pixels: Pixels, drawn: npt.NDArray[Any]) -> Pixels:
-    """Add whole levels, and stop at black and white."""
-    noisy: Pixels = cv2.add(pixels.reshape(-1), drawn.reshape(-1), dtype=cv2.CV_8U).reshape(pixels.shape)
-    return noisy
 
 
 def _pieces(count: int) -> list[int]:
