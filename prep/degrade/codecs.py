@@ -69,7 +69,7 @@ def decode_stored(data: bytes) -> Pixels:
         # The pixels of OpenCV's decoder, in RGB and a fifth faster.
         decoded: Pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
         return decoded
-    read: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    read: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
     if read is None:
         raise ValueError("not a picture that was stored here")
     pixels: Pixels = cv2.cvtColor(read, cv2.COLOR_BGR2RGB)

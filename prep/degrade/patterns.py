@@ -2,14 +2,13 @@
 
 import math
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
 from prep.degrade.draws import Draws, add_levels
 from prep.images import Pixels
 
-_SHIFT = 4  # bits of a pixel's fraction in OpenCV's drawing
+Cover = npt.NDArray[np.float64]
 
 
 def scanlines(pixels: Pixels, _: Draws, *, period: float, strength: float, phase: float) -> Pixels:
@@ -38,40 +37,50 @@ def moire(
 
 
 def scratches(pixels: Pixels, draws: Draws, *, count: int, width: int, opacity: float) -> Pixels:
-    """Draw white scratches, upright within 6°, of a fifth of the height to all of it."""
+    """Draw white scratches, upright within 6°, of a fifth of the height to all of it; their sides fade over a pixel."""
     height, across = pixels.shape[:2]
-    cover = np.zeros((height, across), np.uint8)
+    cover = np.zeros((height, across))
+    beside = np.arange(-(width // 2) - 1, width // 2 + 2)
     for place, tilt, long, top in draws.uniform(4 * count).reshape(-1, 4):
         length = (0.2 + 0.8 * long) * height
-        start = place * across, top * (height - length)
-        end = start[0] + (tilt - 0.5) * 0.2 * length, start[1] + length
-        cv2.line(cover, _fixed(*start), _fixed(*end), 255, int(width), cv2.LINE_AA, _SHIFT)
+        start = top * (height - length)
+        rows = np.arange(round(start), min(height, round(start + length)))[:, None]
+        middle = place * across + (tilt - 0.5) * 0.2 * (rows - start)
+        columns = np.floor(middle + 0.5).astype(np.intp) + beside
+        _cover(cover, rows, columns, width / 2 + 0.5 - np.abs(columns - middle))
     return _covered(pixels, cover, 255, opacity)
 
 
 def dust(pixels: Pixels, draws: Draws, *, density: float, radius: float, opacity: float) -> Pixels:
-    """Scatter round specks, every other one white, of a third of `radius` to all of it."""
+    """Scatter round specks, every other one white, of a third of `radius` to all of it; edges fade over a pixel."""
     height, width = pixels.shape[:2]
-    covers = [np.zeros((height, width), np.uint8) for _ in range(2)]
+    covers = np.zeros((2, height, width))
     count = round(density * height * width / 1_000_000)
+    beside = np.arange(-math.ceil(radius) - 1, math.ceil(radius) + 2)
     for number, (across, down, size) in enumerate(draws.uniform(3 * count).reshape(-1, 3)):
-        reach = round(radius * (1 + 2 * size) / 3 * (1 << _SHIFT))
-        cv2.circle(covers[number % 2], _fixed(across * width, down * height), reach, 255, -1, cv2.LINE_AA, _SHIFT)
+        middle, line = across * width, down * height
+        rows, columns = round(line) + beside[:, None], round(middle) + beside
+        distance = np.hypot(rows - line, columns - middle)
+        _cover(covers[number % 2], rows, columns, radius * (1 + 2 * size) / 3 + 0.5 - distance)
     return _covered(_covered(pixels, covers[0], 0, opacity), covers[1], 255, opacity)
 
 
-def _covered(pixels: Pixels, cover: npt.NDArray[np.uint8], level: int, opacity: float) -> Pixels:
+def _cover(cover: Cover, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp], shares: Cover) -> None:
+    """Cover pixels by a share each, those that are in the picture."""
+    rows, columns = np.broadcast_arrays(rows, columns)
+    inside = (shares > 0) & (rows >= 0) & (rows < cover.shape[0]) & (columns >= 0) & (columns < cover.shape[1])
+    place = rows[inside], columns[inside]
+    cover[place] = np.maximum(cover[place], np.minimum(shares[inside], 1))
+
+
+def _covered(pixels: Pixels, cover: Cover, level: int, opacity: float) -> Pixels:
     """Mix in a level where there is cover, in 256ths."""
     rows, columns = np.nonzero(cover)
-    share = np.rint(cover[rows, columns] * (opacity * 256 / 255)).astype(np.int32)[:, None]
+    share = np.rint(cover[rows, columns] * (opacity * 256)).astype(np.int32)[:, None]
     covered = pixels.copy()
     covered[rows, columns] = (pixels[rows, columns] * (256 - share) + level * share + 128) >> 8
     return covered
 
 
-def _outer(rows: npt.NDArray[np.float64], columns: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+def _outer(rows: Cover, columns: Cover) -> npt.NDArray[np.float32]:
     return np.multiply.outer(rows.astype(np.float32), columns.astype(np.float32))
-
-
-def _fixed(across: float, down: float) -> tuple[int, int]:
-    return round(across * (1 << _SHIFT)), round(down * (1 << _SHIFT))

@@ -14,6 +14,7 @@ from prep.images import Pixels
 
 _BLOCK = 8  # pixels of a JPEG block's side
 _SHARES = 4096  # steps of a count's distribution function
+_GOLDEN = (5**0.5 - 1) / 2  # whose multiples have the most even fractions
 
 
 def noise(pixels: Pixels, draws: Draws, *, kind: str, gray: bool = False, **numbers: float) -> Pixels:
@@ -50,7 +51,10 @@ def shot_read(pixels: Pixels, draws: Draws, *, gray: bool, shot: float, read: fl
 
 def poisson(pixels: Pixels, draws: Draws, *, gray: bool, scale: float) -> Pixels:
     """Count photons, 256 for white, and add `scale` times what the count is off (Wang et al. 2021, section 3.2)."""
-    table = np.rint(_counts() * (scale * 255 / 256)).astype(np.int16).ravel()
+    # Counts are whole, so all noise of a level has one fraction: rounded to nearest it would be biased. Rounded up or
+    # down in turn it is not.
+    turns = np.arange(_SHARES) * _GOLDEN % 1
+    table = np.floor(_counts() * (scale * 255 / 256) + turns).astype(np.int16).ravel()
     levels = _levels(pixels, gray)
     drawn = [
         np.take(table, levels[at : at + PIECE] * np.intp(_SHARES) + (draws.words(len(levels[at : at + PIECE])) >> 4))
