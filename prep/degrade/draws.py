@@ -51,11 +51,14 @@ class Draws:
         return (raw >> np.uint64(11)) / float(1 << 53)
 
 
-def add_levels(levels: npt.NDArray[np.uint8], drawn: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+def add_levels(
+    levels: npt.NDArray[np.uint8], drawn: npt.NDArray[Any], into: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8]:
     """Add whole numbers to levels, and stop at black and white."""
+    added = np.empty(levels.shape, np.uint8) if into is None else into
     # OpenCV takes lists of up to four numbers for one colour, rows of them never.
-    added: npt.NDArray[np.uint8] = cv2.add(levels.reshape(1, -1), drawn.reshape(1, -1), dtype=cv2.CV_8U)
-    return added.reshape(levels.shape)
+    cv2.add(levels.reshape(1, -1), drawn.reshape(1, -1), dst=added.reshape(1, -1), dtype=cv2.CV_8U)
+    return added
 
 
 def look_up(table: npt.NDArray[Any], words: npt.NDArray[np.uint16]) -> npt.NDArray[Any]:

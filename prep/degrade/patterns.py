@@ -8,7 +8,8 @@ import numpy.typing as npt
 from prep.degrade.draws import Draws, add_levels
 from prep.images import Pixels
 
-Cover = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.float64]
+Plane = npt.NDArray[np.float32]
 
 
 def scanlines(pixels: Pixels, _: Draws, *, period: float, strength: float, phase: float) -> Pixels:
@@ -39,7 +40,7 @@ def moire(
 def scratches(pixels: Pixels, draws: Draws, *, count: int, width: int, opacity: float) -> Pixels:
     """Draw white scratches, upright within 6°, of a fifth of the height to all of it; their sides fade over a pixel."""
     height, across = pixels.shape[:2]
-    cover = np.zeros((height, across))
+    cover = np.zeros((height, across), np.float32)
     beside = np.arange(-(width // 2) - 1, width // 2 + 2)
     for place, tilt, long, top in draws.uniform(4 * count).reshape(-1, 4):
         length = (0.2 + 0.8 * long) * height
@@ -54,7 +55,7 @@ def scratches(pixels: Pixels, draws: Draws, *, count: int, width: int, opacity: 
 def dust(pixels: Pixels, draws: Draws, *, density: float, radius: float, opacity: float) -> Pixels:
     """Scatter round specks, every other one white, of a third of `radius` to all of it; edges fade over a pixel."""
     height, width = pixels.shape[:2]
-    covers = np.zeros((2, height, width))
+    covers = np.zeros((2, height, width), np.float32)
     count = round(density * height * width / 1_000_000)
     beside = np.arange(-math.ceil(radius) - 1, math.ceil(radius) + 2)
     for number, (across, down, size) in enumerate(draws.uniform(3 * count).reshape(-1, 3)):
@@ -65,7 +66,7 @@ def dust(pixels: Pixels, draws: Draws, *, density: float, radius: float, opacity
     return _covered(_covered(pixels, covers[0], 0, opacity), covers[1], 255, opacity)
 
 
-def _cover(cover: Cover, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp], shares: Cover) -> None:
+def _cover(cover: Plane, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp], shares: Numbers) -> None:
     """Cover pixels by a share each, those that are in the picture."""
     rows, columns = np.broadcast_arrays(rows, columns)
     inside = (shares > 0) & (rows >= 0) & (rows < cover.shape[0]) & (columns >= 0) & (columns < cover.shape[1])
@@ -73,7 +74,7 @@ def _cover(cover: Cover, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.int
     cover[place] = np.maximum(cover[place], np.minimum(shares[inside], 1))
 
 
-def _covered(pixels: Pixels, cover: Cover, level: int, opacity: float) -> Pixels:
+def _covered(pixels: Pixels, cover: Plane, level: int, opacity: float) -> Pixels:
     """Mix in a level where there is cover, in 256ths."""
     rows, columns = np.nonzero(cover)
     share = np.rint(cover[rows, columns] * (opacity * 256)).astype(np.int32)[:, None]
@@ -82,5 +83,5 @@ def _covered(pixels: Pixels, cover: Cover, level: int, opacity: float) -> Pixels
     return covered
 
 
-def _outer(rows: Cover, columns: Cover) -> npt.NDArray[np.float32]:
+def _outer(rows: Numbers, columns: Numbers) -> Plane:
     return np.multiply.outer(rows.astype(np.float32), columns.astype(np.float32))

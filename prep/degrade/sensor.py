@@ -34,7 +34,7 @@ def gaussian(pixels: Pixels, draws: Draws, *, gray: bool, sigma: float) -> Pixel
     start = 0
     for count in _pieces(flat.size):
         piece = slice(start, start + count)
-        noisy[piece] = add_levels(flat[piece], look_up(table, draws.words(count)))
+        add_levels(flat[piece], look_up(table, draws.words(count)), noisy[piece])
         start += count
     return noisy.reshape(pixels.shape)
 
