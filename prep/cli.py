@@ -123,10 +123,14 @@ def pairs(
         check_layout(layout)
         opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
         warn(opened.warnings)
-        misaligned = "ignore" if no_align else "reject" if reject_misaligned else None
         summary = run(
-            opened, limit=limit, workers=workers, dry_run=dry_run, preview=preview, misaligned=misaligned
-        )  # fmt: skip
+            opened,
+            limit=limit,
+            workers=workers,
+            dry_run=dry_run,
+            preview=preview,
+            misaligned="ignore" if no_align else "reject" if reject_misaligned else None,
+        )
         if materialise is not None and not dry_run:
             summary = replace(summary, materialised=materialise_all(opened, materialise, layout, workers=workers))
         report(summary, json)

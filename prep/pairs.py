@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from families import Source, open_project
 from prep.aligning import Comparison, compare_all, worst_first
+from prep.degrade import why_impossible
 from prep.generating import generate
 from prep.matching import COLUMNS, KINDS, Found, Manifest, Matched, match
 from prep.pairing import pair_table
@@ -81,11 +82,12 @@ def pairs(
 
     `limit` pairs the first N targets of each set; `preview` draws that many pairs on a contact sheet as the model sees
     them; `misaligned` says what becomes of strict references that do not lie on their targets, in place of
-    `alignment_check`: "ignore" compares none. Raises UserError if a manifest is missing or stale, and, before anything is
-    made, if targets lack proper references and `on_unpaired` is "error".
+    `alignment_check`: "ignore" compares none. Raises UserError if a manifest is missing or stale, and, before anything
+    is made, if targets lack proper references and `on_unpaired` is "error".
     """
     start = time.monotonic()
     project = open_project(project, need_images=True)
+    _refuse_impossible(project)
     alone = nullcontext() if dry_run else only_one(project.workspace / "pairs", "prep pairs")
     with alone, Crew(workers or default_workers(), store) as crew:
         run = _Run(project, limit, dry_run, misaligned, crew)
@@ -98,6 +100,14 @@ def pairs(
             if preview and not dry_run and (sheet := contact_sheet(project, one.matched.target.id, table, preview)):
                 previews.append(str(sheet))
     return PairsSummary(tuple(done), tuple(previews), (), project.warnings, time.monotonic() - start, dry_run)
+
+
+def _refuse_impossible(project: Project) -> None:
+    """Raise UserError for a degradation that the installed libraries cannot do."""
+    for target in project.targets:
+        for name, entry in zip(target.generated_ids, target.conditioning, strict=True):
+            if reason := why_impossible(entry.recipe):
+                raise UserError(f"{name}: {reason}")
 
 
 # Matching

@@ -11,7 +11,7 @@ from pydantic.json_schema import JsonSchemaValue
 
 from schemas.keys import canonical
 from schemas.options import Options, option
-from schemas.recipes import JpegArtifacts, Superresolution
+from schemas.recipes import Recipe
 from schemas.trainer import CaptionStrategy, ImageSize, ResolutionType
 
 Text: TypeAlias = Annotated[str, StringConstraints(min_length=1)]
@@ -76,7 +76,7 @@ Texts: TypeAlias = Annotated[tuple[Text, ...], BeforeValidator(_as_list), WithJs
 class Generator(Options):
     """One entry of a dataset's `conditioning`: references made from its own images."""
 
-    recipe: Annotated[Superresolution | JpegArtifacts, Field(discriminator="type")] = option(
+    recipe: Annotated[Recipe, Field(discriminator="type")] = option(
         ..., "the degradation; its parameters stand flat in the entry", stages="pairs cache"
     )
     captions: Annotated[tuple[Text, ...], BeforeValidator(_no_captions), WithJsonSchema(_NO_TEXT)] = option(

@@ -22,8 +22,8 @@ _FEWEST_SCALED_PIXELS = 512  # of an edge that images are scaled to, under `pixe
 _SIZES = ("minimum_image_size", "maximum_image_size", "target_downsample_size")
 _CROPS = ("resolution", "resolution_type", "crop", "crop_aspect", "crop_aspect_buckets", "crop_style")
 _OF_TARGETS = (
-    "conditioning", "conditioning_data", "crop_variants", "vae_cache_clear_each_epoch", "ignore_extension", "on_unpaired",
-    "identical_references", "alignment_check",
+    "conditioning", "conditioning_data", "crop_variants", "vae_cache_clear_each_epoch", "ignore_extension",
+    "on_unpaired", "identical_references", "alignment_check",
 )  # fmt: skip
 _CHOSEN = ("closest", "random")  # values of crop_aspect that need aspects
 

@@ -32,6 +32,7 @@ from schemas.datasets import (
 from schemas.options import facts_of
 from schemas.recipes import RECIPES
 from schemas.simpletuner import DATASET_KEYS, TRAINER_KEYS
+from schemas.steps import STEP_MODELS
 from schemas.trainer import TrainerConfig
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +70,7 @@ def test_imports_keep_the_contracts() -> None:
 def test_no_core_module_names_a_family_or_flavour() -> None:
     names = {*FAMILIES, *(flavour for spec in FAMILIES.values() for flavour in spec.flavours)}
     for package in ("prep", "train"):
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
             assert not words & names, f"{path.name} names {words & names}"
 
@@ -101,7 +102,7 @@ def test_generated_documents_are_current() -> None:
     ],
 )
 def test_every_option_is_documented_and_either_acted_on_or_said_to_have_no_effect(model: type[BaseModel]) -> None:
-    source = "\n".join(path.read_text() for package in PACKAGES for path in (ROOT / package).glob("*.py"))
+    source = "\n".join(path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
     page = (ROOT / "docs" / "options.md").read_text()
     for name, facts in facts_of(model):
         assert name in ("recipe", "type") or f"`{name}`" in page
@@ -109,6 +110,15 @@ def test_every_option_is_documented_and_either_acted_on_or_said_to_have_no_effec
         one_choice = len(get_args(model.model_fields[name].annotation)) == 1
         if facts["no_effect"] is None and not one_choice:
             assert re.search(rf'\.{name}\b|"{name}"', source), f"nothing reads {name}"
+
+
+@pytest.mark.parametrize("name", STEP_MODELS)
+def test_every_step_of_a_chain_and_its_parameters_are_documented(name: str) -> None:
+    section = (ROOT / "docs" / "options.md").read_text().split(f"##### step: {name}\n")[1].split("\n#")[0]
+    for parameter, _ in facts_of(STEP_MODELS[name]):
+        assert STEP_MODELS[name].model_fields[parameter].description
+        assert parameter in ("step", "probability") or f"`{parameter}`" in section
+    assert f"| `{name}` |" in (ROOT / "docs" / "degradations.md").read_text()
 
 
 def test_no_key_is_both_an_option_and_not_needed() -> None:
@@ -185,7 +195,7 @@ def test_every_command_has_the_same_options_help_with_an_example_and_a_place_in_
 
 def test_public_functions_have_docstrings_and_annotations() -> None:
     for package in PACKAGES:
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             tree = ast.parse(path.read_text())
             assert ast.get_docstring(tree), f"{path} says nothing of itself"
             for node in tree.body:

@@ -308,7 +308,7 @@ def test_any_number_of_workers_makes_the_same(tmp_path):
         scan(folder, workers=1)
         pairs(folder, workers=workers)
         tables.append(rows_of(folder))
-        stored = sorted((folder / "work" / "references").rglob("*.png"))
+        stored = sorted((folder / "work" / "references").rglob("*.*"))
         pictures.append({path.name: path.read_bytes() for path in stored})
     assert tables[0] == tables[1] and pictures[0] == pictures[1] and len(pictures[0]) == 8
 

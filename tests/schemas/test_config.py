@@ -808,11 +808,14 @@ def test_faults_of_generators_name_the_entry_and_the_parameter(tmp_path):
     datasets = [{"id": "photos", "instance_data_dir": "photos", "conditioning": generators}]
     faults = faults_of(written(tmp_path, datasets=datasets))
     assert (
-        f"{place}[3] = {{\"quality\": 3}}: must be an object with a 'type'; known types: superresolution, jpeg_artifacts"
+        f"{place}[3] = {{\"quality\": 3}}: must be an object with a 'type'; known types: superresolution, jpeg_artifacts, chain"
         in faults
     )
     assert f"{place}[0].qualty = 3: unknown key; did you mean 'quality'?" in faults
-    assert f"{place}[1].type = \"canny\": must be one of 'superresolution', 'jpeg_artifacts'" in faults
+    assert (
+        f"{place}[1].type = \"canny\": must be one of 'superresolution', 'jpeg_artifacts', 'chain'; did you mean 'chain'?"
+        in faults
+    )
     assert f"{place}[2].noise_level = 2: must be less than or equal to 1" in faults
     assert any("the lower end comes first: [10, 50]" in fault for fault in faults)
 
