@@ -11,9 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path, PurePosixPath
 
-import cv2
-
 from families import Source, open_project
+from prep.degrade import png_file
 from prep.layouts import LAYOUTS, Export, Layout, Sample
 from prep.names import names_of
 from prep.pixels import Picture, Refusal, pixels_of, reference_picture, target_picture
@@ -276,10 +275,7 @@ def _make(file: _File) -> int | Refusal:
         pixels = pixels_of(file.content)
         if isinstance(pixels, Refusal):
             return pixels
-        # Without options, OpenCV takes its fastest setting; a level, even 1, takes twice as long for as many bytes.
-        done, encoded = cv2.imencode(".png", pixels[:, :, ::-1])
-        assert done, "an 8-bit colour picture always encodes"
-        data = encoded.tobytes()
+        data = png_file(pixels)
     with write_aside(file.path, tidy=False) as aside:
         aside.write_bytes(data)
     return len(data)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import cv2
 
 from prep.degrade import codecs, colour, optics, patterns, sensor
-from prep.degrade.codecs import decode_stored, missing_codec
+from prep.degrade.codecs import decode_stored, missing_codec, png_file
 from prep.degrade.draws import Draws
 from prep.degrade.realise import Step, realise
 from prep.images import Pixels
@@ -18,7 +18,9 @@ from schemas.keys import seed_of
 from schemas.recipes import Chain, Recipe
 from schemas.steps import AnyStep
 
-__all__ = ["STEPS", "Step", "apply", "decode_stored", "degrade", "encode", "realise", "suffix_of", "why_impossible"]
+__all__ = [
+    "STEPS", "Step", "apply", "decode_stored", "degrade", "encode", "png_file", "realise", "suffix_of", "why_impossible",
+]  # fmt: skip
 
 _SCALING = {
     "nearest": cv2.INTER_NEAREST,
