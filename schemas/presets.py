@@ -130,8 +130,8 @@ _OLD_PHOTO: list[dict[str, Any]] = [
 ]
 
 # Jiang, Zhang, Timofte: Towards Flexible Blind JPEG Artifacts Removal (FBCNN), ICCV 2021,
-# https://arxiv.org/abs/2109.14573: qualities 10 to 95, once or twice with unaligned blocks. Here the
-# first lies in a scaled picture, as on sites that show previews, which is what leaves the blocks unaligned.
+# https://arxiv.org/abs/2109.14573; its data/dataset_jpeggraydouble.py: qualities 5 to 95, half of the time twice with
+# unaligned blocks. Here the first lies in a scaled picture, as on sites that show previews, which unaligns them.
 _WEB_JPEG: list[dict[str, Any]] = [
     {
         "step": "resize",
@@ -139,9 +139,9 @@ _WEB_JPEG: list[dict[str, Any]] = [
         "kernel": "area",
         "kernel_back": ["bilinear", "bicubic"],
         "probability": 0.5,
-        "steps": [{"step": "jpeg", "quality": [10, 95]}],
+        "steps": [{"step": "jpeg", "quality": [5, 95]}],
     },
-    {"step": "jpeg", "quality": [10, 95], "subsampling": ["4:2:0", "4:4:4"]},
+    {"step": "jpeg", "quality": [5, 95], "subsampling": ["4:2:0", "4:4:4"]},
 ]
 
 # Zhang et al.: Beyond a Gaussian Denoiser (DnCNN), TIP 2017, https://arxiv.org/abs/1608.03981: CDnCNN-B, blind, σ from

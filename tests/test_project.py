@@ -12,7 +12,7 @@ from typing import get_args
 
 import jsonschema
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from typer.testing import CliRunner
 
 from families import FAMILIES, open_project
@@ -30,7 +30,7 @@ from schemas.datasets import (
     MetadataTable,
 )  # fmt: skip
 from schemas.options import facts_of
-from schemas.recipes import RECIPES
+from schemas.recipes import RECIPES, Chain
 from schemas.simpletuner import DATASET_KEYS, TRAINER_KEYS
 from schemas.steps import STEP_MODELS
 from schemas.trainer import TrainerConfig
@@ -158,6 +158,30 @@ def test_the_json_schema_takes_every_way_to_write_a_generator(entry: dict[str, o
         dataset = {"id": "a", "instance_data_dir": "b", "conditioning": conditioning, "instance_prompt": "c"}
         assert not list(_schema("multidatabackend").iter_errors([dataset]))
     assert list(_schema("multidatabackend").iter_errors([{"id": "a", "conditioning": [entry | {"quality": 101}]}]))
+
+
+@pytest.mark.parametrize(
+    ("steps", "sound"),
+    [
+        ([{"step": "blur", "sigma": [1, 3], "kernel": "gaussian"}, {"step": "jpeg", "quality": 30}], True),
+        ([{"step": "shuffle", "steps": [{"step": "one_of", "steps": [{"step": "gamma"}]}]}], True),
+        ([{"step": "resize", "factor": 0.5, "steps": [{"step": "noise", "kind": ["gaussian", "poisson"]}]}], True),
+        ([{"step": "blurr"}], False),
+        ([{"sigma": 3}], False),
+        ([{"step": "blur", "sigma": -1}], False),
+        ([{"step": "jpeg", "quality": [10, 20, 30]}], False),
+        ([{"step": "shuffle", "steps": [{"step": "gamma", "gama": 2}]}], False),
+    ],
+    ids=str,
+)
+def test_the_json_schema_takes_the_chains_that_the_loader_takes(steps: list[dict[str, object]], sound: bool) -> None:
+    dataset = {"id": "a", "instance_data_dir": "b", "conditioning": {"type": "chain", "steps": steps}}
+    assert (not list(_schema("multidatabackend").iter_errors([dataset]))) == sound
+    try:
+        loaded = Chain.model_validate({"steps": steps}) is not None
+    except ValidationError:
+        loaded = False
+    assert loaded == sound
 
 
 @pytest.mark.parametrize("name", ["deblur", "jpeg", "edits"])

@@ -7,7 +7,7 @@ from degradations import error, flat, gradient, photo
 from PIL import Image, ImageFilter
 from pydantic import ValidationError
 
-from prep.degrade import STEPS, apply, degrade, realise
+from prep.degrade import STEPS, apply, degrade, draws, realise
 from prep.degrade.draws import NORMAL, Draws, chance, look_up
 from prep.degrade.optics import box_blur, gaussian_blur
 from schemas.config_file import Findings, split_generator, validate
@@ -256,7 +256,9 @@ def test_draws_are_the_same_on_every_machine_and_version():
     assert chance(7, "blur") == chance(7, "blur") != chance(8, "blur")
 
 
-def test_looking_up_is_indexing():
+@pytest.mark.parametrize("by_opencv", [True, False])
+def test_looking_up_is_indexing_with_new_and_old_versions_of_opencv(by_opencv, monkeypatch):
+    monkeypatch.setattr(draws, "_WORDS", by_opencv and draws._WORDS)
     words = Draws(1).words(70_001)
     for table in (np.arange(65536).astype(np.int8), np.arange(-32768, 32768, dtype=np.int16)):
         assert np.array_equal(look_up(table, words), table[words])
@@ -423,6 +425,12 @@ def test_another_step_or_parameter_disturbs_no_other_draw():
     assert not np.array_equal(apply(flat(), [plain["noise"], plain["noise"]], 3), 2 * noisy.astype(int) - 128)
 
 
+def test_two_steps_of_a_name_draw_apart():
+    twice = Chain(steps=[{"step": "noise", "sigma": [1, 30]}, {"step": "noise", "sigma": [1, 30]}])
+    first, second = np.array([[step["sigma"] for step in realise(twice, seed)] for seed in range(500)]).T
+    assert abs(np.corrcoef(first, second)[0, 1]) < 5 / np.sqrt(500)  # what independent draws stay below
+
+
 def test_a_step_between_scaling_and_scaling_back_sees_the_smaller_picture():
     inside = {"step": "noise", "kind": "gaussian", "sigma": 20, "gray": False}
     scale = {"step": "resize", "factor": 0.125, "kernel": "area", "kernel_back": "nearest"}
@@ -463,7 +471,7 @@ def numbers(steps, name, parameter):
         ("old-photo", "blur", "sigma", 1, 5),
         ("old-photo", "blur", "size", 3, 7),
         ("old-photo", "resize", "factor", 0.5, 1),
-        ("web-jpeg", "jpeg", "quality", 10, 95),
+        ("web-jpeg", "jpeg", "quality", 5, 95),
         ("denoise", "noise", "sigma", 0, 55),
         ("deblur", "blur", "length", 1, 25),
     ],

@@ -1,13 +1,20 @@
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from degradations import photo
 from PIL import Image, features
 
+from families import open_project
 from prep.degrade import STEPS, apply, decode_stored, encode, realise, suffix_of, why_impossible
+from prep.images import decode, frame
+from prep.pixels import Picture, pixels_of
+from prep.places import place_of
 from schemas.errors import UserError
-from schemas.recipes import Chain, JpegArtifacts, Superresolution
+from schemas.geometry import Geometry
+from schemas.keys import content_id
+from schemas.recipes import Chain, JpegArtifacts, Superresolution, recipe_text
 
 SUFFIXES = {"jpeg": ".jpg", "webp": ".webp"}
 
@@ -60,3 +67,21 @@ def test_a_missing_encoder_is_named_before_and_while_it_is_needed(monkeypatch):
     assert why_impossible(Chain(preset="old-photo")) is None
     with pytest.raises(UserError, match="cannot write AVIF"):
         apply(photo(), realise(nested, 1), 1)
+
+
+@pytest.mark.parametrize("degrade_at", ["target", "source"])
+def test_a_picture_is_degraded_after_its_crop_or_at_full_size_before_it(degrade_at, tmp_path):
+    demo = Path(__file__).parent.parent.parent / "datasets_demo"
+    project = open_project(demo / "deblur", workspace=tmp_path, need_images=True)
+    place = place_of(project, project.dataset("photos"))
+    file = next((demo / "photos").glob("*.jpg"))
+    whole = decode(file.read_bytes())
+    box = Geometry(
+        intermediary_width=128, intermediary_height=128, crop_left=8, crop_top=8, target_width=96, target_height=96
+    )
+    recipe = Superresolution(blur_radius=3, add_noise=False, degrade_at=degrade_at)
+    picture = Picture(place, file.name, content_id(file.read_bytes()), "", box, recipe_text(recipe), 7)
+    full = Image.fromarray(apply(np.asarray(whole), realise(recipe, 7), 7))
+    expected = {"target": apply(frame(whole, box), realise(recipe, 7), 7), "source": frame(full, box)}
+    assert np.array_equal(pixels_of(picture), expected[degrade_at])
+    assert not np.array_equal(expected["target"], expected["source"])

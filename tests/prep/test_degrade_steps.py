@@ -352,6 +352,10 @@ def test_banding_leaves_so_many_levels_evenly_spaced_from_black_to_white(levels)
     assert np.abs(left - np.linspace(0, 255, levels)).max() <= 0.5
 
 
+def test_bands_are_equally_wide():
+    assert np.unique(do(ramp(), "banding", levels=16), return_counts=True)[1].tolist() == [16 * 3] * 16
+
+
 def test_fading_loses_contrast_and_lifts_black():
     faded = do(ramp(), "fade", contrast=0.6, lift=40.0)[:, :, 0].ravel()
     assert np.abs(faded - (0.6 * np.arange(256) + 40)).max() <= 0.5
