@@ -19,7 +19,8 @@ from schemas.recipes import Chain, Recipe
 from schemas.steps import AnyStep
 
 __all__ = [
-    "STEPS", "Step", "apply", "decode_stored", "degrade", "encode", "png_file", "realise", "suffix_of", "why_impossible",
+    "STEPS", "Step", "apply", "decode_stored", "degrade", "encode", "png_file", "realise", "suffix_of",
+    "why_impossible",
 ]  # fmt: skip
 
 _SCALING = {

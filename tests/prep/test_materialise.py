@@ -33,7 +33,7 @@ from schemas.freshness import read_pairs
 from schemas.lock import only_one
 
 TEXT = {"caption_strategy": "textfile"}
-EDITS = {"id": "edits", "instance_data_dir": "edits", **TEXT}
+EDITS = {"id": "edits", "instance_data_dir": "edits", "on_unpaired": "drop", "identical_references": "keep", **TEXT}
 REFS = {
     "id": "refs",
     "dataset_type": "conditioning",
