@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from measure import measured
+
 DEMO = Path(__file__).parent.parent / "datasets_demo" / "photos"
 
 
@@ -175,36 +177,7 @@ def timed(folder, workers, flags):
         "  'read': summary.datasets[0].read, 'written': summary.datasets[0].written}))\n"
     )
     command = [sys.executable, "-c", code, str(folder), str(workers), *flags]
-    settings = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # as the command sets it
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=settings)
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, memory_of(process.pid))
-        time.sleep(0.05)
-    answer = json.loads(process.stdout.read().splitlines()[-1])
-    return answer | {"peak_mib": peak / 2**20}
-
-
-def memory_of(root):
-    """Return the proportional memory of a process and its children, in bytes."""
-    total = 0
-    for process in [root, *children(root)]:
-        try:
-            for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024
-        except OSError:
-            continue
-    return total
-
-
-def children(process):
-    """Return the processes below a process."""
-    try:
-        own = [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    except OSError:
-        return []
-    return own + [one for child in own for one in children(child)]
+    return measured(command)
 
 
 def told(label, count, row):

@@ -17,11 +17,10 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from prep.aligning import Comparison, worst_first
-from prep.alignment import TRUSTED, Alignment
+from prep.alignment import MEASURES, TRUSTED, Alignment
 from prep.images import Pixels
 from prep.page.columns import Figure, Flags, Indices
 from prep.page.pictures import data_uri, spread
-from prep.pairing import MEASURES
 from prep.pixels import Refusal
 from prep.sheet import pictured
 from prep.showing import Told, Verdict, accusation, difference, measured, told, verdict

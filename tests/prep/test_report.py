@@ -622,7 +622,8 @@ def test_a_pair_without_reference_is_its_target_and_called_so(tmp_path):
 
 
 def test_references_stand_in_the_order_in_which_they_lie_worst(tmp_path):
-    made = pairs_of(tmp_path / "p", {}, {**STRICT, "id": "gray"}, count=6)
+    check = {"enabled": False, "maximum_shift": 0.6, "maximum_scale": 0.004}
+    made = pairs_of(tmp_path / "p", {"alignment_check": check}, {**STRICT, "id": "gray"}, count=6)
     shifts = [(0.2, 1.0), (4.0, 1.0), (0.0, 0.3), (0.4, 1.0), (30.0, 1.0), (0.0, 0.0)]
 
     def change(rows):
