@@ -31,6 +31,7 @@ _MARGIN = 20  # between pairs
 _WIDTH = 1960  # of a line of pairs
 _NARROWEST = 330  # of a pair: its text must be read
 _PROMPT = 3  # most lines of a prompt
+_STEPS = 4  # most lines of the steps of a degradation
 _NOTE = 2  # most lines of anything else
 _CHARACTERS = 600  # of a text that are looked at
 _SIZE = 12  # of the text
@@ -184,7 +185,8 @@ def _told(label: str, reference: Reference, dataset: DatasetConfig) -> Iterator[
     """Yield what is told of a reference: how it was made, or how it lies."""
     steps = told(reference.realised)
     if steps:
-        yield _Note(f"{label}: " + "; ".join(f"{step.name} {step.details}".strip() for step in steps))
+        spelled = (f"{'> ' * min(1, step.depth)}{step.name} {step.details}".strip() for step in steps)
+        yield _Note(f"{label}: {'; '.join(spelled)}", most=_STEPS)
     found = measured(reference)
     if found is not None:
         how = verdict(found, dataset.alignment_check)

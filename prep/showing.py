@@ -5,6 +5,7 @@ Only pixels, numbers and words: how they are drawn is the business of prep/sheet
 
 import json
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from schemas.rows import Reference
 
 _FACTORS = (32, 16, 8, 4, 2)  # of the difference: the largest that leaves nearly all of it below white
 _NEARLY_ALL = 0.995  # of the values
-_STEPS = 12  # of a degradation that are told
+_STEPS = 16  # of a degradation that are told
+_KINDS = ("kernel", "kind")  # of a step: values that speak for themselves
 _DETAILS = 200  # characters of one
 
 
@@ -42,6 +44,7 @@ class Told:
 
     name: str
     details: str
+    depth: int = 0  # of steps inside others
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +76,31 @@ def told(realised: str | None) -> tuple[Told, ...]:
         return ()
     try:
         found = json.loads(realised)
+        lines = list(_lines(found if isinstance(found, list) else [found], 0))
     except (ValueError, RecursionError):
         return (Told("", _cut(realised)),)
-    steps = found if isinstance(found, list) else [found]
-    lines = [_told(step) for step in steps[:_STEPS]]
-    more = len(steps) - len(lines)
-    return (*lines, Told("", f"and {more} more steps")) if more else tuple(lines)
+    more = len(lines) - _STEPS
+    return (*lines[:_STEPS], Told("", f"and {more} more steps")) if more > 0 else tuple(lines)
 
 
-def _told(step: Any) -> Told:
-    if not isinstance(step, dict):
-        return Told("", _cut(_value(step)))
-    name = "step" if "step" in step else "type"
-    details = [_detail(key, value) for key, value in step.items() if key != name and value is not None]
-    return Told(_cut(_value(step.get(name, "")).replace("_", " ")), _cut(", ".join(details)))
+def _lines(steps: list[Any], depth: int) -> Iterator[Told]:
+    """Yield a line for each step, and for those inside it."""
+    for step in steps:
+        if not isinstance(step, dict):
+            yield Told("", _cut(_value(step)), depth)
+            continue
+        name = "step" if "step" in step else "type"
+        kind = next((step[key] for key in _KINDS if isinstance(step.get(key), str)), None)
+        inside = step.get("steps") if isinstance(step.get("steps"), list) else None
+        named = {name, "steps"} if inside is not None else {name}
+        details = [] if kind is None else [kind.replace("_", " ")]
+        details += [
+            _detail(key, value)
+            for key, value in step.items()
+            if key not in named and value is not None and not (key in _KINDS and value is kind)
+        ]
+        yield Told(_cut(_value(step.get(name, "")).replace("_", " ")), _cut(", ".join(details)), depth)
+        yield from _lines(inside or [], depth + 1)
 
 
 def _detail(key: str, value: Any) -> str:

@@ -30,6 +30,7 @@ from schemas.datasets import AlignmentCheck, DatasetConfig
 from schemas.errors import UserError
 from schemas.freshness import pairs_provenance
 from schemas.project import Project
+from schemas.recipes import Chain, Recipe
 from schemas.rows import PairRow, from_columns
 from schemas.tables import Provenance, read_columns, read_provenance
 
@@ -267,10 +268,16 @@ def _sets(project: Project, target: DatasetConfig, references: _References) -> t
     files = {"reference_loose": "files of their own size", "reference_strict": "files, cropped like the target"}
     said = {one.id: files.get(one.conditioning_type or "", "files") for one in project.references_of(target)}
     made = zip(target.generated_ids, target.conditioning, strict=True)
-    said |= {name: f"made of the target: {entry.recipe.type.replace('_', ' ')}" for name, entry in made}
+    said |= {name: f"made of the target: {_recipe(entry.recipe)}" for name, entry in made}
     counts = counts_of(pa.chunked_array([references.columns.field("dataset_id")]))
     unknown = [name for name in counts if name not in said]
     return tuple(Figure(name, counts[name], said.get(name, "")) for name in (*said, *unknown) if name in counts)
+
+
+def _recipe(recipe: Recipe) -> str:
+    """Name a degradation."""
+    preset = recipe.preset if isinstance(recipe, Chain) else None
+    return preset or recipe.type.replace("_", " ")
 
 
 def _chosen(table: pa.Table, kept: Flags, references: _References, count: int) -> Indices:

@@ -571,7 +571,14 @@ def test_the_numbers_of_a_degradation_are_told_step_by_step(tmp_path):
     steps = json.dumps([{"step": "blur", "kernel": "gaussian", "sigma": 1.8312}, {"step": "jpeg", "quality": 23}])
     altered(made, lambda rows: [replace(row, references=[replace(row.references[0], realised=steps)]) for row in rows])
     items = [text for place, text in page_of(made).texts if "ol li" in place and "texts" not in place]
-    assert items[-4:] == ["blur", "kernel gaussian, sigma 1.831", "jpeg", "quality 23"]
+    assert items[-4:] == ["blur", "gaussian, sigma 1.831", "jpeg", "quality 23"]
+
+
+def test_a_set_of_references_says_what_it_is_made_by(tmp_path):
+    made = pairs_of(tmp_path / "p", {"conditioning": [BLURRED, {"type": "chain", "preset": "web-jpeg"}]}, count=1)
+    figures = dict(page_of(made).figures)
+    assert figures["photos_conditioning_superresolution"] == ["1", "made of the target: superresolution"]
+    assert figures["photos_conditioning_chain"] == ["1", "made of the target: web-jpeg"]
 
 
 def test_prompts_are_the_drawn_one_and_how_many_others(tmp_path):

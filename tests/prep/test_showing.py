@@ -44,16 +44,25 @@ def test_steps_of_a_degradation_are_told_one_by_one_with_their_numbers():
         {"step": "scale_down", "size": [64, 48]},
     ]
     assert [(step.name, step.details) for step in told(json.dumps(steps))] == [
-        ("blur", "kernel gaussian, sigma 1.831"),
+        ("blur", "gaussian, sigma 1.831"),
         ("jpeg", "quality 23, progressive, no optimize"),
         ("scale down", "size 64 48"),
     ]
     assert told(None) == ()
 
 
+def test_steps_inside_a_step_are_told_below_it():
+    inside = [{"step": "noise", "kind": "salt_pepper", "amount": 0.25}]
+    steps = told(json.dumps([{"step": "resize", "factor": 0.5, "steps": inside}, {"step": "resize", "steps": []}]))
+    assert [(step.name, step.details, step.depth) for step in steps] == [
+        ("resize", "factor 0.5", 0), ("noise", "salt pepper, amount 0.25", 1), ("resize", "", 0)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "odd",
-    ["", "{", "null", "[]", "3", '"x"', "[" * 100_000, '{"type": {"a": [1, {}]}}', "[NaN, 1e999]", '[{"step": 7}]', "[[[]]]"],
+    ["", "{", "null", "[]", "3", '"x"', "[" * 100_000, '{"type": {"a": [1, {}]}}', "[NaN, 1e999]", '[{"step": 7}]', "[[[]]]",
+     '{"steps":[' * 400 + "]}" * 400, '{"steps": 3, "kernel": [], "kind": {}, "step": null}'],
 )  # fmt: skip
 def test_whatever_stands_for_steps_is_told_in_a_few_short_lines(odd):
     assert all(len(step.name) <= 200 and len(step.details) <= 200 for step in told(odd))
@@ -61,7 +70,7 @@ def test_whatever_stands_for_steps_is_told_in_a_few_short_lines(odd):
 
 def test_many_and_long_steps_are_cut():
     steps = told(json.dumps([{"step": "blur", "note": "x" * 10_000}] * 500))
-    assert len(steps) == 13 and steps[-1].details == "and 488 more steps"
+    assert len(steps) == 17 and steps[-1].details == "and 484 more steps"
     assert max(len(step.details) for step in steps) == 200
 
 
