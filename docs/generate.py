@@ -28,6 +28,7 @@ from schemas.datasets import (
 from schemas.options import Options, facts_of
 from schemas.recipes import RECIPE_ALIASES, RECIPES
 from schemas.simpletuner import DATASET_KEYS, TRAINER_KEYS
+from schemas.steps import STEP_MODELS, StepOptions
 from schemas.trainer import TrainerConfig
 
 ROOT = Path(__file__).parent.parent
@@ -92,8 +93,12 @@ def options_page() -> str:
     ]
     for name, recipe in RECIPES.items():
         also = ", ".join(f"`{alias}`" for alias, kind in RECIPE_ALIASES.items() if kind == name)
-        doc = inspect.getdoc(recipe)
-        parts += [f"#### type: {name}\n", f"{doc} Also spelled {also}.\n", _options_table(recipe, leave_out={"type"})]
+        doc = f"{inspect.getdoc(recipe)} Also spelled {also}." if also else inspect.getdoc(recipe)
+        parts += [f"#### type: {name}\n", f"{doc}\n", _options_table(recipe, leave_out={"type"})]
+    parts += ["#### Steps of a chain\n", _STEPS, _options_table(StepOptions)]
+    for name, step in STEP_MODELS.items():
+        table = _options_table(step, leave_out={"step", *StepOptions.model_fields})
+        parts += [f"##### step: {name}\n", f"{inspect.getdoc(step)}\n", *([table] if table.count("\n") > 2 else [])]
     parts += [
         "## SimpleTuner's other keys\n",
         "These are known and not acted on: each gives a warning that says what happens instead. Anything else is an "
@@ -104,6 +109,12 @@ def options_page() -> str:
         _unneeded(DATASET_KEYS),
     ]
     return "\n".join(parts)
+
+
+_STEPS = """A step is an object with its name under `step` and its parameters beside it. A number may be a range
+`[low, high]` from which each picture draws, evenly if nothing else is said; a word may be a list of words, of which
+each draws one. [degradations.md](degradations.md) has examples, the presets, and what each step costs. Every step has:
+"""
 
 
 def formats_page() -> str:
@@ -139,8 +150,10 @@ _WORKSPACE = """Everything is Parquet; any reader opens it. The workspace is `wo
 ```
 manifests/<dataset id>.parquet                  ImageRow    one per image file seen, rejected ones included
 pairs/<dataset id>.parquet                      PairRow     one per training sample of that set of targets
+pairs/<dataset id>.report.csv                   all that was odd when it was paired: kind, target, reference, detail
 pairs/<dataset id>.preview.png                  contact sheet of prep pairs --preview
-references/<2 digits of key>/<key>.png          generated references (storage: files), lossless, named by content
+references/<2 digits of key>/<key>.png          generated references (storage: files), lossless, named by content; .jpg
+                                                or .webp where the last step is that codec: its very bitstream
 cache/latents/<encoder key>/<W>x<H>/*.parquet   LatentRow   one bucket per shard
 cache/latents/<encoder key>/rejects/*.parquet   RejectRow   images that cannot be encoded, and why
 cache/text/<encoder key>/*.parquet              TextRow     one per distinct prompt
@@ -206,6 +219,8 @@ def datasets_schema() -> dict[str, Any]:
         own["required"] = ["type"]
         definitions[recipe.__name__] = own
         kinds.append({"$ref": f"#/$defs/{recipe.__name__}"})
+    for step in STEP_MODELS.values():
+        definitions[step.__name__]["required"] = sorted({"step", *definitions[step.__name__].get("required", ())})
     listed = schema["properties"]["conditioning"] | {"items": {"anyOf": kinds}}
     schema["properties"]["conditioning"] = {"anyOf": [listed, *kinds, {"type": "null"}]}
     aspects = schema["properties"]["crop_aspect_buckets"]
@@ -239,7 +254,9 @@ def _closed(schema: dict[str, Any], model: type[Options], unneeded: Iterable[str
 
 
 def _options_table(model: type[Options], leave_out: Iterable[str] = ()) -> str:
-    properties = model.model_json_schema()["properties"]
+    schema = model.model_json_schema()
+    # A model that holds itself stands among the definitions.
+    properties = (schema if "properties" in schema else schema["$defs"][model.__name__])["properties"]
     lines = ["| option | type | default | meaning | read by |", "|---|---|---|---|---|"]
     for name, facts in facts_of(model):
         if name in leave_out:
@@ -279,7 +296,11 @@ def _unneeded(keys: Mapping[str, str]) -> str:
 def _json_type(schema: Mapping[str, Any]) -> str:
     """Spell a JSON Schema in words."""
     if "anyOf" in schema:
-        return " or ".join(_json_type(one) for one in schema["anyOf"])
+        first, *others = schema["anyOf"]
+        # A list of what may also stand alone, or a range of it, need not say it again.
+        more = {json.dumps(first, sort_keys=True): "`[low, high]`" if "minimum" in first else "a list of them"}
+        said = [more.get(json.dumps(one.get("items"), sort_keys=True)) or _json_type(one) for one in others]
+        return " or ".join([_json_type(first), *said])
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "const" in schema:

@@ -13,9 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prep.alignment import TRUSTED, Alignment, compare, misaligned
+from prep.alignment import MEASURES, TRUSTED, Alignment, Measures, compare, misaligned
 from prep.matching import Found, Matched, boxes_of
-from prep.pairing import MEASURES, Measures
 from prep.pixels import Picture, Refusal, bytes_of
 from prep.places import place_of
 from prep.pool import Crew

@@ -10,7 +10,8 @@ the share of blocks that agree. The start is phase correlation (Kuglin & Hines 1
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import cv2
@@ -25,10 +26,9 @@ Gray: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 _Values: TypeAlias = npt.NDArray[np.float32]
 _Numbers: TypeAlias = npt.NDArray[np.float64]
 
-MAXIMUM_SHIFT = 0.7  # pixels of the training picture
-MAXIMUM_SCALE = 0.006  # share
-MINIMUM_SIMILARITY = 0.6
-TRUSTED = 0.5  # confidence from which shift and zoom count
+# Defaults, from 2,500 pairs made of the demo photographs at 512² to 1024² pixels: references blurred (σ up to 8 px),
+# shrunk, compressed, noisy, tinted, gray, faded and scratched, inverted, posterised, drawn, or up to 65 % replaced.
+TRUSTED = 0.5  # confidence from which shift and zoom count; of different pictures none had it
 UNKNOWN = 0.1  # confidence where nothing can be told
 
 SMALL = 256  # pixels of the side of a square with the small picture's area
@@ -46,11 +46,12 @@ _SPREAD = 0.3  # pixels of a level: scale of the weights' fall
 _NEAR = 0.35  # pixels of a level by which blocks that agree may miss the common fit
 _ALIKE = 0.35  # correlation of blocks that agree, of either sign
 _CLEARER = 0.3  # share of agreeing blocks by which a coarser level is preferred
-_AGREEING = 0.6  # share of agreeing blocks that leaves no doubt
+_AGREEING = 0.5  # share of agreeing blocks that leaves no doubt
 _ENOUGH = 20  # agreeing blocks that leave no doubt
 _DOUBT = 0.5  # pixels of the training picture: error at which confidence is halved
-_STRANGE_SHARE = 0.15  # of agreeing blocks; of different pictures at most this
-_STRANGE_LIKENESS = 0.12  # of edges
+_STRANGE_SHARE = 0.1  # of agreeing blocks, below which pictures may be different ones; those have at most 0.07
+_STRANGE_SHARE_ABOVE = 0.15  # on the level above, of fewer blocks: 99 % have less than 0.13
+_STRANGE_LIKENESS = 0.12  # of edges; 95 % of different pictures have less than 0.10
 _DETAIL = 0.2  # share of blocks that must show something before a picture is called another
 _SLACK = 3  # pixels by which edges may lie apart
 
@@ -61,9 +62,15 @@ class Alignment:
 
     shift_x: float  # pixels of the training picture by which the reference lies right of its target, in the middle
     shift_y: float  # pixels below
-    scale: float  # of the reference relative to its target; 1.01 is one per cent larger
+    scale: float  # of the reference relative to its target, about the middle; 1.01 is one per cent larger
     similarity: float  # structural similarity (Wang et al. 2004) of the two gray pictures as they lie, 0 to 1
     confidence: float  # of shift and scale, 0 to 1; 0 only where both show detail and none of it agrees
+
+
+MEASURES = tuple(field.name for field in fields(Alignment))  # the columns of `schemas.rows.Reference` that tell it
+
+# Place of a set of references -> targets × MEASURES; NaN where nothing was compared.
+Measures: TypeAlias = Mapping[int, _Numbers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +131,7 @@ def alignment(target: Gray, reference: Gray, scale: float) -> Alignment:
     fit, witness = _registered(levels)
     confidence = _confidence(fit, witness, scale)
     if confidence <= UNKNOWN:
-        strange = max(fit.share, witness.share) < _STRANGE_SHARE and _detailed(levels[0])
+        strange = fit.share < _STRANGE_SHARE and witness.share < _STRANGE_SHARE_ABOVE and _detailed(levels[0])
         unlike = strange and _likeness(one, other) < _STRANGE_LIKENESS
         return Alignment(0.0, 0.0, 1.0, similarity, 0.0 if unlike else UNKNOWN)
     place = fit.place
@@ -137,7 +144,8 @@ def _confidence(fit: _Fit, witness: _Fit, scale: float) -> float:
     The error of large shifts may be larger: they are no less misaligned.
     """
     apart = math.hypot(fit.place.x - witness.place.x, fit.place.y - witness.place.y)
-    doubt = math.hypot(fit.error, apart * (1 - fit.share)) * scale
+    contradiction = apart * (1 - fit.share) * min(1.0, witness.share / _AGREEING)
+    doubt = math.hypot(fit.error, contradiction) * scale
     allowed = _DOUBT + 0.1 * math.hypot(fit.place.x, fit.place.y) * scale
     agreement = min(1.0, fit.share / _AGREEING) * min(1.0, fit.agreeing / _ENOUGH)
     return agreement / (1 + (doubt / allowed) ** 2)
@@ -253,9 +261,11 @@ def _pyramid(target: _Values, reference: _Values) -> list[_Level]:
 
 
 def _detailed(level: _Level) -> bool:
-    """Tell whether both pictures show something in enough places."""
+    """Tell whether both pictures are large enough and show something in enough places."""
     pictures = (level.basis[0], level.reference)
-    return all(float(np.mean(_means(one * one) > _TEXTURE**2)) > _DETAIL for one in pictures)
+    return min(level.reference.shape) >= _THINNEST and all(
+        float(np.mean(_means(one * one) > _TEXTURE**2)) > _DETAIL for one in pictures
+    )
 
 
 def _likeness(target: _Values, reference: _Values) -> float:

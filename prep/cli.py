@@ -4,6 +4,7 @@ Stages are imported inside their commands, so that `prep --help` answers at once
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -98,15 +99,41 @@ def pairs(
     limit: Limit = None,
     workers: Workers = None,
     preview: Annotated[int, typer.Option(min=0, metavar="N", help="Draw N pairs on a contact sheet.")] = 0,
+    no_align: Annotated[
+        bool, typer.Option("--no-align", help="Do not check that strict references lie on their targets.")
+    ] = False,
+    reject_misaligned: Annotated[
+        bool, typer.Option("--reject-misaligned", help="Leave out pairs that do not lie on each other.")
+    ] = False,
+    materialise: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write all pictures and captions, cropped, as files to DIR.")
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="For whom: pairline, simpletuner, musubi, ai-toolkit, diffusers.")
+    ] = "pairline",
 ) -> None:
     """Match targets and references, or make references by degradation: WORKSPACE/pairs/*.parquet."""
     with reporting():
         from families import open_project
+        from prep.materialise import check_layout, materialise_all
         from prep.pairs import pairs as run
 
+        if no_align and reject_misaligned:
+            raise typer.BadParameter("--reject-misaligned needs the check that --no-align leaves out")
+        check_layout(layout)
         opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
         warn(opened.warnings)
-        report(run(opened, limit=limit, workers=workers, dry_run=dry_run, preview=preview), json)
+        summary = run(
+            opened,
+            limit=limit,
+            workers=workers,
+            dry_run=dry_run,
+            preview=preview,
+            misaligned="ignore" if no_align else "reject" if reject_misaligned else None,
+        )
+        if materialise is not None and not dry_run:
+            summary = replace(summary, materialised=materialise_all(opened, materialise, layout, workers=workers))
+        report(summary, json)
 
 
 @app.command(short_help="Encode images and prompts.", epilog="Example:  prep cache my-project --dry-run")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from prep.pixels import Picture, Refusal, reference_picture, store
+from prep.pixels import Picture, reference_picture, store
 from prep.pool import Crash, Crew
 from schemas.console import Progress, progress
 from schemas.datasets import DatasetConfig
@@ -27,8 +27,8 @@ class Made:
 
     made: int = 0
     reused: int = 0
-    refused: dict[int, str] = field(default_factory=dict)  # row of the table -> why its picture can never be made
-    unsettled: dict[str, str] = field(default_factory=dict)  # image -> why its picture may be made another time
+    refused: dict[int, str] = field(default_factory=dict)  # row of the table -> why its picture was not made
+    unsettled: dict[str, str] = field(default_factory=dict)  # image -> what has to be mended before it can be made
 
 
 def generate(project: Project, target: DatasetConfig, table: pa.Table, crew: Crew, *, dry_run: bool) -> Made:
@@ -71,13 +71,13 @@ def _wanted(project: Project, stored: set[str], rows: Iterable[tuple[int, PairRo
 
 
 def _make(missing: list[Picture], crew: Crew, done: Made, bar: Progress) -> Mapping[Path, str]:
-    """Make pictures; return why some can never be."""
+    """Make pictures; return why some were not made. One that cost its worker its life is tried again next time."""
     refused: dict[Path, str] = {}
     limit_s = _LIMIT_S if crew.workers > 1 else None
     for picture, fault in crew.each(store, missing, limit_s):
         if fault is None:
             done.made += 1
-        elif isinstance(fault, Refusal) and fault.lasting:
+        elif isinstance(fault, Crash) or fault.lasting:
             refused[picture.store] = f"reference not made: {fault.reason}"
         else:
             done.unsettled[picture.name] = fault.reason

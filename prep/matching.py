@@ -145,8 +145,8 @@ def _positions(wanted: pa.ChunkedArray, paths: pa.ChunkedArray) -> Numbers:
     """Return the row of every wanted path, -1 where there is none."""
     if len(paths) == 0:
         return np.full(len(wanted), -1)
-    found = pc.fill_null(pc.index_in(wanted, value_set=paths.combine_chunks()), -1)
-    return found.to_numpy().astype(np.int64)
+    found: Numbers = pc.fill_null(pc.index_in(wanted, value_set=paths.combine_chunks()), -1).to_numpy()
+    return found.astype(np.int64)
 
 
 def _paired(wanted: pa.ChunkedArray, paths: pa.ChunkedArray, *, by_stem: bool) -> tuple[Numbers, Mask]:
@@ -263,4 +263,3 @@ def boxes_of(images: pa.Table) -> Numbers:
     """Return the geometry of images, zeros for those that have none."""
     columns = [pc.fill_null(images[name], 0).to_numpy() for name in BOX]
     return np.stack(columns, axis=1).astype(np.int64)
-

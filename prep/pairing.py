@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from prep.alignment import MEASURES, Measures
 from prep.degrade import realise
 from prep.frames import name_of
 from prep.geometry import crop_draws, random_places
@@ -20,10 +20,6 @@ from schemas.keys import canonical, degrade_seeds, digests_of, seeds_of
 from schemas.project import Project
 from schemas.recipes import recipe_text
 from schemas.rows import PairRow, Reference, arrow_schema
-
-MEASURES = ("shift_x", "shift_y", "scale", "similarity", "confidence")  # columns that a comparison fills
-
-Measures = Mapping[int, npt.NDArray[np.float64]]  # place of a set of references -> targets × MEASURES, NaN: not compared
 
 _SAMPLE_ID_DIGITS = 16
 _TYPES = {field.name: field.type for field in arrow_schema(PairRow)}
@@ -56,7 +52,9 @@ def pair_table(project: Project, matched: Matched, measures: Measures, rejects: 
     present = _present(matched, rows)
     references, prompts = _references(images, rows, sides, present)
     ids = _sample_ids(dataset, images, rows)
-    reasons = [None if kept else rejects[row] for row, kept in zip(rows.target.tolist(), rows.kept.tolist(), strict=True)]
+    reasons = [
+        None if kept else rejects[row] for row, kept in zip(rows.target.tolist(), rows.kept.tolist(), strict=True)
+    ]
     columns = {
         "sample_id": ids,
         "dataset_id": _constant(dataset.id, len(ids)),
@@ -154,7 +152,11 @@ def _generated(
 
 def _seeds(project: Project, dataset: DatasetConfig, entry: Generator, ids: pa.Array, rows: _Rows) -> Numbers:
     """Return the seed of every row's degradation."""
-    seeds, draws, recipe = np.zeros(len(ids), np.int64), rows.variant // dataset.crops % entry.variants, recipe_text(entry.recipe)
+    seeds, draws, recipe = (
+        np.zeros(len(ids), np.int64),
+        rows.variant // dataset.crops % entry.variants,
+        recipe_text(entry.recipe),
+    )
     for draw in range(entry.variants):
         here = np.flatnonzero(draws == draw)
         some = degrade_seeds(project.trainer.prep_seed, ids.take(pa.array(here)).to_pylist(), recipe, draw)
@@ -206,7 +208,9 @@ def _without_prompts(side: pa.StructArray, prompts: pa.ListArray, instead: Mask)
 
 def _structs(columns: Mapping[str, pa.Array], count: int) -> pa.StructArray:
     """Put columns together; those that are missing are null."""
-    arrays = [columns[name].cast(kind) if name in columns else pa.nulls(count, kind) for name, kind in _REFERENCE.items()]
+    arrays = [
+        columns[name].cast(kind) if name in columns else pa.nulls(count, kind) for name, kind in _REFERENCE.items()
+    ]
     return pa.StructArray.from_arrays(arrays, fields=list(arrow_schema(Reference)))
 
 
@@ -233,7 +237,10 @@ def _sample_ids(dataset: DatasetConfig, images: pa.Table, rows: _Rows) -> pa.Arr
     """Name samples by their set, path and variant."""
     paths, digits = images["path"].to_pylist(), _SAMPLE_ID_DIGITS
     by_variant = [
-        pa.array([one[:digits] for one in digests_of(("sample", dataset.id), paths, (variant,) if variant else ())], pa.string())
+        pa.array(
+            [one[:digits] for one in digests_of(("sample", dataset.id), paths, (variant,) if variant else ())],
+            pa.string(),
+        )
         for variant in range(dataset.variants)
     ]
     at = rows.variant * len(paths) + rows.target

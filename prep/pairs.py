@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from families import Source, open_project
 from prep.aligning import Comparison, compare_all, worst_first
+from prep.degrade import why_impossible
 from prep.generating import generate
 from prep.matching import COLUMNS, KINDS, Found, Manifest, Matched, match
 from prep.pairing import pair_table
@@ -45,8 +46,7 @@ class _Run:
     project: Project
     limit: int | None
     dry_run: bool
-    align: bool
-    reject_misaligned: bool
+    misaligned: Literal["ignore", "report", "reject"] | None
     crew: Crew
     manifests: dict[str, Manifest] = field(default_factory=dict)  # by dataset
 
@@ -76,20 +76,21 @@ def pairs(
     workers: int | None = None,
     dry_run: bool = False,
     preview: int = 0,
-    align: bool = True,
-    reject_misaligned: bool = False,
+    misaligned: Literal["ignore", "report", "reject"] | None = None,
 ) -> PairsSummary:
     """Write a pair table for every set of targets of a project.
 
     `limit` pairs the first N targets of each set; `preview` draws that many pairs on a contact sheet as the model sees
-    them; without `align`, references are not compared with their targets. Raises UserError if a manifest is missing or
-    stale, and, before anything is made, if targets lack proper references and `on_unpaired` is "error".
+    them; `misaligned` says what becomes of strict references that do not lie on their targets, in place of
+    `alignment_check`: "ignore" compares none. Raises UserError if a manifest is missing or stale, and, before anything
+    is made, if targets lack proper references and `on_unpaired` is "error".
     """
     start = time.monotonic()
     project = open_project(project, need_images=True)
+    _refuse_impossible(project)
     alone = nullcontext() if dry_run else only_one(project.workspace / "pairs", "prep pairs")
     with alone, Crew(workers or default_workers(), store) as crew:
-        run = _Run(project, limit, dry_run, align, reject_misaligned, crew)
+        run = _Run(project, limit, dry_run, misaligned, crew)
         sets = [_match(run, target) for target in project.targets]
         _tell_unpaired(run, sets)
         done, previews = [], []
@@ -98,7 +99,15 @@ def pairs(
             done.append(summary)
             if preview and not dry_run and (sheet := contact_sheet(project, one.matched.target.id, table, preview)):
                 previews.append(str(sheet))
-    return PairsSummary(tuple(done), tuple(previews), project.warnings, time.monotonic() - start, dry_run)
+    return PairsSummary(tuple(done), tuple(previews), (), project.warnings, time.monotonic() - start, dry_run)
+
+
+def _refuse_impossible(project: Project) -> None:
+    """Raise UserError for a degradation that the installed libraries cannot do."""
+    for target in project.targets:
+        for name, entry in zip(target.generated_ids, target.conditioning, strict=True):
+            if reason := why_impossible(entry.recipe):
+                raise UserError(f"{name}: {reason}")
 
 
 # Matching
@@ -110,7 +119,9 @@ def _match(run: _Run, target: DatasetConfig) -> _Set:
     cut = limit if limit is not None and limit < own.rows.num_rows else None
     own = replace(own, rows=own.rows.slice(0, cut)) if cut is not None else own
     matched = match(own, [run.manifest(one) for one in run.project.references_of(target)])
-    paths, faults, lines = matched.images["path"], {}, []
+    paths = matched.images["path"]
+    faults: dict[int, str] = {}
+    lines: list[Line] = []
     for row, place, kind, reason in matched.faults():
         faults.setdefault(row, reason)
         lines.append((kind, paths[row].as_py(), matched.found[place].references.dataset.id, reason.partition(": ")[2]))
@@ -146,11 +157,15 @@ def _tell_unpaired(run: _Run, sets: Sequence[_Set]) -> None:
         if not one.faults or target.on_unpaired != "error":
             continue
         kinds = Counter(reason.partition(":")[0] for _, reason in one.faults)
-        told.append(f"{target.id}: {len(one.faults)} of {one.matched.images.num_rows} targets have no proper reference:")
+        told.append(
+            f"{target.id}: {len(one.faults)} of {one.matched.images.num_rows} targets have no proper reference:"
+        )
         for kind in [kind for kind in KINDS if kind in kinds]:
             first = next(reason for _, reason in one.faults if reason.startswith(f"{kind}:"))
             told.append(f"  {kinds[kind]} {printable(first)}" + (", for example" if kinds[kind] > 1 else ""))
-        told.append(f"  all of them: {path}" if not run.dry_run else "  all of them: the same command without --dry-run")
+        told.append(
+            f"  all of them: {path}" if not run.dry_run else "  all of them: the same command without --dry-run"
+        )
     if told:
         advice = (
             f"nothing was paired; mend the files and run {run.project.command('prep scan')}, or say in "
@@ -180,10 +195,10 @@ def _pair(run: _Run, one: _Set) -> tuple[DatasetPairs, pa.Table]:
     target, path = matched.target, project.pair_table(matched.target.id)
     known = _known(path)
     rejects = dict(one.faults) if target.on_unpaired == "drop" else {}
-    comparison = Comparison.none() if not run.align else compare_all(
-        project, matched, known, run.crew, dry_run=run.dry_run
-    )  # fmt: skip
-    if run.reject_misaligned or target.alignment_check.misaligned == "reject":
+    comparison = Comparison.none()
+    if run.misaligned != "ignore":
+        comparison = compare_all(project, matched, known, run.crew, dry_run=run.dry_run)
+    if (run.misaligned or target.alignment_check.misaligned) == "reject":
         rejects |= {row: reason for row, _, reason in comparison.accused if row not in rejects}
     if comparison.accused and not run.dry_run:
         _write_report(project.pair_report(target.id), [*one.lines, *_misaligned(matched, comparison)])
@@ -247,4 +262,3 @@ def _misaligned(matched: Matched, comparison: Comparison, most: int | None = Non
         file = found.references.rows["path"][int(found.at[row])].as_py()
         told = reason.partition(": ")[2]
         yield "misaligned", paths[row].as_py(), f"{found.references.dataset.id}/{file}", told
-

@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 
 from families import Source, open_project
 from families.checkpoints import here, image_encoder_key, text_encoder_key
+from prep.matching import COLUMNS, Manifest
 from prep.planning import budget
 from prep.planning.budget import PICTURE_BYTES, Need, Sizes
 from prep.planning.epochs import plan_epoch, shown_of
-from prep.matching import COLUMNS, Manifest
 from prep.planning.obstacles import trained, why_blocked, why_empty
 from prep.planning.sides import Match, sides_of
 from prep.scan import looking

@@ -1,13 +1,12 @@
-"""`prep report`: one HTML file that shows what the manifests say: figures, buckets, sizes, rejects, captions, crops.
+"""`prep report`: one HTML file that shows what the manifests and the pair tables say, with pictures.
 
-`report` is the public function. Another part of the page (pairs, cache, runs) is a function of (project, thumbnails)
+`report` is the public function. Another part of the page (cache, runs) is a function of (project, thumbnails)
 that returns a `Section`, an entry in `SECTIONS`, and a template in `prep/page` that draws the section's `content`.
 """
 
 import base64
 import hashlib
 import time
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +17,9 @@ import jinja2
 
 from families import Source, open_project
 from prep.page import charts, columns, pictures
+from prep.page import pairs as pair_tables
 from prep.page.columns import Figure
+from prep.showing import clipped, visible
 from prep.statistics import pieces, statistics
 from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
@@ -134,23 +135,6 @@ def _page(project: Project, sections: Sequence[Section]) -> bytes:
     return text.encode("utf-8", "backslashreplace")  # a folder's name may not be UTF-8
 
 
-def visible(text: str) -> str:
-    """Spell out what cannot be seen or would turn the text around it: `\\n`, `\\u202e`. Joiners of letters stay."""
-    return "".join(
-        char.encode("unicode_escape").decode()
-        if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in "\u200c\u200d"
-        else char
-        for char in text
-    )
-
-
-def clipped(text: str, length: int, ending: int = 0) -> str:
-    """Shorten a text to `length` characters, of which the last `ending` are its own end."""
-    if len(text) <= length:
-        return text
-    return text[: length - ending - 1] + "…" + text[len(text) - ending :]
-
-
 def figure(value: int | float) -> str:
     """Spell a number: thousands apart, three digits of a small fraction."""
     if isinstance(value, int):
@@ -231,4 +215,34 @@ def _facts(project: Project, dataset: DatasetConfig, path: Path, thumbnails: int
     )
 
 
-SECTIONS: tuple[Callable[[Project, int], Section | None], ...] = (images,)
+def pairs(project: Project, thumbnails: int) -> Section | None:
+    """Show the pair tables; None if there is none."""
+    pages = pair_tables.show(project, thumbnails)
+    if not pages:
+        return None
+    paired = [page.facts for page in pages if page.facts is not None]
+    accused = sum(facts.worst.num_accused for facts in paired)
+    rejected = sum(facts.rejects.number for facts in paired)
+    return Section(
+        template="pairs.html.j2",
+        content=pages,
+        entries=tuple(Entry(page.anchor, f"{page.dataset.id}: pairs", _pairs_in_brief(page)) for page in pages),
+        figures=(
+            Figure("pairs", sum(facts.num_pairs for facts in paired)),
+            Figure("targets not paired", rejected),
+            Figure("misaligned references", accused),
+        ),
+        datasets=tuple(page.dataset.id for page in pages if page.facts is not None),
+        warnings=tuple(f"{page.dataset.id}: {notice}" for page in pages for notice in page.notices),
+    )
+
+
+def _pairs_in_brief(page: pair_tables.PairsPage) -> str:
+    if page.facts is None:
+        return "not paired"
+    accused = page.facts.worst.num_accused
+    told = [figure(page.facts.num_pairs), *([f"{figure(accused)} misaligned"] if accused else [])]
+    return " · ".join([*told, *(["see the notice"] if page.notices else [])])
+
+
+SECTIONS: tuple[Callable[[Project, int], Section | None], ...] = (images, pairs)

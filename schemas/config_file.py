@@ -21,6 +21,7 @@ from schemas.datasets import Generator
 from schemas.errors import Fault, UserError
 from schemas.options import Options, facts, facts_of
 from schemas.recipes import RECIPE_ALIASES, RECIPES
+from schemas.steps import STEP_MODELS
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 
@@ -46,7 +47,7 @@ _PROBLEMS: Mapping[str, str] = (
     | dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false")
     | dict.fromkeys(("tuple_type", "list_type"), "must be a list")
     | dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be an object")
-    | {"string_type": "must be text", "string_too_short": "must not be empty"}
+    | {"string_type": "must be text", "string_too_short": "must not be empty", "too_short": "must not be empty"}
 )
 _PATTERNS: Mapping[str, tuple[str, str]] = {  # option -> what its pattern is for, and what it allows
     "id": ("must be fit for a file name", 'no / \\ : * ? " < > | and no dot in front'),
@@ -219,13 +220,14 @@ def _fault(file: str, prefix: str, detail: dict[str, Any]) -> Fault:
     if kind == "missing":
         return Fault(file, key, "missing, but required")
     if kind == "extra_forbidden":
-        inner = [name for name in map(str, place) if name in RECIPES or name in _NESTED]
-        known = (RECIPES.get(inner[-1]) or _NESTED[inner[-1]]).model_fields if inner else ()
-        return Fault(file, key, "unknown key", value, _nearest(str(place[-1]), known))
+        return Fault(file, key, "unknown key", value, _nearest(str(place[-1]), _known_options(place)))
+    if kind == "union_tag_not_found":
+        known = ", ".join(STEP_MODELS)
+        return Fault(file, key, f"must be an object with a {context['discriminator']}", value, f"known: {known}")
     if kind in ("literal_error", "union_tag_invalid"):
         allowed = str(context.get("expected") or context.get("expected_tags"))
         tag = context.get("tag")
-        key, value = (f"{key}.type", shown(tag)) if tag else (key, value)
+        key, value = (f"{key}.{context['discriminator'][1:-1]}", shown(tag)) if tag else (key, value)
         choices = re.findall(r"'([^']*)'", allowed)
         return Fault(file, key, f"must be one of {allowed}", value, _nearest(str(tag or detail["input"]), choices))
     if kind == "value_error":
@@ -241,9 +243,24 @@ def _fault(file: str, prefix: str, detail: dict[str, Any]) -> Fault:
 def _key_path(place: tuple[str | int, ...]) -> str:
     """Spell pydantic's location as the user wrote it: the parts that we put in between are left out."""
     path = ""
-    for part in place:
+    for index, part in enumerate(place):
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part != "recipe" and part not in RECIPES:
+        elif part != "recipe" and part not in RECIPES and not _is_step(place, index):
             path += f".{part}" if path else part
     return path
+
+
+def _is_step(place: tuple[str | int, ...], index: int) -> bool:
+    """Tell a step's name, which pydantic puts behind its number, from an option of that name."""
+    return index > 1 and place[index - 2] == "steps" and place[index] in STEP_MODELS
+
+
+def _known_options(place: tuple[str | int, ...]) -> Iterable[str]:
+    """Return the options of the innermost object on the way to a place."""
+    known: Iterable[str] = ()
+    for index, part in enumerate(place[:-1]):
+        name = str(part)
+        model = STEP_MODELS.get(name) if _is_step(place, index) else RECIPES.get(name) or _NESTED.get(name)
+        known = model.model_fields if model is not None else known
+    return known

@@ -13,7 +13,7 @@ import xxhash
 from schemas.storage import write_aside
 
 # Part of every latent and text key: raise it when the same inputs would give other numbers.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 # How a file becomes pixels, besides its geometry; part of every latent key.
 PIXEL_POLICY = "exif-oriented/icc-to-srgb/alpha-on-white/rgb8/vips-lanczos3"

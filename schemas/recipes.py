@@ -1,18 +1,21 @@
 """Degradations as data: what a generator of references does to an image, with every number's range and default.
 
-A new one is a class here, an entry in `RECIPES`, and a pure function of the same name in prep/degrade.py. Meaning,
-defaults and order of operations are those of SimpleTuner's generators where it has them.
+A new one is a class here, an entry in `RECIPES`, and a function in prep/degrade/realise.py that spells it as steps;
+most need neither, since `chain` takes any list of steps. Meaning, defaults and order of operations of the others are
+those of SimpleTuner's generators.
 """
 
 import json
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, TypeAdapter, model_validator
 
 from schemas.keys import canonical
 from schemas.options import Options, option
+from schemas.presets import PRESETS, PresetName
+from schemas.steps import AnyStep, Step
 
 
 def _rising(value: tuple[int, int]) -> tuple[int, int]:
@@ -24,7 +27,17 @@ def _rising(value: tuple[int, int]) -> tuple[int, int]:
 Quality = Annotated[int, Field(ge=1, le=100)]
 
 
-class Superresolution(Options):
+class RecipeOptions(Options):
+    """What every recipe has."""
+
+    degrade_at: Literal["target", "source"] = option(
+        "target",
+        "degrade the picture after its resize and crop, or the full-size picture before them",
+        stages="pairs cache",
+    )
+
+
+class Superresolution(RecipeOptions):
     """Downscale and upscale, blur, add noise, compress: a sharp photo becomes a soft one."""
 
     type: Literal["superresolution"] = option("superresolution", "which degradation", stages="pairs cache")
@@ -44,7 +57,7 @@ class Superresolution(Options):
     )
 
 
-class JpegArtifacts(Options):
+class JpegArtifacts(RecipeOptions):
     """Compress as JPEG, once or several times."""
 
     type: Literal["jpeg_artifacts"] = option("jpeg_artifacts", "which degradation", stages="pairs cache")
@@ -88,11 +101,49 @@ class JpegArtifacts(Options):
     )
 
 
-Recipe: TypeAlias = Superresolution | JpegArtifacts
+def _some(steps: tuple[AnyStep, ...] | None) -> tuple[AnyStep, ...] | None:
+    if steps == ():
+        raise ValueError("must not be empty")
+    return steps
 
-RECIPES: Mapping[str, type[Superresolution] | type[JpegArtifacts]] = {
+
+class Chain(RecipeOptions):
+    """Do steps one after the other; their parameters are numbers, or ranges from which each picture draws."""
+
+    type: Literal["chain"] = option("chain", "which degradation", stages="pairs cache")
+    steps: Annotated[tuple[Step, ...] | None, AfterValidator(_some)] = option(
+        None, "the steps, in order, each an object with its `step` and its parameters", stages="pairs cache"
+    )
+    preset: PresetName | None = option(None, "instead of `steps`, a chain that has a name", stages="pairs cache")
+    random_order: bool = option(False, "each picture draws the order of the steps", stages="pairs cache")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Chain":
+        if (self.steps is None) == (self.preset is None):
+            raise ValueError("give either `steps` or a `preset`")
+        return self
+
+    @property
+    def all_steps(self) -> tuple[AnyStep, ...]:
+        """Return the steps, a preset's own if it has a name."""
+        if self.preset is not None:
+            return _preset_steps(self.preset)
+        assert self.steps is not None, "a chain has steps or a preset"
+        return self.steps
+
+
+@cache
+def _preset_steps(name: str) -> tuple[AnyStep, ...]:
+    steps: tuple[AnyStep, ...] = TypeAdapter(tuple[Step, ...]).validate_python(PRESETS[name])
+    return steps
+
+
+Recipe: TypeAlias = Superresolution | JpegArtifacts | Chain
+
+RECIPES: Mapping[str, type[Superresolution] | type[JpegArtifacts] | type[Chain]] = {
     "superresolution": Superresolution,
     "jpeg_artifacts": JpegArtifacts,
+    "chain": Chain,
 }
 RECIPE_ALIASES = {
     "super_resolution": "superresolution",
@@ -103,10 +154,18 @@ RECIPE_ALIASES = {
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """Spell a recipe as the canonical JSON that rows carry and keys hash; what has no effect is left out."""
-    return canonical(recipe.acting("pairs"))
+    """Spell a recipe as the canonical JSON that rows carry and keys hash.
+
+    What has no effect is left out; a preset is spelled as its steps, so that keys follow when it changes.
+    """
+    if isinstance(recipe, Chain) and recipe.preset is not None:
+        recipe = recipe.model_copy(update={"steps": recipe.all_steps, "preset": None})
+    values = recipe.acting("pairs")
+    unsaid = {"degrade_at": "target", "preset": None}
+    return canonical({name: value for name, value in values.items() if name not in unsaid or value != unsaid[name]})
 
 
+@lru_cache(maxsize=64)
 def parse_recipe(text: str) -> Recipe:
     """Read a recipe back from a row."""
     values = json.loads(text)
@@ -116,4 +175,4 @@ def parse_recipe(text: str) -> Recipe:
 @cache
 def degraded_at_source(text: str) -> bool:
     """Tell a recipe, as a row spells it, that acts on the full-size picture."""
-    return json.loads(text).get("degrade_at") == "source"
+    return bool(json.loads(text).get("degrade_at") == "source")

@@ -21,6 +21,10 @@ _FEWEST_SCALED_PIXELS = 512  # of an edge that images are scaled to, under `pixe
 
 _SIZES = ("minimum_image_size", "maximum_image_size", "target_downsample_size")
 _CROPS = ("resolution", "resolution_type", "crop", "crop_aspect", "crop_aspect_buckets", "crop_style")
+_OF_TARGETS = (
+    "conditioning", "conditioning_data", "crop_variants", "vae_cache_clear_each_epoch", "ignore_extension",
+    "on_unpaired", "identical_references", "alignment_check",
+)  # fmt: skip
 _CHOSEN = ("closest", "random")  # values of crop_aspect that need aspects
 
 
@@ -120,7 +124,7 @@ def _rule_links(project: Project, file: str, found: Findings) -> None:
                 known = f"datasets: {', '.join(by_id)}"
                 found.faults.append(Fault(file, f'"{dataset.id}" {key}', wrong[0], shown(name), wrong[1] or known))
         for generated in dataset.generated_ids:
-            if generated in by_id or dataset.generated_ids.count(generated) > 1:
+            if generated in by_id:
                 problem = f"two reference sets would have the id '{generated}'"
                 found.faults.append(Fault(file, f'"{dataset.id}" conditioning', problem))
 
@@ -368,8 +372,8 @@ def _inactive_captions(dataset: DatasetConfig) -> Iterator[str]:
 def _inactive_roles(project: Project, dataset: DatasetConfig) -> Iterator[str]:
     if dataset.is_target:
         return
-    for name in ("conditioning", "conditioning_data", "crop_variants", "vae_cache_clear_each_epoch"):
-        if getattr(dataset, name):
+    for name in _OF_TARGETS:
+        if name in dataset.model_fields_set and getattr(dataset, name):
             yield f"{name} has no effect: it is not a set of targets"
     for name, usual in (("repeats", 0), ("probability", 1.0)):
         if getattr(dataset, name) != usual:

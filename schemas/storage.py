@@ -19,15 +19,17 @@ _HOST = re.sub(r"\W", "-", platform.node()) or "host"
 
 
 @contextmanager
-def write_aside(path: Path) -> Iterator[Path]:
+def write_aside(path: Path, *, tidy: bool = True) -> Iterator[Path]:
     """Yield a name beside `path` to write to; on success it replaces `path`, on any error it is removed.
 
-    Raises UserError if it cannot be written: a full disk, no permission, a file where a folder should be.
+    Raises UserError if it cannot be written: a full disk, no permission, a file where a folder should be. What killed
+    writers of `path` left is removed too, unless not `tidy`: that lists its folder, which for many files is done once.
     """
     aside = path.with_name(f"{path.name}{_MARK}{_HOST}.{os.getpid()}.{uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        if tidy:
+            sweep(path.parent, path.name)
         yield aside
         sync(aside)
         aside.replace(path)
@@ -39,9 +41,9 @@ def write_aside(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
-def _sweep(path: Path) -> None:
-    """Remove what writers of `path` left behind that were killed on this machine."""
-    for leftover in path.parent.glob(f"{glob.escape(path.name)}{_MARK}{_HOST}.*"):
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what writers of a file, or of any in the folder, left behind that were killed on this machine."""
+    for leftover in folder.glob(f"{'*' if name is None else glob.escape(name)}{_MARK}{_HOST}.*"):
         writer = leftover.name.rpartition(_MARK)[2].split(".")[1]
         if writer.isdigit() and int(writer) != os.getpid() and not _runs(int(writer)):
             leftover.unlink(missing_ok=True)

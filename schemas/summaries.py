@@ -138,11 +138,41 @@ class DatasetPairs:
 
 
 @dataclass(frozen=True, slots=True)
+class Materialised:
+    """What was written of one set of targets for another trainer."""
+
+    dataset_id: str
+    layout: str
+    folder: str
+    pairs: int  # that are there, whole
+    written: int  # files
+    reused: int  # files that were there and right
+    removed: int  # files of pairs that are no more
+    left_out: Mapping[str, int]  # kind of reason -> pairs
+    altered: int  # pairs of which that trainer would resize or crop a picture again
+    instructions: str  # how to train on it
+
+    def lines(self) -> Iterator[str]:
+        """Yield the closing report."""
+        yield (
+            f"{self.dataset_id}: {counted(self.pairs, 'pair')} for {self.layout} in {self.folder}: "
+            f"{counted(self.written, 'file')} written, {self.reused} reused"
+            + (f", {self.removed} removed" if self.removed else "")
+        )
+        for reason, count in self.left_out.items():
+            yield f"  left out {count}: {reason}"
+        if self.altered:
+            yield f"  {self.altered} of them it would resize or crop again"
+        yield f"  {self.instructions}"
+
+
+@dataclass(frozen=True, slots=True)
 class PairsSummary:
     """What `prep pairs` did."""
 
     datasets: tuple[DatasetPairs, ...]
     previews: tuple[str, ...]  # contact sheets
+    materialised: tuple[Materialised, ...]
     warnings: tuple[str, ...]
     seconds: float
     dry_run: bool
@@ -154,6 +184,8 @@ class PairsSummary:
             yield from entry.lines(self.dry_run)
         for path in self.previews:
             yield f"contact sheet {path}"
+        for one in self.materialised:
+            yield from one.lines()
 
 
 @dataclass(frozen=True, slots=True)

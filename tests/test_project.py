@@ -12,7 +12,7 @@ from typing import get_args
 
 import jsonschema
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from typer.testing import CliRunner
 
 from families import FAMILIES, open_project
@@ -30,8 +30,9 @@ from schemas.datasets import (
     MetadataTable,
 )  # fmt: skip
 from schemas.options import facts_of
-from schemas.recipes import RECIPES
+from schemas.recipes import RECIPES, Chain
 from schemas.simpletuner import DATASET_KEYS, TRAINER_KEYS
+from schemas.steps import STEP_MODELS
 from schemas.trainer import TrainerConfig
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +70,7 @@ def test_imports_keep_the_contracts() -> None:
 def test_no_core_module_names_a_family_or_flavour() -> None:
     names = {*FAMILIES, *(flavour for spec in FAMILIES.values() for flavour in spec.flavours)}
     for package in ("prep", "train"):
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
             assert not words & names, f"{path.name} names {words & names}"
 
@@ -101,7 +102,7 @@ def test_generated_documents_are_current() -> None:
     ],
 )
 def test_every_option_is_documented_and_either_acted_on_or_said_to_have_no_effect(model: type[BaseModel]) -> None:
-    source = "\n".join(path.read_text() for package in PACKAGES for path in (ROOT / package).glob("*.py"))
+    source = "\n".join(path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
     page = (ROOT / "docs" / "options.md").read_text()
     for name, facts in facts_of(model):
         assert name in ("recipe", "type") or f"`{name}`" in page
@@ -109,6 +110,15 @@ def test_every_option_is_documented_and_either_acted_on_or_said_to_have_no_effec
         one_choice = len(get_args(model.model_fields[name].annotation)) == 1
         if facts["no_effect"] is None and not one_choice:
             assert re.search(rf'\.{name}\b|"{name}"', source), f"nothing reads {name}"
+
+
+@pytest.mark.parametrize("name", STEP_MODELS)
+def test_every_step_of_a_chain_and_its_parameters_are_documented(name: str) -> None:
+    section = (ROOT / "docs" / "options.md").read_text().split(f"##### step: {name}\n")[1].split("\n#")[0]
+    for parameter, _ in facts_of(STEP_MODELS[name]):
+        assert STEP_MODELS[name].model_fields[parameter].description
+        assert parameter in ("step", "probability") or f"`{parameter}`" in section
+    assert f"| `{name}` |" in (ROOT / "docs" / "degradations.md").read_text()
 
 
 def test_no_key_is_both_an_option_and_not_needed() -> None:
@@ -150,6 +160,30 @@ def test_the_json_schema_takes_every_way_to_write_a_generator(entry: dict[str, o
     assert list(_schema("multidatabackend").iter_errors([{"id": "a", "conditioning": [entry | {"quality": 101}]}]))
 
 
+@pytest.mark.parametrize(
+    ("steps", "sound"),
+    [
+        ([{"step": "blur", "sigma": [1, 3], "kernel": "gaussian"}, {"step": "jpeg", "quality": 30}], True),
+        ([{"step": "shuffle", "steps": [{"step": "one_of", "steps": [{"step": "gamma"}]}]}], True),
+        ([{"step": "resize", "factor": 0.5, "steps": [{"step": "noise", "kind": ["gaussian", "poisson"]}]}], True),
+        ([{"step": "blurr"}], False),
+        ([{"sigma": 3}], False),
+        ([{"step": "blur", "sigma": -1}], False),
+        ([{"step": "jpeg", "quality": [10, 20, 30]}], False),
+        ([{"step": "shuffle", "steps": [{"step": "gamma", "gama": 2}]}], False),
+    ],
+    ids=str,
+)
+def test_the_json_schema_takes_the_chains_that_the_loader_takes(steps: list[dict[str, object]], sound: bool) -> None:
+    dataset = {"id": "a", "instance_data_dir": "b", "conditioning": {"type": "chain", "steps": steps}}
+    assert (not list(_schema("multidatabackend").iter_errors([dataset]))) == sound
+    try:
+        loaded = Chain.model_validate({"steps": steps}) is not None
+    except ValidationError:
+        loaded = False
+    assert loaded == sound
+
+
 @pytest.mark.parametrize("name", ["deblur", "jpeg", "edits"])
 def test_the_demo_projects_are_sound(name: str, tmp_path: Path) -> None:
     project = open_project(ROOT / "datasets_demo" / name, workspace=tmp_path, need_images=True)
@@ -185,7 +219,7 @@ def test_every_command_has_the_same_options_help_with_an_example_and_a_place_in_
 
 def test_public_functions_have_docstrings_and_annotations() -> None:
     for package in PACKAGES:
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             tree = ast.parse(path.read_text())
             assert ast.get_docstring(tree), f"{path} says nothing of itself"
             for node in tree.body:

@@ -152,6 +152,11 @@ def _thumbnail(place: Place, dataset: DatasetConfig, row: ImageRow, most: tuple[
     if isinstance(picture, str):
         return Refused(picture)
     picture.thumbnail(most, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return data_uri(picture, share)
+
+
+def data_uri(picture: Image.Image, share: int) -> str:
+    """Spell a picture as a JPEG of at most about `share` bytes."""
     for quality in _QUALITIES:
         buffer = BytesIO()
         picture.save(buffer, "JPEG", quality=quality, optimize=True)

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from prep.frames import policy_of
 from prep.geometry import Size, Targets, aspects_for, framed
-from prep.places import place_of
 from prep.matching import Manifest
+from prep.places import place_of
 from prep.planning.sides import Match
 from prep.statistics import counts_of, kinds_of
 from schemas.console import printable
@@ -46,7 +46,9 @@ def why_empty(project: Project, manifests: Mapping[str, Manifest], matches: Sequ
 
 def why_blocked(project: Project, matches: Sequence[Match], empty: Mapping[str, str]) -> str | None:
     """Return why training would have no batch at all, and the remedy; None if it has some, or that is not known."""
-    stops = [one for one in matches if one.rejected and one.target.on_unpaired == "error" and one.target.id not in empty]
+    stops = [
+        one for one in matches if one.rejected and one.target.on_unpaired == "error" and one.target.id not in empty
+    ]
     if stops:
         return "; ".join(map(_stopped, stops))
     own = [pairs.target.id for pairs in matches if trained(project, pairs.target)]
@@ -60,7 +62,8 @@ def _stopped(pairs: Match) -> str:
     first = printable(next(iter(pairs.examples.values()))[2])
     count = sum(pairs.rejected.values())
     return (
-        f"{pairs.target.id}: prep pairs stops, as {count} of {pairs.kept} targets have no proper reference, first {first}; "
+        f"{pairs.target.id}: prep pairs stops, as {count} of {pairs.kept} targets have no proper reference, "
+        f"first {first}; "
         'mend the files, or set on_unpaired to "drop" or "train_without_reference"'
     )
 

@@ -70,7 +70,9 @@ def sides_of(target: Manifest, references: Sequence[Manifest]) -> list[Match]:
     examples: dict[str, tuple[str, str, str]] = {}
     if target.dataset.on_unpaired != "train_without_reference":
         rejected, examples = _faults(matched)
-    first, *others = [_part(target, matched, rows) for rows in groups] or [_part(target, matched, np.array([], np.int64))]
+    first, *others = [_part(target, matched, rows) for rows in groups] or [
+        _part(target, matched, np.array([], np.int64))
+    ]
     count = matched.images.num_rows
     parted = [Match(target.dataset, count, first[0], first[1], rejected, examples)]
     return parted + [Match(target.dataset, len(paths), paths, sides, {}, {}) for paths, sides in others]

@@ -67,3 +67,13 @@ def picture(number):
     if number < 0:
         os._exit(1)
     return {"pixels": np.full((400 + number, 300, 3), number, np.uint8), "strided": np.arange(60000)[::2], "n": number}
+
+
+def store_or_die(picture):
+    if "deadly" in picture.path:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "endless" in picture.path:
+        time.sleep(600)
+    from prep.pixels import store
+
+    return store(picture)

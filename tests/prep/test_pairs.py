@@ -1,4 +1,3 @@
-import json
 import logging
 import os
 import shutil
@@ -23,54 +22,7 @@ from schemas.keys import file_id, latent_key
 from schemas.recipes import JpegArtifacts, Superresolution, recipe_text
 from schemas.rows import PairRow
 from schemas.tables import read_provenance, read_table
-
-EDITS = {"id": "edits", "instance_data_dir": "edits", "on_unpaired": "drop", "identical_references": "keep"}
-REFS = {
-    "id": "refs",
-    "dataset_type": "conditioning",
-    "instance_data_dir": "refs",
-    "conditioning_type": "reference_strict",
-}
-PAIRED = ({**EDITS, "conditioning_data": "refs"}, REFS)
-BLUR = {"type": "superresolution", "blur_radius": 3.0, "noise_level": 0.02, "storage": "files"}
-JPEG = {"type": "jpeg_artifacts", "quality_mode": "range", "quality_range": [10, 30], "storage": "files"}
-
-
-def project(folder, *datasets, **config):
-    """Write a project's files, and the folders its sets name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for entry in datasets:
-        (folder / entry["instance_data_dir"]).mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"resolution": 64, "aspect_bucket_alignment": 16, **config}))
-    (folder / "multidatabackend.json").write_text(json.dumps(datasets))
-    return folder
-
-
-def draw(path, width=96, height=64, seed=0):
-    """Draw a small picture of its own, smooth enough to show a blur."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    down, across = np.mgrid[0:height, 0:width]
-    pixels = np.stack([down * 2 + seed, across * 2, (across // 8 + down // 8) % 2 * 200], 2).astype(np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def paired(folder, **options):
-    """Scan and pair; return the summary of the first set of targets and its rows by path."""
-    scan(folder, workers=1)
-    [summary, *_] = pairs(folder, workers=1, **options).datasets
-    return summary, rows_of(folder)
-
-
-def rows_of(folder, dataset="edits"):
-    return {row.target_path: row for row in read_table(folder / "work" / "pairs" / f"{dataset}.parquet", PairRow)}
-
-
-def products(folder):
-    """Return every file below the workspace with what would show that it was written again."""
-    files = [path for path in (folder / "work").rglob("*") if path.is_file()]
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
-
+from tests.prep.drawn import BLUR, EDITS, JPEG, PAIRED, REFS, draw, paired, products, project, rows_of
 
 # Matching
 
@@ -356,7 +308,7 @@ def test_any_number_of_workers_makes_the_same(tmp_path):
         scan(folder, workers=1)
         pairs(folder, workers=workers)
         tables.append(rows_of(folder))
-        stored = sorted((folder / "work" / "references").rglob("*.png"))
+        stored = sorted((folder / "work" / "references").rglob("*.*"))
         pictures.append({path.name: path.read_bytes() for path in stored})
     assert tables[0] == tables[1] and pictures[0] == pictures[1] and len(pictures[0]) == 8
 

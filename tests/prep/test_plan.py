@@ -438,7 +438,10 @@ def test_several_reasons_are_told_the_most_frequent_first(tmp_path) -> None:
     [
         (lambda path: path.unlink(), "all 6 targets have no reference: gray has no image in"),
         (lambda path: path.rename(path.with_suffix(".jpeg")), "gray has no astronaut.jpg, but astronaut.jpeg;"),
-        (lambda path: path.write_bytes(b""), "all 6 targets have no proper reference, first reference rejected: gray/astronaut.jpg"),
+        (
+            lambda path: path.write_bytes(b""),
+            "all 6 targets have no proper reference, first reference rejected: gray/astronaut.jpg",
+        ),
         (lambda path: Image.new("RGB", (400, 90)).save(path), "first aspect differs: gray/astronaut.jpg is 400x90"),
     ],
 )

@@ -111,7 +111,7 @@ def test_workers_that_cannot_start_are_told_to_the_user(tmp_path, monkeypatch, c
 
 def test_arrays_come_through_shared_memory_whole_and_leave_nothing_there(tasks, recwarn):
     shared = Path("/dev/shm")
-    before = set(os.listdir(shared)) if shared.is_dir() else set()
+    before = set(shared.iterdir()) if shared.is_dir() else set()
     items = [0, 9, 3, -1, 200, 5, 7]  # growing and shrinking, one dies
     for workers in (1, 2):
         results = list(each(tasks.picture, [item for item in items if workers > 1 or item >= 0], workers))
@@ -122,4 +122,4 @@ def test_arrays_come_through_shared_memory_whole_and_leave_nothing_there(tasks, 
                 assert result["pixels"].shape == (400 + number, 300, 3) and (result["pixels"] == number).all()
                 assert (result["strided"] == range(0, 60000, 2)).all() and result["n"] == number
                 result["pixels"][0] = 1  # its own, and writable
-    assert not (set(os.listdir(shared)) - before if shared.is_dir() else set())
+    assert not (set(shared.iterdir()) - before if shared.is_dir() else set())

@@ -18,7 +18,8 @@ from PIL import Image
 from families import open_project
 from prep.page.charts import words
 from prep.page.pictures import spread
-from prep.report import clipped, report, visible
+from prep.report import report
+from prep.showing import clipped, visible
 from schemas.errors import UserError
 from schemas.project import Project
 from schemas.rows import ImageRow, arrow_schema

@@ -808,11 +808,14 @@ def test_faults_of_generators_name_the_entry_and_the_parameter(tmp_path):
     datasets = [{"id": "photos", "instance_data_dir": "photos", "conditioning": generators}]
     faults = faults_of(written(tmp_path, datasets=datasets))
     assert (
-        f"{place}[3] = {{\"quality\": 3}}: must be an object with a 'type'; known types: superresolution, jpeg_artifacts"
+        f"{place}[3] = {{\"quality\": 3}}: must be an object with a 'type'; known types: superresolution, jpeg_artifacts, chain"
         in faults
     )
     assert f"{place}[0].qualty = 3: unknown key; did you mean 'quality'?" in faults
-    assert f"{place}[1].type = \"canny\": must be one of 'superresolution', 'jpeg_artifacts'" in faults
+    assert (
+        f"{place}[1].type = \"canny\": must be one of 'superresolution', 'jpeg_artifacts', 'chain'; did you mean 'chain'?"
+        in faults
+    )
     assert f"{place}[2].noise_level = 2: must be less than or equal to 1" in faults
     assert any("the lower end comes first: [10, 50]" in fault for fault in faults)
 
@@ -832,12 +835,22 @@ def test_generators_that_are_no_list_are_a_fault(tmp_path):
 
 
 def test_two_reference_sets_of_one_name_are_a_fault(tmp_path):
-    generators = [{"type": "jpeg", "quality": 10}, {"type": "jpeg", "quality": 20}]
-    datasets = [{"id": "photos", "instance_data_dir": "photos", "conditioning": generators}]
+    datasets = [
+        {"id": "photos", "instance_data_dir": "photos", "conditioning": [{"type": "jpeg"}]},
+        {**REFERENCES, "id": "photos_conditioning_jpeg_artifacts"},
+    ]
     faults = faults_of(written(tmp_path, datasets=datasets))
     assert faults and all(
         "two reference sets would have the id 'photos_conditioning_jpeg_artifacts'" in one for one in faults
     )
+
+
+def test_generators_of_one_type_have_ids_of_their_own(tmp_path):
+    generators = [{"type": "jpeg", "quality": 10}, {"type": "lowres"}, {"type": "jpeg", "quality": 20}]
+    datasets = [{"id": "photos", "instance_data_dir": "photos", "conditioning": generators}]
+    project = open_project(written(tmp_path, datasets=datasets))
+    names = ["jpeg_artifacts", "superresolution", "jpeg_artifacts_2"]
+    assert list(project.targets[0].generated_ids) == [f"photos_conditioning_{name}" for name in names]
 
 
 def test_captions_of_references_are_a_fault_where_all_are_shown_together(tmp_path):

@@ -107,6 +107,7 @@ def rows_of(row_type, **columns):
         "int": whole,
         "typing.Optional[schemas.rows.Int32]": st.none() | small,
         "bool": st.booleans(),
+        "float": shares,
         "list[str]": st.lists(text, max_size=3),
     }
     plain |= {"list[float]": st.lists(shares, max_size=2)}
@@ -212,10 +213,16 @@ def test_a_pair_table_has_these_columns():
             path=STRING,
             recipe=[STRING],
             seed=[INT],
+            realised=[STRING],
             bucket=STRING,
             geometry=BOX,
             view=STRING,
             prompts=STRINGS,
+            shift_x=[pa.float64()],
+            shift_y=[pa.float64()],
+            scale=[pa.float64()],
+            similarity=[pa.float64()],
+            confidence=[pa.float64()],
         )
     )
     assert arrow_schema(PairRow) == pa.schema(
@@ -230,6 +237,7 @@ def test_a_pair_table_has_these_columns():
             view=STRING,
             references=pa.list_(pa.field("item", reference, False)),
             prompts=STRINGS,
+            prompt=STRING,
             bucket=STRING,
             repeats=INT,
             reject=[STRING],

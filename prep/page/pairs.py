@@ -1,0 +1,422 @@
+"""What the page shows of a pair table: figures, pairs before and after, and the references that lie worst.
+
+`show` is the way in. Pictures are what a model sees, reduced; how references lie is read from the table, and nothing is
+compared anew. A new figure is a line in `_figures`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from prep.aligning import Comparison, worst_first
+from prep.alignment import MEASURES, TRUSTED, Alignment
+from prep.images import Pixels
+from prep.page.columns import Figure, Flags, Indices
+from prep.page.pictures import data_uri, spread
+from prep.pixels import Refusal, pixels_of, reference_picture, target_picture
+from prep.showing import Told, Verdict, accusation, difference, measured, told, verdict
+from prep.statistics import counts_of, kinds_of
+from schemas.console import progress
+from schemas.datasets import AlignmentCheck, DatasetConfig
+from schemas.errors import UserError
+from schemas.freshness import pairs_provenance
+from schemas.project import Project
+from schemas.rows import PairRow, Reference, from_columns
+from schemas.tables import Provenance, read_columns, read_provenance
+
+_PAIRS = 24  # shown at most
+_WORST = 12  # references shown at least, worst first, if there are so many
+_ACCUSED = 24  # of those that the thresholds accuse, shown with pictures
+_NAMED = 200  # of those, named
+_REJECTS = 24  # rejected samples named
+_REFERENCES = 4  # of one pair
+_PROMPTS = 12  # of one pair
+_SIZE = (480, 360)  # most pixels of a picture, across and down
+_SMALL = (320, 240)
+_BUDGET = 1_800_000  # bytes of the pictures of a table; base64 adds a third
+_SHARE = 40_000  # most bytes of one
+
+Seen: TypeAlias = Pixels | Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A picture, or why there is none."""
+
+    source: str | None  # data URI
+    fault: str
+    size: tuple[int, int] | None  # of the training picture
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A reference beside its target."""
+
+    label: str
+    dataset_id: str
+    path: str
+    bucket: str
+    made: bool  # of its target, by degradation
+    picture: View
+    target: View
+    apart: View | None  # the difference; None if the two have different sizes
+    apart_label: str
+    steps: tuple[Told, ...]
+    alignment: Verdict | None
+    prompts: tuple[str, ...]
+
+    @property
+    def slides(self) -> bool:
+        """Tell a reference that can be laid over its target."""
+        return bool(self.apart and self.picture.source and self.target.source)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A sample as the page shows it."""
+
+    path: str
+    bucket: str
+    variant: int
+    variants: int
+    prompt: str
+    others: tuple[str, ...]  # prompts, the first few
+    num_others: int
+    target: View
+    references: tuple[Compared, ...]
+    num_references: int
+
+
+@dataclass(frozen=True, slots=True)
+class Worst:
+    """The references of files, those first that lie worst on their targets."""
+
+    shown: tuple[tuple[str, Compared], ...]  # path of the target, reference
+    named: tuple[tuple[str, str, str, str], ...]  # accused ones that are not shown: target, set, reference, words
+    num_compared: int
+    num_accused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rejects:
+    """Why samples are not used."""
+
+    kinds: tuple[Figure, ...]
+    examples: tuple[tuple[str, str], ...]  # path of the target, reason
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a pair table comes to."""
+
+    figures: tuple[Figure, ...]
+    sets: tuple[Figure, ...]  # of references
+    pairs: tuple[Pair, ...]
+    num_pairs: int
+    worst: Worst
+    rejects: Rejects
+    report: str  # CSV of all that was odd
+
+
+@dataclass(frozen=True, slots=True)
+class PairsPage:
+    """What is shown of one pair table."""
+
+    dataset: DatasetConfig
+    anchor: str
+    notices: tuple[str, ...]
+    facts: Facts | None  # null if there is no table that can be read
+
+
+@dataclass(frozen=True, slots=True)
+class _References:
+    """The references of a table's rows as columns, one line for each."""
+
+    row: Indices  # of the table
+    place: Indices  # in its row
+    columns: Any
+
+
+def show(project: Project, thumbnails: int) -> list[PairsPage]:
+    """Show the pair tables, those that are missing by a notice; nothing if there is none at all."""
+    if not any(project.pair_table(target.id).exists() for target in project.targets):
+        return []
+    return [_page(project, target, f"pairs-{number}", thumbnails) for number, target in enumerate(project.targets, 1)]
+
+
+def _page(project: Project, target: DatasetConfig, anchor: str, thumbnails: int) -> PairsPage:
+    path, again = project.pair_table(target.id), f"run: {project.command('prep pairs')}"
+    provenance = read_provenance(path, PairRow)
+    if provenance is None:
+        state = "Its pair table cannot be read" if path.exists() else "Not paired yet"
+        return PairsPage(target, anchor, (f"{state}; {again}",), None)
+    try:
+        table = read_columns(path, PairRow)
+    except UserError:  # a page that does not fit its checksum
+        return PairsPage(target, anchor, (f"Its pair table is damaged; {again}",), None)
+    notices = tuple(_notices(project, target, provenance))
+    return PairsPage(target, anchor, notices, _facts(project, target, table, thumbnails))
+
+
+def _notices(project: Project, target: DatasetConfig, provenance: Provenance) -> Iterator[str]:
+    """Yield what is stale about a table, as `schemas.freshness.read_pairs` would refuse it."""
+    together = (target, *project.references_of(target))
+    here = all(project.manifest(dataset.id).exists() for dataset in together)
+    try:
+        now = pairs_provenance(project, target) if here else None
+        scan = ""
+    except UserError:  # a manifest of other settings, or damaged
+        now, scan = None, f"{project.command('prep scan')}, then "
+    again = f"run: {scan}{project.command('prep pairs')}"
+    if provenance.config != project.pairs_settings(target):
+        yield f"The settings of its images or pairs changed since it was paired, and this shows what was; {again}"
+    elif scan:
+        yield f"A manifest that it was made of cannot be used any more; {again}"
+    elif now is not None and now.inputs != provenance.inputs:
+        yield f"Scanned anew since it was paired, and this shows what was; {again}"
+    if provenance.limit is not None:
+        yield f"Only its first {provenance.limit:,} targets were paired (--limit)"
+
+
+def _facts(project: Project, target: DatasetConfig, table: pa.Table, thumbnails: int) -> Facts:
+    kept = pc.is_null(table["reject"]).to_numpy()
+    references = _flat(table)
+    worst = _worst(target.alignment_check, table, references)
+    pairs = _chosen(table, kept, references, min(thumbnails, _PAIRS))
+    limit = min(thumbnails, max(_WORST, min(_ACCUSED, len(worst.accused))))
+    rows = from_columns(table.take(pa.array(pairs)), PairRow)
+    lines = worst.order[:limit]
+    beside = from_columns(table.take(pa.array(references.row[lines])), PairRow)
+    places = references.place[lines].tolist()
+    count = sum(max(1, 3 * len(row.references[:_REFERENCES])) for row in rows) + 3 * len(beside)
+    camera = _Camera(project, target.alignment_check, min(_SHARE, _BUDGET // max(1, count)))
+    with progress(f"report pairs {target.id}", len(rows) + len(beside), "pair") as bar:
+        shown = []
+        for row in rows:
+            shown.append(_pair(camera, row))
+            bar.update()
+        lying = []
+        for row, place in zip(beside, places, strict=True):
+            lying.append((row.target_path, _compared(camera, row, row.references[place : place + 1], _SMALL)[0]))
+            bar.update()
+    return Facts(
+        figures=_figures(table, kept, references, worst),
+        sets=tuple(_sets(project, target, table, references)),
+        pairs=tuple(shown),
+        num_pairs=int(kept.sum()),
+        worst=Worst(tuple(lying), _named(table, references, worst, limit), worst.num_compared, len(worst.accused)),
+        rejects=_rejects(table, kept),
+        report=str(project.pair_report(target.id)),
+    )
+
+
+# Columns
+
+
+def _flat(table: pa.Table) -> _References:
+    """Take the references of all rows apart."""
+    column = table["references"].combine_chunks()
+    rows = np.asarray(pc.list_parent_indices(column), np.int64)
+    return _References(rows, np.arange(len(rows)) - np.searchsorted(rows, rows), column.flatten())
+
+
+def _figures(table: pa.Table, kept: Flags, references: _References, worst: "_Ranked") -> tuple[Figure, ...]:
+    counts = np.bincount(references.row, minlength=len(kept))[kept]
+    first = np.asarray(table["variant"]) == 0
+    variants = int(pc.max(table["variants"]).as_py() or 1)
+    several = (Figure("variants of a target", variants, "shown in turn, epoch by epoch"),) if variants > 1 else ()
+    without = int((counts == 0).sum())
+    plain = (Figure("without a reference", without, "plain text-to-image"),) if without else ()
+    accused, compared = len(worst.accused), worst.num_compared
+    note = f"of {compared:,} compared" if compared else "no reference was compared"
+    return (
+        Figure("targets", int(first.sum())),
+        Figure("pairs", int(kept.sum())),
+        Figure("rejected", int((~kept).sum())),
+        Figure("references per pair", _median(counts), _range(counts)),
+        *several,
+        *plain,
+        Figure("misaligned", accused, note),
+    )
+
+
+def _median(counts: npt.NDArray[np.int64]) -> int | float:
+    median = float(np.median(counts)) if len(counts) else 0.0
+    return int(median) if median.is_integer() else median
+
+
+def _range(counts: npt.NDArray[np.int64]) -> str:
+    if not len(counts) or counts.min() == counts.max():
+        return ""
+    return f"median; {counts.min():,} to {counts.max():,}"
+
+
+def _sets(project: Project, target: DatasetConfig, table: pa.Table, references: _References) -> Iterator[Figure]:
+    """Count the references of each set, and say what they are."""
+    kinds = {one.id: one.conditioning_type for one in project.references_of(target)}
+    made = dict(zip(target.generated_ids, (entry.recipe.type for entry in target.conditioning), strict=True))
+    for name, count in counts_of(pa.chunked_array([references.columns.field("dataset_id")])).items():
+        kind = made.get(name, "").replace("_", " ")
+        loose = "files of their own size" if kinds.get(name) == "reference_loose" else "files, cropped like the target"
+        yield Figure(name, count, f"targets degraded: {kind}" if kind else loose if name in kinds else "")
+
+
+def _chosen(table: pa.Table, kept: Flags, references: _References, count: int) -> Indices:
+    """Choose kept rows, spread over buckets and over what their references are."""
+    column = table["references"].combine_chunks()
+    names = pa.ListArray.from_arrays(column.offsets, references.columns.field("dataset_id"))
+    kinds = pc.binary_join_element_wise(table["bucket"].combine_chunks(), pc.binary_join(names, " "), " ")
+    kinds = pc.if_else(pa.array(kept), kinds, None)
+    return spread(kinds, pc.unique(kinds.drop_null()).to_pylist(), count)
+
+
+def _rejects(table: pa.Table, kept: Flags) -> Rejects:
+    bad = table.select(["target_path", "reject"]).filter(pa.array(~kept))
+    column = kinds_of(bad["reject"])
+    kinds = counts_of(column)
+    some = bad.take(pa.array(spread(column, list(kinds), _REJECTS))).to_pylist()
+    examples = sorted(((one["target_path"], one["reject"]) for one in some), key=lambda one: _rank(one[1], kinds))
+    return Rejects(tuple(Figure(*one) for one in kinds.items()), tuple(examples), bad.num_rows)
+
+
+def _rank(reason: str, kinds: dict[str, int]) -> int:
+    return list(kinds).index(reason.partition(":")[0])
+
+
+# Alignment
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """Lines of references that were compared, the worst first; the accused come before all others."""
+
+    order: Indices
+    accused: tuple[int, ...]
+    words: tuple[str, ...]  # of the accused
+    num_compared: int
+
+
+def _worst(check: AlignmentCheck, table: pa.Table, references: _References) -> _Ranked:
+    """Rank what was compared, of each target once: variants repeat the same two files."""
+    numbers = np.column_stack([_values(references.columns.field(name)) for name in MEASURES])
+    first = np.asarray(table["variant"])[references.row] == 0
+    compared = np.flatnonzero(~np.isnan(numbers).any(axis=1) & first)
+    groups: tuple[list[tuple[int, int, str]], ...] = ([], [], [])  # accused, trusted, what cannot be told
+    for line, values in zip(compared.tolist(), numbers[compared].tolist(), strict=True):
+        found = Alignment(*values)
+        words = accusation(found, check)
+        groups[0 if words else 1 if found.confidence >= TRUSTED else 2].append((line, 0, words or ""))
+    ranked = [worst_first(Comparison({0: numbers}, tuple(group), 0)) for group in groups]
+    order = np.array([line for some in ranked for line, _, _ in some], np.int64)
+    lines, said = tuple(line for line, _, _ in ranked[0]), tuple(reason for _, _, reason in ranked[0])
+    return _Ranked(order, lines, said, len(compared))
+
+
+def _values(column: Any) -> npt.NDArray[np.float64]:
+    return np.asarray(column.to_numpy(zero_copy_only=False), np.float64)
+
+
+def _named(
+    table: pa.Table, references: _References, worst: _Ranked, shown: int
+) -> tuple[tuple[str, str, str, str], ...]:
+    """Name the accused that are not shown."""
+    lines = list(worst.accused[shown : shown + _NAMED])
+    paths = table["target_path"].take(pa.array(references.row[lines])).to_pylist()
+    files = references.columns.take(pa.array(lines, pa.int64()))
+    names = (files.field(name).to_pylist() for name in ("dataset_id", "path"))
+    return tuple(zip(paths, *names, worst.words[shown : shown + _NAMED], strict=True))
+
+
+# Pictures
+
+
+@dataclass(frozen=True, slots=True)
+class _Camera:
+    """What every picture of a table needs."""
+
+    project: Project
+    check: AlignmentCheck
+    share: int  # most bytes of a picture
+
+    def target(self, row: PairRow) -> Seen:
+        """Make the target of a pair."""
+        return self._seen(row, None)
+
+    def reference(self, row: PairRow, reference: Reference) -> Seen:
+        """Make a reference of a pair."""
+        return self._seen(row, reference)
+
+    def _seen(self, row: PairRow, reference: Reference | None) -> Seen:
+        try:
+            picture = (
+                target_picture(self.project, row)
+                if reference is None
+                else reference_picture(self.project, row, reference)
+            )
+            return pixels_of(picture)
+        except (OSError, UserError, ValueError, LookupError, TypeError) as fault:
+            # A stale table may name sets, recipes or sizes that are no more: a reason, like a file that is gone.
+            return Refusal(f"cannot be made: {fault}", lasting=False)
+
+    def view(self, seen: Seen, most: tuple[int, int]) -> View:
+        """Reduce a picture to what the page shows of it."""
+        if isinstance(seen, Refusal):
+            return View(None, seen.reason, None)
+        image = Image.fromarray(seen)
+        image.thumbnail(most, Image.Resampling.LANCZOS, reducing_gap=3.0)
+        return View(data_uri(image, self.share), "", (seen.shape[1], seen.shape[0]))
+
+
+def _pair(camera: _Camera, row: PairRow) -> Pair:
+    others = list((Counter(row.prompts) - Counter([row.prompt])).elements())
+    references = _compared(camera, row, row.references[:_REFERENCES], _SIZE)
+    return Pair(
+        path=row.target_path,
+        bucket=row.bucket,
+        variant=row.variant + 1,
+        variants=row.variants,
+        prompt=row.prompt,
+        others=tuple(others[:_PROMPTS]),
+        num_others=len(others),
+        target=references[0].target if references else camera.view(camera.target(row), _SIZE),
+        references=tuple(references),
+        num_references=len(row.references),
+    )
+
+
+def _compared(camera: _Camera, row: PairRow, references: Sequence[Reference], most: tuple[int, int]) -> list[Compared]:
+    """Hold references against their target."""
+    target = camera.target(row)
+    view, compared = camera.view(target, most) if references else None, []
+    for reference in references:
+        assert view is not None
+        seen = camera.reference(row, reference)
+        both = not isinstance(seen, Refusal) and not isinstance(target, Refusal)
+        apart = difference(target, seen) if both else None  # type: ignore[arg-type]
+        found = measured(reference)
+        number = row.references.index(reference) + 1
+        compared.append(
+            Compared(
+                label=f"reference {number}" if len(row.references) > 1 else "reference",
+                dataset_id=reference.dataset_id,
+                path=reference.path,
+                bucket=reference.bucket,
+                made=reference.recipe is not None,
+                picture=camera.view(seen, most),
+                target=view,
+                apart=camera.view(apart.pixels, most) if apart is not None else None,
+                apart_label=apart.label if apart is not None else "",
+                steps=told(reference.realised),
+                alignment=verdict(found, camera.check) if found is not None else None,
+                prompts=tuple(reference.prompts),
+            )
+        )
+    return compared
