@@ -290,6 +290,7 @@ def _columns(number, dataset, count):
     at = np.arange(count)
     landscape = at % 3 == 0
     texts = [f"a caption of photo {row}, which is a little longer than need be" for row in range(count)]
+    ids = np.random.default_rng(number).bytes(16 * count).hex()  # as little compressible as hashes
     ends = np.arange(count + 1) if number == 0 else np.zeros(count + 1)
     geometry = {
         "width": (1600, 1200),
@@ -307,7 +308,7 @@ def _columns(number, dataset, count):
         **{name: pa.repeat(pa.scalar(value), count) for name, value in same.items()},
         **{name: pa.repeat(pa.scalar(1), count) for name in ("orientation", "bits", "frames")},
         "path": pa.array([f"{row // 1000:05d}/photo_{row:07d}.jpg" for row in range(count)]),
-        "image_id": pa.array([f"{number}{row:031x}" for row in range(count)]),
+        "image_id": pa.array([ids[start : start + 32] for start in range(0, len(ids), 32)]),
         "size_bytes": pa.array(at),
         "mtime_ns": pa.array(at),
         "face": pa.ListArray.from_arrays(pa.array(np.zeros(count + 1, np.int32)), pa.array([], pa.float64())),
