@@ -7,12 +7,12 @@ those of SimpleTuner's generators.
 
 import json
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, TypeAdapter, model_validator
 
-from schemas.keys import canonical
+from schemas.keys import canonical, digest
 from schemas.options import Options, option
 from schemas.presets import PRESETS, PresetName
 from schemas.steps import AnyStep, Step
@@ -23,6 +23,8 @@ def _rising(value: tuple[int, int]) -> tuple[int, int]:
         raise ValueError(f"the lower end comes first: [{value[1]}, {value[0]}]")
     return value
 
+
+_HASH_DIGITS = 16
 
 Quality = Annotated[int, Field(ge=1, le=100)]
 
@@ -156,20 +158,14 @@ RECIPE_ALIASES = {
 def recipe_text(recipe: Recipe) -> str:
     """Spell a recipe as the canonical JSON that rows carry and keys hash.
 
-    What has no effect is left out; a preset is spelled as its steps, so that keys follow when it changes.
+    What has no effect is left out. Of a preset's steps only their hash is told, which is shorter by kilobytes a row:
+    keys follow when the preset changes, and rows have the steps as they were realised.
     """
-    if isinstance(recipe, Chain) and recipe.preset is not None:
-        recipe = recipe.model_copy(update={"steps": recipe.all_steps, "preset": None})
     values = recipe.acting("pairs")
+    if isinstance(recipe, Chain) and recipe.preset is not None:
+        values["steps"] = digest([step.acting("pairs") for step in recipe.all_steps])[:_HASH_DIGITS]
     unsaid = {"degrade_at": "target", "preset": None}
     return canonical({name: value for name, value in values.items() if name not in unsaid or value != unsaid[name]})
-
-
-@lru_cache(maxsize=64)
-def parse_recipe(text: str) -> Recipe:
-    """Read a recipe back from a row."""
-    values = json.loads(text)
-    return RECIPES[values["type"]].model_validate(values)
 
 
 @cache

@@ -197,8 +197,16 @@ def test_a_changed_caption_encodes_that_text_alone(make_project: MakeProject) ->
     assert [(store.kind, store.encoded) for store in summary.stores] == [("latents", 0), ("text", 1)]
 
 
+def _storing(folder: Path, storage: str) -> Path:
+    """Have the references of a project's first set stored, or made on demand."""
+    datasets = json.loads((folder / "multidatabackend.json").read_text())
+    datasets[0]["conditioning"][0]["storage"] = storage
+    (folder / "multidatabackend.json").write_text(json.dumps(datasets))
+    return folder
+
+
 def test_a_replaced_image_changes_its_own_rows_and_latents_alone(make_project: MakeProject) -> None:
-    folder = make_project("deblur")
+    folder = _storing(make_project("deblur"), "files")
     project, _ = _prepare(folder)
     manifest, shards = project.manifest("photos"), folder / "work" / "cache"
     rows = {row.path: row for row in read_table(manifest, ImageRow)}
@@ -261,11 +269,9 @@ def test_one_and_three_workers_write_the_same_bytes(make_project: MakeProject) -
 
 
 def test_references_on_demand_give_the_same_latents_as_files(make_project: MakeProject) -> None:
-    folder = make_project("deblur")
+    folder = _storing(make_project("deblur"), "files")
     _prepare(folder)
-    datasets = json.loads((folder / "multidatabackend.json").read_text())
-    datasets[0]["conditioning"][0]["storage"] = "ondemand"
-    (folder / "multidatabackend.json").write_text(json.dumps(datasets))
+    _storing(folder, "ondemand")
     shutil.rmtree(folder / "work" / "references")
     project, summary = _prepare(folder)
     assert [store.encoded for store in summary.stores] == [0, 0]
@@ -467,7 +473,7 @@ def test_a_limited_table_is_told_and_the_whole_one_replaces_it(
 
 
 def test_a_dry_run_writes_nothing_at_any_stage(make_project: MakeProject) -> None:
-    folder = make_project("deblur")
+    folder = _storing(make_project("deblur"), "files")
     shutil.rmtree(folder / "work")
     before = _tree(folder)
     assert scan(folder, dry_run=True).datasets[0].written
@@ -558,7 +564,7 @@ def test_options_without_effect_do_not_stand_in_the_way_of_a_resume(make_project
 
 
 def test_a_script_needs_no_main_guard_and_is_not_run_by_workers(make_project: MakeProject) -> None:
-    folder = make_project("deblur")
+    folder = _storing(make_project("deblur"), "files")
     script = folder / "script.py"
     script.write_text(
         "print('run')\nfrom prep.scan import scan\nfrom prep.pairs import pairs\n"

@@ -208,7 +208,8 @@ def test_decoding_undoes_the_normalisation(pipeline: FluxKontextPipeline) -> Non
 def test_strict_references_show_the_targets_box_to_the_pixel(make_project: object, tmp_path: Path) -> None:
     folder = make_project()  # type: ignore[operator]
     for picture in (folder / "target").glob("*.jpg"):
-        (folder / "reference" / picture.name).write_bytes(picture.read_bytes())
+        copy = picture.read_bytes() + b"after the end of the picture"
+        (folder / "reference" / picture.name).write_bytes(copy)
     project = open_project(folder)
     scan(project), pairs(project)
     [target] = project.targets

@@ -1,4 +1,5 @@
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,8 @@ def test_a_picture_is_degraded_after_its_crop_or_at_full_size_before_it(degrade_
         intermediary_width=128, intermediary_height=128, crop_left=8, crop_top=8, target_width=96, target_height=96
     )
     recipe = Superresolution(blur_radius=3, add_noise=False, degrade_at=degrade_at)
-    picture = Picture(place, file.name, content_id(file.read_bytes()), "", box, recipe_text(recipe), 7)
+    picture = Picture(place, file.name, content_id(file.read_bytes()), "", box, recipe_text(recipe), 7,
+                      json.dumps(realise(recipe, 7)))  # fmt: skip
     full = Image.fromarray(apply(np.asarray(whole), realise(recipe, 7), 7))
     expected = {"target": apply(frame(whole, box), realise(recipe, 7), 7), "source": frame(full, box)}
     assert np.array_equal(pixels_of(picture), expected[degrade_at])

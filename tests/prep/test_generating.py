@@ -1,6 +1,7 @@
 """Degraded pictures: the same however they are stored and by how many they are made, whole or not there."""
 
 import importlib
+import json
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from PIL import Image
 
 from families import open_project
 from prep import generating
+from prep.degrade import apply
 from prep.images import decode, frame
 from prep.pairs import pairs
 from prep.pixels import pixels_of, reference_picture, target_picture
@@ -109,9 +111,6 @@ def test_degrading_at_the_source_is_stronger_for_small_pictures_and_weaker_for_l
 
 
 def test_source_degradation_acts_on_the_upright_file_and_one_file_serves_all_crops(tmp_path):
-    from prep.degrade import degrade
-    from schemas.recipes import parse_recipe
-
     generator = {**KINDS["superresolution"], "degrade_at": "source", "storage": "files"}
     target = {**TARGETS, "crop": True, "crop_style": "random", "crop_variants": 3, "conditioning": generator}
     project(tmp_path, target)
@@ -122,7 +121,7 @@ def test_source_degradation_acts_on_the_upright_file_and_one_file_serves_all_cro
     whole = np.asarray(decode((tmp_path / "edits" / "a.png").read_bytes()))
     for row, pixels in zip(rows, made(tmp_path), strict=True):
         [reference] = row.references
-        expected = frame(degrade(whole, parse_recipe(reference.recipe), reference.seed), row.geometry)
+        expected = frame(apply(whole, json.loads(reference.realised), reference.seed), row.geometry)
         assert np.array_equal(pixels, expected)
 
 
@@ -153,8 +152,6 @@ def test_crops_and_degradations_vary_together(tmp_path):
 
 
 def test_realised_numbers_of_every_sample_are_in_the_table(tmp_path):
-    import json
-
     steps = [{"step": "blur", "sigma": [0.5, 2.0]}, {"step": "jpeg", "quality": [10, 30]}]
     project(tmp_path, {**TARGETS, "conditioning": {"type": "chain", "steps": steps}})
     for number in range(8):

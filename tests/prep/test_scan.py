@@ -671,7 +671,7 @@ def test_a_look_measures_without_identifying_and_a_scan_completes_it(tmp_path):
     assert (summary.read, summary.kept) == (1, 1)
     assert rows_of(tmp_path)["a.png"].image_id is None
     with pytest.raises(UserError, match="scanned with --no-hash, for a look; run: prep scan"):
-        read_manifest(open_project(tmp_path), open_project(tmp_path).datasets[0])
+        read_manifest(open_project(tmp_path), open_project(tmp_path).datasets[0], ["path"])
     [again] = scan(tmp_path, workers=1, hashed=False).datasets
     assert (again.read, again.written) == (0, False)
     [whole] = scan(tmp_path, workers=1).datasets
@@ -748,11 +748,11 @@ def test_a_look_at_a_scanned_set_leaves_it_usable(tmp_path):
     scan(tmp_path, workers=1)
     scan(tmp_path, workers=1, hashed=False)
     opened = open_project(tmp_path)
-    assert len(read_manifest(opened, opened.datasets[0])) == 1
+    assert len(read_manifest(opened, opened.datasets[0], ["path"])) == 1
     draw(tmp_path / "photos" / "new.png", seed=1)
     scan(tmp_path, workers=1, hashed=False)
     with pytest.raises(UserError, match="scanned with --no-hash"):
-        read_manifest(opened, opened.datasets[0])
+        read_manifest(opened, opened.datasets[0], ["path"])
 
 
 def test_verifying_and_limits_look_at_a_set_whose_discovery_is_skipped(tmp_path):
