@@ -145,7 +145,7 @@ def matching(folder, _, options):
     print(f"\n{options.rows:,} targets, as many strict references, not compared", flush=True)
     written_manifests(folder, options.rows)
     for label in ("first", "again, unchanged"):
-        done = run("paired", folder, options.workers, False)
+        done = run("paired", folder, options.workers, "ignore")
         assert done["pairs"] == options.rows and done["written"] == (label == "first")
         told(label, options.rows / done["work"], done["peak_mib"], f"{done['work']:.1f} s", "rows/s")
     table = folder / "work" / "pairs" / "edits.parquet"
@@ -172,11 +172,11 @@ def alignment(folder, photos, options):
 # What is timed, each in a process of its own
 
 
-def paired(folder, workers, align=True):
+def paired(folder, workers, misaligned=None):
     """Run prep pairs."""
     opened = open_project(folder)
     begun = time.perf_counter()
-    [done] = pairs(opened, workers=workers, align=align).datasets
+    [done] = pairs(opened, workers=workers, misaligned=misaligned).datasets
     work = time.perf_counter() - begun
     numbers = ("targets", "pairs", "generated", "compared", "misaligned", "written")
     return {name: getattr(done, name) for name in numbers} | {"work": work}
