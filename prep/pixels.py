@@ -7,11 +7,8 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from prep.degrade import Step, apply, decode_stored, encode, suffix_of
-from prep.images import Pixels, decode, frame
+from prep.images import Pixels, decode_pixels, frame
 from prep.places import Place, place_of, read_bytes
 from schemas.keys import content_id, pixels_key
 from schemas.project import Project
@@ -95,17 +92,17 @@ def pixels_of(picture: Picture) -> Pixels | Refusal:
     if steps is None:
         return frame(decoded, picture.geometry)
     if picture.at_source:
-        return frame(apply(np.asarray(decoded), steps, seed), picture.geometry)
+        return frame(apply(decoded, steps, seed), picture.geometry)
     return apply(frame(decoded, picture.geometry), steps, seed)
 
 
-def upright(picture: Picture) -> Image.Image | Refusal:
+def upright(picture: Picture) -> Pixels | Refusal:
     """Read and decode the whole image of a picture, or say why not."""
     data = bytes_of(picture)
     if isinstance(data, Refusal):
         return data
     try:
-        decoded = decode(data, picture.view)
+        decoded = decode_pixels(data, picture.view)
     except MemoryError:
         return Refusal("not enough memory to decode it", lasting=False)
     return Refusal(decoded, lasting=True) if isinstance(decoded, str) else decoded
@@ -136,7 +133,8 @@ def store(picture: Picture) -> Refusal | None:
     decoded = upright(picture)
     if isinstance(decoded, Refusal):
         return decoded
-    pixels = np.asarray(decoded) if picture.at_source else frame(decoded, picture.geometry)
+    pixels = decoded if picture.at_source else frame(decoded, picture.geometry)
+    del decoded  # of a large photograph it is much of what this takes
     data, _ = encode(pixels, picture.steps or [], picture.seed or 0)
     with write_aside(picture.store) as aside:
         aside.write_bytes(data)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageCms, features
 
 from prep.headers import Header
-from prep.images import EXTENSIONS, HEAD_BYTES, decode, frame, read_header
+from prep.images import EXTENSIONS, HEAD_BYTES, decode, decode_pixels, frame, read_header
 from schemas.rows import Geometry
 
 ORIENTATION = 0x0112
@@ -373,3 +373,33 @@ def test_postscript_under_the_name_of_a_picture_is_never_run():
     with Image.open(io.BytesIO(data)) as image:
         assert image.format == "EPS"
     assert header_of(data) == decode(data) == "unreadable: no known image format"
+
+
+@pytest.mark.parametrize("quality", [40, 95])
+@pytest.mark.parametrize("sampling", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}])
+def test_a_plain_jpeg_has_the_pixels_that_pillow_gives_it(options, mode, sampling, quality):
+    rng = np.random.default_rng(quality + sampling)
+    photo = Image.fromarray(rng.integers(0, 256, (61, 83, 3), np.uint8)).resize((203, 149)).convert(mode)
+    file = io.BytesIO()
+    photo.save(file, "JPEG", quality=quality, **({"subsampling": sampling} if mode == "RGB" else {}), **options)
+    assert np.array_equal(decode_pixels(file.getvalue()), np.asarray(decode(file.getvalue())))
+
+
+@pytest.mark.parametrize("oddity", ["turned", "profiled", "cmyk", "cut", "garbage", "trailing", "view", "png"])
+def test_any_other_picture_is_decoded_by_pillow(oddity):
+    photo = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 60, 3), np.uint8))
+    file, view, options = io.BytesIO(), "", {}
+    if oddity == "turned":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+    if oddity == "profiled":
+        options["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    if oddity == "view":
+        view = '{"part":[1,2]}'
+    (photo.convert("CMYK") if oddity == "cmyk" else photo).save(file, "PNG" if oddity == "png" else "JPEG", **options)
+    data = file.getvalue()
+    data = {"cut": data[:-200], "garbage": data[:700] + bytes(60) + data[760:], "trailing": data + b"more"}.get(oddity, data)
+    slow, fast = decode(data, view), decode_pixels(data, view)
+    assert fast == slow if isinstance(slow, str) else np.array_equal(fast, np.asarray(slow))
