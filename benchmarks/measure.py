@@ -16,7 +16,7 @@ def measured(command):
         peak = 0
         while process.poll() is None:
             peak = max(peak, memory_of(process.pid))
-            time.sleep(0.05)
+            time.sleep(0.25)
         if process.returncode:
             errors.seek(0)
             raise SystemExit(f"{' '.join(command)} failed:\n{errors.read()[-4000:]}")

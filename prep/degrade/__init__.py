@@ -48,7 +48,7 @@ def apply(pixels: Pixels, steps: Sequence[Step], seed: int) -> Pixels:
 def encode(pixels: Pixels, steps: Sequence[Step], seed: int) -> tuple[bytes, str]:
     """Return the degraded picture as a file, and its suffix: the last step's own bitstream, or a lossless one."""
     if not steps or steps[-1]["step"] not in codecs.STORED_AS:
-        return codecs.png_file(apply(pixels, steps, seed)), ".png"
+        return codecs.quick_png_file(apply(pixels, steps, seed)), ".png"
     suffix, written = codecs.STORED_AS[steps[-1]["step"]]
     return written(apply(pixels, steps[:-1], seed), **_parameters(steps[-1])), suffix
 

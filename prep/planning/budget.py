@@ -26,7 +26,7 @@ from schemas.rows import Geometry
 from schemas.shards import ShardIndex
 from schemas.storage import is_aside
 
-PICTURE_BYTES = 2.0  # per pixel of a degraded photograph as lossless PNG; flat drawings take less, noise up to 3
+PICTURE_BYTES = 3.0  # per pixel of a noisy picture as PNG; what has no noise takes half, JPEG and WebP far less
 
 _DRAWN = 300_000  # random crops that are drawn to be counted exactly; of more, a bound is told
 _VALUE_BYTES = 2  # bfloat16

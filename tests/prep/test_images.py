@@ -400,6 +400,8 @@ def test_any_other_picture_is_decoded_by_pillow(oddity):
         view = '{"part":[1,2]}'
     (photo.convert("CMYK") if oddity == "cmyk" else photo).save(file, "PNG" if oddity == "png" else "JPEG", **options)
     data = file.getvalue()
-    data = {"cut": data[:-200], "garbage": data[:700] + bytes(60) + data[760:], "trailing": data + b"more"}.get(oddity, data)
+    data = {"cut": data[:-200], "garbage": data[:700] + bytes(60) + data[760:], "trailing": data + b"more"}.get(
+        oddity, data
+    )
     slow, fast = decode(data, view), decode_pixels(data, view)
     assert fast == slow if isinstance(slow, str) else np.array_equal(fast, np.asarray(slow))
