@@ -27,6 +27,7 @@ ResultT = TypeVar("ResultT")
 
 _THREADS = ("OPENCV_FOR_THREADS_NUM", "VIPS_CONCURRENCY")  # variables that limit them
 
+_STILLBORN = 3  # workers that may die at their start, one after the other
 _AHEAD = 4  # items in flight or waiting to be yielded, per worker: what bounds memory
 
 
@@ -63,6 +64,7 @@ class Crew:
         self._busy: dict[Any, int] = {}  # pipe -> position of its item
         self._processes: dict[Any, Any] = {}
         self._inboxes: dict[Any, Inbox] = {}
+        self._stillborn = 0  # workers in a row that died before they said anything
         self._starting: set[Any] = set()  # pipes whose worker has not said anything yet
         self._since: dict[Any, float] = {}  # pipe -> when its worker began the item, if there is a limit
         self._overdue: set[Any] = set()  # pipes whose worker was killed for taking too long
@@ -173,8 +175,14 @@ class Crew:
         try:
             pipe.recv()
             self._idle.append(pipe)
+            self._stillborn = 0
         except (EOFError, ConnectionResetError):
-            raise UserError("worker processes cannot start; --workers 1 does without them") from None
+            self._stillborn += 1
+            if self._stillborn == _STILLBORN:
+                raise UserError("worker processes cannot start; --workers 1 does without them") from None
+            self._processes.pop(pipe).join()  # someone killed it: another takes its place
+            self._inboxes.pop(pipe).close()
+            pipe.close()
 
     def _fetch(self, pipe: Any, item: object) -> Any:
         self._since.pop(pipe, None)
