@@ -106,6 +106,55 @@ def _as_it_happened(folder: Path) -> None:
     assert not any(one.at_most for one in after.stages)
 
 
+@pytest.mark.parametrize("degrade_at", ["target", "source"])
+@pytest.mark.parametrize("crops", [1, 2])
+def test_degradations_are_made_as_they_were_planned(make_project: MakeProject, crops: int, degrade_at: str) -> None:
+    folder = make_project("deblur", train_batch_size=2)
+    place = {"degrade_at": degrade_at, "storage": "files"}
+    generators = [
+        {"type": "chain", "preset": "web-jpeg", "variants": 3, "captions": ["one", "two"], **place},
+        {"type": "jpeg_artifacts", "quality_mode": "range", "variants": 2, **place},
+    ]
+    _edit(folder, 0, crop=True, crop_style="random", crop_variants=crops, conditioning=generators)
+    _as_it_happened(folder)
+    project = open_project(folder)
+    pictures = [path for path in project.pixel_store.rglob("*") if path.is_file()]
+    stage = _stage(plan(project), "reference pictures")
+    assert stage.needed == stage.there == len(pictures)
+    assert len(pictures) == 6 * 5 or (crops == 2 and degrade_at == "target" and 6 * 5 < len(pictures) <= 6 * 5 * 2)
+    assert plan(project).datasets[0].pairs == 6 * 3 * crops
+
+
+def test_targets_that_lack_references_are_counted_as_they_are_shown(make_project: MakeProject) -> None:
+    folder = make_project("edits", train_batch_size=2)
+    datasets = json.loads((folder / "multidatabackend.json").read_text())
+    shutil.copytree(folder / "reference", folder / "more")
+    for picture in (folder / "more").glob("*.jpg"):
+        picture.write_bytes(picture.read_bytes() + b"another file")
+    datasets[0] |= {"on_unpaired": "train_without_reference", "conditioning_data": ["gray", "more"]}
+    datasets.append({**datasets[1], "id": "more", "instance_data_dir": "more", "conditioning_type": "reference_loose"})
+    (folder / "multidatabackend.json").write_text(json.dumps(datasets))
+    first, second, third = sorted((folder / "more").glob("*.jpg"))[:3]
+    first.unlink()
+    second.write_bytes(b"no picture")
+    third.unlink()
+    (folder / "reference" / third.name).unlink()
+    config = json.loads((folder / "config.json").read_text()) | {"conditioning_multidataset_sampling": "combined"}
+    (folder / "config.json").write_text(json.dumps(config))
+    _as_it_happened(folder)
+
+
+def test_a_set_whose_pairs_are_faulty_blocks_the_plan_until_it_says_what_becomes_of_them(
+    make_project: MakeProject,
+) -> None:
+    folder = make_project("edits")
+    next((folder / "reference").glob("*.jpg")).unlink()
+    told = plan(open_project(folder)).blocked
+    assert told is not None and told.startswith("colour: prep pairs stops, as 1 of 6 targets have no proper reference")
+    _edit(folder, 0, on_unpaired="drop")
+    assert plan(open_project(folder)).blocked is None
+
+
 @pytest.mark.parametrize("name", ["deblur", "edits", "jpeg"])
 def test_a_demo_is_done_as_it_was_planned(make_project: MakeProject, name: str) -> None:
     _as_it_happened(make_project(name, train_batch_size=4, gradient_accumulation_steps=2))
