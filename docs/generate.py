@@ -180,7 +180,9 @@ settings they depend on), `pairline.inputs` (hash of the data that went in), `pa
 and `pairline.source` (hash of where a manifest's files lie). A stage compares them with those of a run now: equal means
 there is nothing to do.
 
-Shards carry one JSON object under `pairline.shard`:
+Shards carry a list of their keys under `pairline.keys`, whose hash is the file's name, and one JSON object under
+`pairline.shard`. Row groups have at most 16 rows and 8 MiB; payloads are plain, uncompressed, one page per group, so
+that a row lies at a place that follows from the footer: training reads it there, any other reader finds it too.
 """
 
 _KEYS = """## Keys

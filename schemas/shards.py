@@ -1,27 +1,38 @@
 """Shards of latents and text embeds: Parquet files of one shape each, found by content key.
 
 `write_shard` and `ShardIndex` stand side by side: what one writes the other reads. A shard's schema metadata says
-what the bytes mean; docs/formats.md lists it.
+what the bytes mean and which keys it holds; docs/formats.md lists it. Payloads lie in the file as they are, so that a
+row is read where it lies, without a Parquet reader; of a file that somebody wrote anew, pyarrow reads them.
 """
 
 import json
+import os
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from threading import Lock
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from schemas.errors import UserError
 from schemas.keys import checksum, digest
 from schemas.rows import LatentRow, RejectRow, TextRow, UInt64, as_columns
 from schemas.storage import is_aside, write_aside
 
-SHARD_FORMAT = 1
+SHARD_FORMAT = 2
 REJECTS = "rejects"  # folder of the images that could not be encoded, beside the buckets
+
+_GROUP_ROWS, _GROUP_BYTES = 16, 8 << 20  # most of a row group: what a generic reader fetches for one row
+_LONGEST_HEADER = 128  # bytes of a page before its values
+_MOST_ROWS = 1 << 24  # of a shard
+_OPEN_FILES = 128
 
 Array = npt.NDArray[np.uint16]  # bfloat16 bit patterns: NumPy has no bfloat16
 
@@ -58,19 +69,33 @@ def text_row(key: str, prompt: str, embed: Array, pooled: Array | None, num_toke
 def write_shard(folder: Path, header: ShardHeader, rows: Sequence[LatentRow] | Sequence[TextRow]) -> Path:
     """Write rows of one shape as one shard, named by the keys it holds; returns its path.
 
-    Payload columns are fixed-size binary, plain and uncompressed, one row group per row, so that any Parquet reader
-    fetches a single row cheaply.
+    Payload columns are fixed-size binary, plain and uncompressed, one page per row group, and row groups are small: a
+    row lies at a known place, and any Parquet reader fetches it cheaply.
     """
-    path = folder / f"{digest([row.key for row in rows])[:16]}.parquet"
+    keys = [row.key for row in rows]
+    path = folder / f"{_name(keys)}.parquet"
     table = as_columns(list(rows), type(rows[0]))
     for column in header.shapes:
         position = table.schema.get_field_index(column)
         field = table.schema.field(column).with_type(pa.binary(header.bytes_of(column)))
         table = table.set_column(position, field, table.column(column).cast(field.type))
-    table = table.replace_schema_metadata({"pairline.shard": json.dumps(asdict(header), sort_keys=True)})
+    said = {"pairline.shard": json.dumps(asdict(header), sort_keys=True), "pairline.keys": json.dumps(keys)}
+    row_bytes = sum(map(header.bytes_of, header.shapes))
     with write_aside(path) as aside:
-        pq.write_table(table, aside, row_group_size=1, compression="none", use_dictionary=False, write_statistics=False)
+        pq.write_table(
+            table.replace_schema_metadata(said),
+            aside,
+            row_group_size=max(1, min(_GROUP_ROWS, _GROUP_BYTES // max(1, row_bytes))),
+            data_page_size=2 * _GROUP_BYTES + row_bytes,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+        )
     return path
+
+
+def _name(keys: Sequence[str]) -> str:
+    return digest(list(keys))[:16]
 
 
 def write_rejects(folder: Path, rows: Sequence[RejectRow]) -> Path:
@@ -81,29 +106,27 @@ def write_rejects(folder: Path, rows: Sequence[RejectRow]) -> Path:
     return path
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    path: Path
-    row: int
-
-
 class ShardIndex:
-    """All rows below one encoder's folder, by key. Opening reads key columns only; `read` fetches one row."""
+    """All rows below one encoder's folder, by key. Opening reads the ends of files; `read` fetches one row."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.headers: dict[Path, ShardHeader] = {}
         self.rejects: dict[str, str] = {}
-        self._places: dict[str, _Place] = {}
+        self._paths: list[Path] = []
+        self._places: dict[str, int] = {}  # file × _MOST_ROWS + row
+        self._open: OrderedDict[Path, _Shard] = OrderedDict()
+        self._lock = Lock()
         for path in sorted(folder.glob("**/*.parquet")) if folder.exists() else []:
             if is_aside(path):
                 continue
             if path.parent.name == REJECTS:
                 self.rejects |= {record["key"]: record["reject"] for record in _records(path, None, ["key", "reject"])}
                 continue
-            self.headers[path] = _header(path)
-            for row, record in enumerate(_records(path, None, ["key"])):
-                self._places[record["key"]] = _Place(path, row)
+            self.headers[path], keys = _header(path)
+            first = len(self._paths) * _MOST_ROWS
+            self._paths.append(path)
+            self._places.update(zip(keys, range(first, first + len(keys)), strict=True))
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -113,38 +136,118 @@ class ShardIndex:
 
     def header_of(self, key: str) -> ShardHeader:
         """Return the header of the shard that holds `key`; raises KeyError."""
-        return self.headers[self._places[key].path]
+        return self.headers[self._paths[self._places[key] // _MOST_ROWS]]
 
     def read(self, key: str) -> dict[str, Any]:
-        """Fetch one row: binary columns as bfloat16 bit patterns in their shape; raises UserError if damaged."""
-        place = self._places[key]
-        header = self.headers[place.path]
-        [record] = _records(place.path, place.row, None)
-        payload = b"".join(record[column] or b"" for column in header.shapes)
-        if checksum(payload) != record["checksum"]:
+        """Fetch one row: binary columns as bfloat16 bit patterns in their shape; raises UserError if damaged.
+
+        Several threads may read at once.
+        """
+        number, row = divmod(self._places[key], _MOST_ROWS)
+        path = self._paths[number]
+        header = self.headers[path]
+        arrays = {column: np.empty(shape, np.uint16) for column, shape in header.shapes.items()}
+        shard = self._shard(path)
+        shard.read_into(row, arrays)
+        rest = {name: values[row] for name, values in shard.rest.items()}
+        if _sum(list(arrays.values())) != rest["checksum"]:
             raise UserError(
-                f"{place.path}: row {place.row} ({key}) is damaged, its checksum differs; "
-                "delete this file and run prep cache again"
+                f"{path}: row {row} ({key}) is damaged, its checksum differs; delete this file and run prep cache again"
             )
-        for column, shape in header.shapes.items():
-            record[column] = np.frombuffer(bytearray(record[column]), np.uint16).reshape(shape)
-        return dict(record)
+        absent = {"pooled": None} if header.row == "TextRow" and "pooled" not in header.shapes else {}
+        return {"key": key, **rest, **absent, **arrays}
+
+    def _shard(self, path: Path) -> "_Shard":
+        """Return an opened shard; the ones used last stay open."""
+        with self._lock:
+            shard = self._open.get(path)
+            if shard is None:
+                shard = self._open[path] = _Shard(path, self.headers[path])
+                if len(self._open) > _OPEN_FILES:
+                    self._open.popitem(last=False)
+            else:
+                self._open.move_to_end(path)
+            return shard
 
 
-def _header(path: Path) -> ShardHeader:
+class _Shard:
+    """One file, opened: where each row's payload lies in it, and its other columns."""
+
+    def __init__(self, path: Path, header: ShardHeader) -> None:
+        self._path, self._header = path, header
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+            finalize(self, os.close, self._file)
+            parquet = pq.ParquetFile(path)
+            metadata = parquet.metadata
+            names = [metadata.schema.column(place).name for place in range(metadata.num_columns)]
+            others = [name for name in names if name not in (*header.shapes, "key", "pooled")]
+            self.rest: dict[str, list[Any]] = parquet.read(others).to_pydict()
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as fault:
+            raise _damaged(path, fault) from fault
+        self._starts = {name: _starts(metadata, names.index(name), header.bytes_of(name)) for name in header.shapes}
+
+    def read_into(self, row: int, arrays: Mapping[str, Array]) -> None:
+        """Fill arrays with a row's payload."""
+        for name, array in arrays.items():
+            start = self._starts[name]
+            if start is None:
+                array[...] = self._by_arrow(row, name).reshape(array.shape)
+            elif os.preadv(self._file, [array.data.cast("B")], start[row]) != array.nbytes:
+                raise _damaged(self._path, OSError("cut short"))
+
+    def _by_arrow(self, row: int, name: str) -> Array:
+        """Read a row of a file that somebody wrote otherwise."""
+        try:
+            [value] = pq.ParquetFile(self._path).read([name]).column(name).slice(row, 1).to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as fault:
+            raise _damaged(self._path, fault) from fault
+        return np.frombuffer(value, np.uint16)
+
+
+def _starts(metadata: Any, column: int, row_bytes: int) -> list[int] | None:
+    """Return where each row of a payload column lies; None if that cannot be told from the file's footer.
+
+    A page is a header, perhaps levels that say which values are null, and the values: they end where their column does.
+    """
+    starts: list[int] = []
+    for group in range(metadata.num_row_groups):
+        chunk, rows = metadata.row_group(group).column(column), metadata.row_group(group).num_rows
+        before = chunk.total_compressed_size - rows * row_bytes
+        plain = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page
+        if not plain or not 0 < before <= _LONGEST_HEADER:
+            return None
+        first = chunk.data_page_offset + before
+        starts += range(first, first + rows * row_bytes, row_bytes)
+    return starts
+
+
+def _sum(arrays: Sequence[Array]) -> int:
+    """Sum payloads as if they were one."""
+    state = xxhash.xxh3_64()
+    for array in arrays:
+        state.update(array.data)
+    return state.intdigest()
+
+
+def _header(path: Path) -> tuple[ShardHeader, list[str]]:
+    """Read what a shard says of itself, and its keys; raises UserError if it is damaged or of another format."""
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        metadata = pq.read_metadata(path).metadata or {}
         values = json.loads(metadata[b"pairline.shard"])
         shapes = {column: tuple(shape) for column, shape in values["shapes"].items()}
         header = ShardHeader(**{field.name: values[field.name] for field in fields(ShardHeader)} | {"shapes": shapes})
+        if header.format == SHARD_FORMAT:
+            keys = json.loads(metadata[b"pairline.keys"])
+            if _name(keys) != path.stem:
+                raise ValueError("its keys are not those it is named by")
+            return header, keys
     except (pa.ArrowException, OSError, KeyError, ValueError) as fault:
         raise _damaged(path, fault) from fault
-    if header.format != SHARD_FORMAT:
-        raise UserError(
-            f"{path}: shard format {header.format}, this version reads {SHARD_FORMAT}; "
-            f"delete {path.parent} and run prep cache again"
-        )
-    return header
+    raise UserError(
+        f"{path}: shard format {header.format}, this version reads {SHARD_FORMAT}; "
+        f"delete {path.parent} and run prep cache again"
+    )
 
 
 def _records(path: Path, row_group: int | None, columns: list[str] | None) -> list[dict[str, Any]]:

@@ -1,10 +1,12 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from schemas import shards
 from schemas.errors import UserError
 from schemas.keys import checksum
 from schemas.rows import RejectRow
@@ -67,17 +69,17 @@ def test_any_parquet_reader_finds_fixed_size_columns_row_by_row_and_the_header(t
     assert file.schema_arrow.field("key") == pa.field("key", pa.string(), False)
     assert file.schema_arrow.field("latent") == pa.field("latent", pa.binary(16 * 3 * 5 * 2), False)
     assert file.schema_arrow.field("checksum") == pa.field("checksum", pa.uint64(), False)
+    assert json.loads(file.schema_arrow.metadata[b"pairline.keys"]) == ["key0", "key1", "key2"]
     assert json.loads(file.schema_arrow.metadata[b"pairline.shard"]) == {
         "row": "LatentRow",
         "encoder": "e1",
         "shapes": {"latent": [16, 3, 5]},
         "dtype": "bfloat16",
         "normalised": True,
-        "format": 1,
+        "format": 2,
     }
-    assert file.num_row_groups == 3
     assert {file.metadata.row_group(0).column(place).compression for place in range(3)} == {"UNCOMPRESSED"}
-    [second] = file.read_row_group(1).to_pylist()
+    second = file.read().to_pylist()[1]
     assert second == {"key": "key1", "latent": latents[1].tobytes(), "checksum": checksum(latents[1].tobytes())}
 
 
@@ -166,11 +168,13 @@ def test_one_flipped_bit_of_a_pooled_embed_is_noticed_too(tmp_path):
 def test_a_key_that_went_bad_on_disk_is_told_with_its_file(tmp_path):
     path = write_shard(tmp_path, HEADER, [latent_row("0123456789abcdef", numbers(16, 3, 5))])
     data = bytearray(path.read_bytes())
-    data[data.index(b"0123456789abcdef")] ^= 0x80  # no longer UTF-8
-    path.write_bytes(bytes(data))
-    with pytest.raises(UserError, match="damaged") as caught:
-        ShardIndex(tmp_path)
-    assert str(path) in str(caught.value)
+    for bit in (1, 0x80):  # another key; no text at all
+        changed = bytearray(data)
+        changed[data.rindex(b"0123456789abcdef")] ^= bit
+        path.write_bytes(bytes(changed))
+        with pytest.raises(UserError, match="damaged") as caught:
+            ShardIndex(tmp_path)
+        assert str(path) in str(caught.value)
 
 
 def test_a_shard_cut_off_anywhere_is_told_with_its_file(tmp_path):
@@ -200,8 +204,75 @@ def test_a_parquet_file_of_somebody_elses_is_told_by_name(metadata, tmp_path):
 
 
 def test_a_shard_of_another_format_names_both_formats_and_what_to_delete(tmp_path):
-    header = ShardHeader(row="LatentRow", encoder="e1", shapes={"latent": (16, 3, 5)}, format=2)
+    header = ShardHeader(row="LatentRow", encoder="e1", shapes={"latent": (16, 3, 5)}, format=9)
     write_shard(tmp_path / "3x5", header, [latent_row("key", numbers(16, 3, 5))])
-    with pytest.raises(UserError, match="shard format 2, this version reads 1") as caught:
+    with pytest.raises(UserError, match="shard format 9, this version reads 2") as caught:
         ShardIndex(tmp_path)
     assert f"delete {tmp_path / '3x5'} and run prep cache again" in str(caught.value)
+
+
+# Where rows lie
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 50])
+def test_rows_are_read_where_they_lie_whatever_their_number(rows, tmp_path, monkeypatch):
+    header = ShardHeader("TextRow", "e1", {"embed": (7, 4), "pooled": (6,)})
+    texts = [text_row(f"k{n}", f"prompt {n}", numbers(7, 4, seed=n), numbers(6, seed=100 + n), n) for n in range(rows)]
+    path = write_shard(tmp_path, header, texts)
+    assert pq.ParquetFile(path).num_row_groups == -(-rows // 16)
+    index = ShardIndex(tmp_path)
+    monkeypatch.setattr(shards._Shard, "_by_arrow", None)  # it would be asked in vain
+    for number in np.random.default_rng(0).permutation(rows).tolist():
+        row = index.read(f"k{number}")
+        assert np.array_equal(row["embed"], numbers(7, 4, seed=number))
+        assert np.array_equal(row["pooled"], numbers(6, seed=100 + number))
+        assert row["num_tokens"] == number and row["prompt"] == f"prompt {number}"
+
+
+def test_large_rows_have_row_groups_of_their_own(tmp_path):
+    header = ShardHeader("LatentRow", "e1", {"latent": (3, 1024, 1024)})
+    path = write_shard(tmp_path, header, [latent_row(f"k{n}", numbers(3, 1024, 1024, seed=n)) for n in range(3)])
+    assert pq.ParquetFile(path).num_row_groups == 3
+    index = ShardIndex(tmp_path)
+    assert all(np.array_equal(index.read(f"k{n}")["latent"], numbers(3, 1024, 1024, seed=n)) for n in range(3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compression": "zstd"},
+        {"use_dictionary": True},
+        {"data_page_size": 512, "row_group_size": 9},
+        {"version": "1.0"},
+    ],
+)
+def test_a_shard_that_was_written_anew_by_somebody_else_is_read_all_the_same(options, tmp_path):
+    latents = {f"key{number}": numbers(16, 3, 5, seed=number) for number in range(20)}
+    path = write_shard(tmp_path, HEADER, [latent_row(key, latent) for key, latent in latents.items()])
+    pq.write_table(pq.read_table(path), path, **options)
+    index = ShardIndex(tmp_path)
+    for key, latent in latents.items():
+        assert np.array_equal(index.read(key)["latent"], latent)
+
+
+def test_several_threads_read_at_once_and_few_files_stay_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_OPEN_FILES", 3)
+    for number in range(9):
+        write_shard(tmp_path, HEADER, [latent_row(f"{number}-{n}", numbers(16, 3, 5, seed=n)) for n in range(4)])
+    index = ShardIndex(tmp_path)
+    keys = [f"{number}-{n}" for number in range(9) for n in range(4)] * 5
+    with ThreadPoolExecutor(4) as pool:
+        for key, row in zip(keys, pool.map(index.read, keys), strict=True):
+            assert np.array_equal(row["latent"], numbers(16, 3, 5, seed=int(key[-1])))
+    assert len(index._open) == 3
+
+
+def test_pandas_and_datasets_read_shards(tmp_path):
+    import datasets
+    import pandas
+
+    latents = [numbers(16, 3, 5, seed=number) for number in range(20)]
+    path = write_shard(tmp_path, HEADER, [latent_row(f"key{number}", one) for number, one in enumerate(latents)])
+    assert pandas.read_parquet(path)["latent"][7] == latents[7].tobytes()
+    loaded = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "hf"))
+    assert loaded[7]["latent"] == latents[7].tobytes() and loaded[7]["key"] == "key7"
