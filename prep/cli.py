@@ -157,6 +157,24 @@ def cache(
         report(run(opened, limit=limit, workers=workers, dry_run=dry_run), json)
 
 
+@app.command(short_help="Say what is done, what is stale, what comes next.", epilog="Example:  prep status my-project")
+def status(
+    project: ProjectPath,
+    workspace: Workspace = None,
+    root: Root = None,
+    settings: Settings = None,
+    json: Json = False,
+) -> None:
+    """Say of every stage what is complete, stale or missing, and why. Images are not looked at, nothing is written."""
+    with reporting():
+        from families import open_project
+        from prep.status import status as run
+
+        opened = open_project(project, root=root, workspace=workspace, overrides=settings or ())
+        warn(opened.warnings)
+        report(run(opened), json)
+
+
 @app.command("report", short_help="Show what was scanned on one page.", epilog="Example:  prep report my-project")
 def report_page(
     project: ProjectPath,

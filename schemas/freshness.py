@@ -45,8 +45,8 @@ def pairs_provenance(project: Project, target: DatasetConfig) -> Provenance:
     return Provenance(project.pairs_settings(target), digest([one.inputs for one in manifests]))
 
 
-def read_pairs(project: Project, target: DatasetConfig) -> list[PairRow]:
-    """Read the kept and rejected pairs of a target set; raises UserError if the table is missing, stale or damaged.
+def check_pairs(project: Project, target: DatasetConfig) -> Provenance:
+    """Return what made a set's pair table; raises UserError if it is missing, stale or damaged.
 
     Manifests are compared only where they lie in the workspace: a machine that trains does not need them.
     """
@@ -62,9 +62,15 @@ def read_pairs(project: Project, target: DatasetConfig) -> list[PairRow]:
             f"run: {project.command('prep scan')}, then prep pairs and prep cache"
         )
     together = (target, *project.references_of(target))
-    if provenance.limit is not None:
-        log.warning("%s: its table has the first %d targets only (prep pairs --limit)", target.id, provenance.limit)
     here = all(project.manifest(dataset.id).exists() for dataset in together)
     if here and pairs_provenance(project, target).inputs != provenance.inputs:
         raise UserError(f"{target.id}: scanned anew since it was paired; {command}")
-    return read_table(path, PairRow)
+    return provenance
+
+
+def read_pairs(project: Project, target: DatasetConfig) -> list[PairRow]:
+    """Read the kept and rejected pairs of a target set; raises UserError as `check_pairs` does."""
+    limit = check_pairs(project, target).limit
+    if limit is not None:
+        log.warning("%s: its table has the first %d targets only (prep pairs --limit)", target.id, limit)
+    return read_table(project.pair_table(target.id), PairRow)

@@ -287,7 +287,36 @@ class ReportSummary:
         yield f"wrote {self.path} ({self.size_bytes / 1e6:.1f} MB): {', '.join(self.datasets)}"
 
 
-Summary = ScanSummary | PairsSummary | CacheSummary | TrainSummary | ReportSummary | PlanSummary
+@dataclass(frozen=True, slots=True)
+class StageState:
+    """How far one product of a stage is."""
+
+    stage: str  # scan, pairs, cache, train
+    product: str  # id of a dataset, or kind of a store
+    state: str  # complete, partial, stale, missing
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class StatusSummary:
+    """What `prep status` found."""
+
+    states: tuple[StageState, ...]
+    next_command: str | None  # that brings the project on; null if all is done
+    warnings: tuple[str, ...]
+    seconds: float
+    command: str = "prep status"
+
+    def lines(self) -> Iterator[str]:
+        """Yield one line per product, and what to run next."""
+        stage = max((len(one.stage) for one in self.states), default=0)
+        product = max((len(one.product) for one in self.states), default=0)
+        for one in self.states:
+            yield f"{one.stage:{stage}}  {one.product:{product}}  {one.state:8}  {one.detail}"
+        yield f"next: {self.next_command}" if self.next_command else "all is done"
+
+
+Summary = ScanSummary | PairsSummary | CacheSummary | TrainSummary | ReportSummary | PlanSummary | StatusSummary
 
 
 def as_json(summary: Summary) -> str:
