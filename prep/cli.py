@@ -146,15 +146,32 @@ def cache(
     dry_run: DryRun = False,
     limit: Limit = None,
     workers: Workers = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check what is there instead: sums, shapes, finite numbers.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="With --verify: take out what is bad, and encode it again.")
+    ] = False,
 ) -> None:
     """Encode images and prompts into shards: WORKSPACE/cache/latents and WORKSPACE/cache/text."""
     with reporting():
         from families import open_project
         from prep.cache import cache as run
+        from prep.upkeep import verify as check
 
-        opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
+        if repair and not verify:
+            raise typer.BadParameter("--repair goes with --verify")
+        opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=not verify)
         warn(opened.warnings)
-        report(run(opened, limit=limit, workers=workers, dry_run=dry_run), json)
+        if verify:
+            found = check(opened, repair=repair)
+            report(found, json)
+            if found.faults and not repair:
+                raise SystemExit(1)
+        if repair:
+            report(run(opened, workers=workers), json)
+        if not verify:
+            report(run(opened, limit=limit, workers=workers, dry_run=dry_run), json)
 
 
 @app.command(short_help="Say what is done, what is stale, what comes next.", epilog="Example:  prep status my-project")

@@ -8,7 +8,7 @@ row is read where it lies, without a Parquet reader; of a file that somebody wro
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from threading import Lock
@@ -23,7 +23,7 @@ import xxhash
 
 from schemas.errors import UserError
 from schemas.keys import checksum, digest
-from schemas.rows import LatentRow, RejectRow, TextRow, UInt64, as_columns
+from schemas.rows import LatentRow, RejectRow, TextRow, UInt64, arrow_schema, as_columns, from_columns
 from schemas.storage import is_aside, write_aside
 
 SHARD_FORMAT = 2
@@ -228,6 +228,41 @@ def _sum(arrays: Sequence[Array]) -> int:
     for array in arrays:
         state.update(array.data)
     return state.intdigest()
+
+
+def faults_of(path: Path) -> dict[str | None, str]:
+    """Return what is wrong with the rows of a shard, by key; of a file that cannot be read at all, under None."""
+    try:
+        header, keys = _header(path)
+        shard = _Shard(path, header)
+        faults: dict[str | None, str] = {}
+        for row, key in enumerate(keys):
+            arrays = {column: np.empty(shape, np.uint16) for column, shape in header.shapes.items()}
+            shard.read_into(row, arrays)
+            if _sum(list(arrays.values())) != shard.rest["checksum"][row]:
+                faults[key] = "damaged: its checksum differs"
+            elif not all(map(_finite, arrays.values())):
+                faults[key] = "not finite"
+        return faults
+    except UserError as fault:
+        return {None: str(fault).partition(": ")[2]}
+
+
+def drop_rows(path: Path, keys: Collection[str]) -> Path | None:
+    """Write a shard anew without some of its rows; returns its new path, None if no row is left."""
+    header, _ = _header(path)
+    row_type: type[Any] = {"LatentRow": LatentRow, "TextRow": TextRow}[header.row]
+    table = pq.ParquetFile(path).read()
+    plain = table.cast(arrow_schema(row_type).with_metadata(table.schema.metadata))
+    rows = [row for row in from_columns(plain, row_type) if row.key not in keys]
+    kept = write_shard(path.parent, header, rows) if rows else None
+    path.unlink()
+    return kept
+
+
+def _finite(bits: Array) -> bool:
+    """Tell bfloat16 bit patterns that are numbers: the eight bits of the exponent are not all ones."""
+    return not (bits & np.uint16(0x7F80) == 0x7F80).any()
 
 
 def _header(path: Path) -> tuple[ShardHeader, list[str]]:

@@ -288,6 +288,45 @@ class ReportSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreCheck:
+    """What `prep cache --verify` found in one store."""
+
+    kind: str  # latents or text
+    folder: str
+    shards: int
+    rows: int
+    size_bytes: int
+    faults: Mapping[str, str]  # file, and key of the row -> what is wrong
+    repaired: bool  # faulty rows were taken out, to be encoded again
+
+
+@dataclass(frozen=True, slots=True)
+class VerifySummary:
+    """What `prep cache --verify` did."""
+
+    stores: tuple[StoreCheck, ...]
+    warnings: tuple[str, ...]
+    seconds: float
+    command: str = "prep cache --verify"
+
+    @property
+    def faults(self) -> int:
+        """Count what is wrong."""
+        return sum(len(store.faults) for store in self.stores)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the closing report."""
+        for store in self.stores:
+            size = f"{store.size_bytes / 2**20:,.1f} MiB"
+            there = f"{counted(store.rows, 'row')} in {counted(store.shards, 'shard')}, {size}"
+            yield f"{store.kind}: {there}: {store.folder}"
+            done = "taken out" if store.repaired else "--repair takes it out and encodes it again"
+            for place, fault in store.faults.items():
+                yield f"  {place}: {fault} ({done})"
+        yield "every row is whole" if not self.faults else f"{counted(self.faults, 'fault')}"
+
+
+@dataclass(frozen=True, slots=True)
 class StageState:
     """How far one product of a stage is."""
 
@@ -316,7 +355,16 @@ class StatusSummary:
         yield f"next: {self.next_command}" if self.next_command else "all is done"
 
 
-Summary = ScanSummary | PairsSummary | CacheSummary | TrainSummary | ReportSummary | PlanSummary | StatusSummary
+Summary = (
+    ScanSummary
+    | PairsSummary
+    | CacheSummary
+    | TrainSummary
+    | ReportSummary
+    | PlanSummary
+    | StatusSummary
+    | VerifySummary
+)
 
 
 def as_json(summary: Summary) -> str:

@@ -1,0 +1,89 @@
+"""What prep cache --verify finds and mends, on the tiny checkpoint's shards."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from typer.testing import CliRunner
+
+from prep.cache import cache
+from prep.cli import app
+from prep.pairs import pairs
+from prep.scan import scan
+from prep.upkeep import verify
+from schemas.shards import ShardHeader, ShardIndex, latent_row, write_shard
+
+MakeProject = Callable[..., Path]
+
+
+def cached(make_project: MakeProject) -> Path:
+    folder = make_project("deblur")
+    scan(folder), pairs(folder), cache(folder)
+    return folder
+
+
+def shards(folder: Path, kind: str) -> list[Path]:
+    return sorted((folder / "work" / "cache" / kind).rglob("*.parquet"))
+
+
+def rows(folder: Path) -> dict[str, bytes]:
+    """Return every payload of a project's stores."""
+    tables = [pq.read_table(path) for kind in ("latents", "text") for path in shards(folder, kind)]
+    return {row["key"]: row.get("latent") or row["embed"] for table in tables for row in table.to_pylist()}
+
+
+def flip(path: Path, part: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * part)] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_a_sound_cache_is_said_to_be_whole(make_project: MakeProject) -> None:
+    folder = cached(make_project)
+    summary = verify(folder)
+    assert summary.faults == 0 and sum(store.rows for store in summary.stores) == len(rows(folder))
+    assert list(summary.lines())[-1] == "every row is whole"
+
+
+def test_every_planted_fault_is_found_and_repair_encodes_exactly_what_was_bad(make_project: MakeProject) -> None:
+    folder = cached(make_project)
+    before = rows(folder)
+    flipped, cut, *_ = shards(folder, "latents")
+    lost = pq.read_metadata(cut).num_rows
+    flip(flipped)
+    cut.write_bytes(cut.read_bytes()[:-9])
+    flip(shards(folder, "text")[0], 0.3)
+    found = verify(folder)
+    assert found.faults == 3
+    assert verify(folder).stores == found.stores, "looking changes nothing"
+    assert verify(folder, repair=True).faults == 3
+    assert verify(folder).faults == 0
+    summary = cache(folder)
+    assert [store.encoded for store in summary.stores] == [1 + lost, 1]
+    assert rows(folder) == before
+
+
+def test_numbers_that_are_not_finite_are_faults(tmp_path: Path, make_project: MakeProject) -> None:
+    folder = cached(make_project)
+    store = shards(folder, "latents")[0].parent
+    header = ShardHeader("LatentRow", store.parent.name, {"latent": (2, 2, 2)})
+    for number, bits in enumerate((0x7F80, 0xFF80, 0x7FC1)):  # infinity, its negative, no number
+        values = np.zeros((2, 2, 2), np.uint16)
+        values[1, 1, 1] = bits
+        write_shard(store, header, [latent_row(f"bad{number}", values), latent_row(f"good{number}", values * 0)])
+    assert verify(folder).faults == 3
+    verify(folder, repair=True)
+    index = ShardIndex(store.parent)
+    assert all(f"good{number}" in index and f"bad{number}" not in index for number in range(3))
+
+
+def test_the_command_says_how_to_mend_and_does_it(make_project: MakeProject) -> None:
+    folder = cached(make_project)
+    flip(shards(folder, "latents")[0])
+    told = CliRunner().invoke(app, ["cache", str(folder), "--verify"])
+    assert told.exit_code == 1 and "--repair takes it out and encodes it again" in told.output
+    mended = CliRunner().invoke(app, ["cache", str(folder), "--verify", "--repair"])
+    assert mended.exit_code == 0 and "1 encoded" in mended.output
+    assert CliRunner().invoke(app, ["cache", str(folder), "--verify"]).exit_code == 0
+    assert CliRunner().invoke(app, ["cache", str(folder), "--repair"]).exit_code == 2
