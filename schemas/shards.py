@@ -251,10 +251,11 @@ def faults_of(path: Path) -> dict[str | None, str]:
 def drop_rows(path: Path, keys: Collection[str]) -> Path | None:
     """Write a shard anew without some of its rows; returns its new path, None if no row is left."""
     header, _ = _header(path)
-    row_type: type[Any] = {"LatentRow": LatentRow, "TextRow": TextRow}[header.row]
+    row_type = LatentRow if header.row == "LatentRow" else TextRow
     table = pq.ParquetFile(path).read()
     plain = table.cast(arrow_schema(row_type).with_metadata(table.schema.metadata))
-    rows = [row for row in from_columns(plain, row_type) if row.key not in keys]
+    every: list[Any] = from_columns(plain, row_type)
+    rows = [row for row in every if row.key not in keys]
     kept = write_shard(path.parent, header, rows) if rows else None
     path.unlink()
     return kept
