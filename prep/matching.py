@@ -236,7 +236,8 @@ def _reason(
         _REJECTED: f"{name}/{file['path']}: {file['reject']}",
         _TURNED: f"{name}/{file['path']} is {size}, its target {own}; turn one of them",
         _ASPECT: f"{name}/{file['path']} is {size}, its target {own}; reference_strict needs the same aspect",
-        _EQUAL: f"{name}/{file['path']} has the very bytes of its target; identical_references keeps such pairs",
+        _EQUAL: f"{name}/{file['path']} has the very bytes of its target; "
+        '"identical_references": "keep" keeps such pairs',
     }
     return f"{KINDS[kind]}: {said[kind]}"
 

@@ -32,8 +32,8 @@ def trouble(folder, **options):
 FAULTS = {
     "broken.png": "reference rejected: refs/broken.png: unreadable: no known image format",
     "missing.png": "no reference: refs has no missing.png",
-    "same.png": "reference equals target: refs/same.png has the very bytes of its target; identical_references keeps such "
-    "pairs",
+    "same.png": "reference equals target: refs/same.png has the very bytes of its target; "
+    '"identical_references": "keep" keeps such pairs',
     "turned.png": "orientation differs: refs/turned.png is 64x96, its target 96x64; turn one of them",
     "wide.png": "aspect differs: refs/wide.png is 160x64, its target 96x64; reference_strict needs the same aspect",
 }
