@@ -150,8 +150,8 @@ def test_extensions_may_be_ignored_where_the_very_path_is_not_there(tmp_path):
     ("edits", "refs", "told"),
     [
         (["a.png"], ["a.jpg", "a.webp"], "refs/a.jpg and refs/a.webp differ in their extension alone"),
-        (["a.png", "a.bmp"], ["a.jpg"], "refs/a.jpg and another target of edits like a.bmp differ"),
-        (["a.png", "a.bmp"], ["a.png"], "refs/a.png and another target of edits like a.bmp differ"),
+        (["a.png", "a.bmp"], ["a.jpg"], "a.bmp and a.png both ask for refs/a.jpg"),
+        (["a.png", "a.bmp"], ["a.png"], "a.bmp and a.png both ask for refs/a.png"),
     ],
 )
 def test_stems_that_collide_are_an_error_that_lists_both(edits, refs, told, tmp_path):
