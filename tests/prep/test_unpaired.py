@@ -65,6 +65,8 @@ def test_the_report_is_complete_and_written_once(tmp_path):
         [(reason.partition(": ")[0], name) for name, reason in FAULTS.items()]
         + [("no target", ""), ("size differs", "good.png")]
     )
+    files = {line["target"]: line["reference"] for line in report if line["target"] in FAULTS}
+    assert files == {name: "refs" if name == "missing.png" else f"refs/{name}" for name in FAULTS}
     [stray] = [line for line in report if line["kind"] == "no target"]
     assert stray["reference"] == "refs/stray.png"
     [resized] = [line for line in report if line["kind"] == "size differs"]
