@@ -298,8 +298,7 @@ def _registered(levels: list[_Level]) -> tuple[_Fit, _Fit]:
     It is where one picture is much blurred: its finest details are noise.
     """
     coarsest = levels[-1]
-    height, width = coarsest.reference.shape
-    window = cv2.createHanningWindow((width, height), cv2.CV_32F)
+    window = cv2.createHanningWindow(coarsest.reference.shape[::-1], cv2.CV_32F)
     (x, y), _ = cv2.phaseCorrelate(coarsest.basis[0], coarsest.reference, window)
     starts = [_NOWHERE, _Place(x * coarsest.factor, y * coarsest.factor, 1.0)]
     fits: list[_Fit] = []

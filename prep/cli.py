@@ -109,8 +109,12 @@ def pairs(
         Path | None, typer.Option(metavar="DIR", help="Also write all pictures and captions, cropped, as files to DIR.")
     ] = None,
     layout: Annotated[
-        str, typer.Option(help="For whom: pairline, simpletuner, musubi, ai-toolkit, diffusers.")
-    ] = "pairline",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of DIR: pairline, simpletuner, musubi, ai-toolkit, diffusers.  [default: pairline]",
+        ),
+    ] = None,
 ) -> None:
     """Match targets and references, or make references by degradation: WORKSPACE/pairs/*.parquet."""
     with reporting():
@@ -120,9 +124,13 @@ def pairs(
 
         if no_align and reject_misaligned:
             raise typer.BadParameter("--reject-misaligned needs the check that --no-align leaves out")
-        check_layout(layout)
+        if layout is not None and materialise is None:
+            raise typer.BadParameter("--layout is that of the files that --materialise DIR writes; name DIR too")
+        check_layout(layout or "pairline")
         opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
-        warn(opened.warnings)
+        left_out = {"--preview": preview, "--materialise": materialise}
+        unwritten = [f"{name} writes nothing under --dry-run" for name, asked in left_out.items() if asked and dry_run]
+        warn([*opened.warnings, *unwritten])
         summary = run(
             opened,
             limit=limit,
@@ -132,7 +140,9 @@ def pairs(
             misaligned="ignore" if no_align else "reject" if reject_misaligned else None,
         )
         if materialise is not None and not dry_run:
-            summary = replace(summary, materialised=materialise_all(opened, materialise, layout, workers=workers))
+            summary = replace(
+                summary, materialised=materialise_all(opened, materialise, layout or "pairline", workers=workers)
+            )
         report(summary, json)
 
 
@@ -192,7 +202,9 @@ def status(
         report(run(opened), json)
 
 
-@app.command("report", short_help="Show what was scanned on one page.", epilog="Example:  prep report my-project")
+@app.command(
+    "report", short_help="Show what was scanned and paired on one page.", epilog="Example:  prep report my-project"
+)
 def report_page(
     project: ProjectPath,
     workspace: Workspace = None,
@@ -202,7 +214,7 @@ def report_page(
     output: Annotated[Path | None, typer.Option(help="The file to write.  [default: WORKSPACE/report.html]")] = None,
     thumbnails: Annotated[int, typer.Option(min=0, metavar="N", help="Images shown of each dataset.")] = 60,
 ) -> None:
-    """Show what the manifests say as one HTML file that opens without a network: WORKSPACE/report.html."""
+    """Show what manifests and pair tables say as one HTML file that opens without a network: WORKSPACE/report.html."""
     with reporting():
         from families import open_project
         from prep.report import report as run

@@ -116,9 +116,17 @@ class Matched:
                 continue
             targets = self.images.take(pa.array(rows)).to_pylist()
             files = _rows_at(found.references.rows, found.at[rows])
+            asking = self._asking(found) if (found.kinds == _COLLIDES).any() else {}
             for row, image, file in zip(rows.tolist(), targets, files, strict=True):
                 kind = int(found.kinds[row])
-                yield row, place, KINDS[kind], _reason(kind, image, file, self.target, found)
+                yield row, place, KINDS[kind], _reason(kind, image, file, asking.get(int(found.at[row]), ()), found)
+
+    def _asking(self, found: Found) -> Mapping[int, Sequence[str]]:
+        """Map rows of files to the paths of all targets that ask for them."""
+        asking: dict[int, list[str]] = {}
+        for at, path in zip(found.at.tolist(), self.images["path"].to_pylist(), strict=True):
+            asking.setdefault(at, []).append(path)
+        return asking
 
 
 def match(target: Manifest, references: Sequence[Manifest]) -> Matched:
@@ -220,31 +228,37 @@ def _rows_at(table: pa.Table, at: Numbers) -> list[dict[str, object] | None]:
 
 
 def _reason(
-    kind: int, image: Mapping[str, object], file: Mapping[str, object] | None, target: DatasetConfig, found: Found
+    kind: int, image: Mapping[str, object], file: Mapping[str, object] | None, asking: Sequence[str], found: Found
 ) -> str:
-    """Say why a target has no proper reference."""
+    """Say why a target has no proper reference; `asking` are all targets of the same file."""
     name, path = found.references.dataset.id, str(image["path"])
     if file is None:
         nearest = found.folded.get(_folded(path))
         near = f", but {nearest}" if nearest is not None else ""
         advice = "; ignore_extension pairs them" if nearest is not None and _differ_in_extension(path, nearest) else ""
         return f"no reference: {name} has no {path}{near}{advice}"
+    if kind == _COLLIDES:
+        both = _colliding(path, str(file["path"]), asking, found)
+        return f"{KINDS[kind]}: {both}; rename one, or leave ignore_extension out"
     size, own = f"{file['width']}x{file['height']}", f"{image['width']}x{image['height']}"
     said = {
-        _COLLIDES: f"{name}/{file['path']} and {_rival(path, str(file['path']), target, found)} differ in their "
-        "extension alone; rename one, or leave ignore_extension out",
         _REJECTED: f"{name}/{file['path']}: {file['reject']}",
         _TURNED: f"{name}/{file['path']} is {size}, its target {own}; turn one of them",
         _ASPECT: f"{name}/{file['path']} is {size}, its target {own}; reference_strict needs the same aspect",
-        _EQUAL: f"{name}/{file['path']} has the very bytes of its target; identical_references keeps such pairs",
+        _EQUAL: f"{name}/{file['path']} has the very bytes of its target; "
+        '"identical_references": "keep" keeps such pairs',
     }
     return f"{KINDS[kind]}: {said[kind]}"
 
 
-def _rival(path: str, file: str, target: DatasetConfig, found: Found) -> str:
-    """Name what a file collides with: another file, or else another target."""
-    others = [one for one in found.by_stem[_stem(file)] if one != file]
-    return f"{found.references.dataset.id}/{others[0]}" if others else f"another target of {target.id} like {path}"
+def _colliding(path: str, file: str, asking: Sequence[str], found: Found) -> str:
+    """Name both sides of a collision: two files of one target, or else two targets of one file."""
+    name = found.references.dataset.id
+    files = [one for one in found.by_stem[_stem(file)] if one != file]
+    if files:
+        return f"{name}/{file} and {name}/{files[0]} differ in their extension alone"
+    other = next(one for one in asking if one != path)
+    return f"{path} and {other} both ask for {name}/{file}"
 
 
 def _stem(path: str) -> str:

@@ -36,7 +36,7 @@ from schemas.storage import write_aside
 from schemas.summaries import DatasetPairs, PairsSummary
 from schemas.tables import read_columns, read_provenance, write_table
 
-Line: TypeAlias = tuple[str, str, str, str]  # kind, path of the target, reference as set/path, what is the matter
+Line: TypeAlias = tuple[str, str, str, str]  # kind, target, reference as set/path (or the set), what is the matter
 
 
 @dataclass(slots=True)
@@ -124,7 +124,7 @@ def _match(run: _Run, target: DatasetConfig) -> _Set:
     lines: list[Line] = []
     for row, place, kind, reason in matched.faults():
         faults.setdefault(row, reason)
-        lines.append((kind, paths[row].as_py(), matched.found[place].references.dataset.id, reason.partition(": ")[2]))
+        lines.append((kind, paths[row].as_py(), _file_of(matched.found[place], row), reason.partition(": ")[2]))
     unused = resized = 0
     for found in matched.found:
         resized += len(found.resized)
@@ -135,6 +135,12 @@ def _match(run: _Run, target: DatasetConfig) -> _Set:
             name = found.references.dataset.id
             lines += [("no target", "", f"{name}/{path}", f"{target.id} has no {path}") for path in strays]
     return _Set(matched, cut, sorted(faults.items()), lines, unused, resized)
+
+
+def _file_of(found: Found, row: int) -> str:
+    """Name a target's file as set/path, the set alone where there is none."""
+    at, name = int(found.at[row]), found.references.dataset.id
+    return name if at < 0 else f"{name}/{found.references.rows['path'][at].as_py()}"
 
 
 def _resized(matched: Matched, found: Found) -> Iterator[Line]:
@@ -258,7 +264,4 @@ def _misaligned(matched: Matched, comparison: Comparison, most: int | None = Non
     """Yield the pairs that look misaligned, the worst first."""
     paths = matched.images["path"]
     for row, place, reason in worst_first(comparison)[:most]:
-        found = matched.found[place]
-        file = found.references.rows["path"][int(found.at[row])].as_py()
-        told = reason.partition(": ")[2]
-        yield "misaligned", paths[row].as_py(), f"{found.references.dataset.id}/{file}", told
+        yield "misaligned", paths[row].as_py(), _file_of(matched.found[place], row), reason.partition(": ")[2]

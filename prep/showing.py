@@ -97,7 +97,7 @@ def _lines(steps: list[Any], depth: int) -> Iterator[Told]:
         details += [
             _detail(key, value)
             for key, value in step.items()
-            if key not in named and value is not None and not (key in _KINDS and value is kind)
+            if key not in named and value is not None and value is not False and not (key in _KINDS and value is kind)
         ]
         yield Told(_cut(_value(step.get(name, "")).replace("_", " ")), _cut(", ".join(details)), depth)
         yield from _lines(inside or [], depth + 1)
@@ -105,9 +105,7 @@ def _lines(steps: list[Any], depth: int) -> Iterator[Told]:
 
 def _detail(key: str, value: Any) -> str:
     name = key.replace("_", " ")
-    if isinstance(value, bool):
-        return name if value else f"no {name}"
-    return f"{name} {_value(value)}"
+    return name if value is True else f"{name} {_value(value)}"
 
 
 def _value(value: Any) -> str:

@@ -160,7 +160,7 @@ def _dataset_lines(plan: DatasetPlan) -> Iterator[str]:
     references = f"; references of each: {each}" if each else "; no references"
     yield f"  {plan.pairs:,} pairs: {_many(plan.targets, 'target')}{crops}{references}"
     for reason, count in plan.unpaired.items():
-        yield f"  {count:,} targets unpaired: {reason}"
+        yield f"  {_many(count, 'target')} unpaired: {reason}"
 
 
 def _stage_lines(stage: StagePlan, *, alone: bool) -> Iterator[str]:

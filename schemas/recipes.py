@@ -92,14 +92,12 @@ class JpegArtifacts(RecipeOptions):
         False, "after the last round, add noise along the edges of the 8×8 blocks", stages="pairs cache"
     )
     block_noise_level: float = option(0.02, "its standard deviation, 0 to 1", stages="pairs cache", ge=0, le=1)
-    optimize: bool = option(
-        False, "smaller files", stages="", no_effect="pixels are the same with and without; nothing is stored as JPEG"
-    )
+    optimize: bool = option(False, "smaller files", stages="", no_effect="pixels are the same with and without")
     progressive: bool = option(
         False,
         "progressive files",
         stages="",
-        no_effect="pixels are the same with and without; nothing is stored as JPEG",
+        no_effect="pixels are the same with and without",
     )
 
 

@@ -117,7 +117,9 @@ class DatasetPairs:
     def lines(self, dry_run: bool) -> Iterator[str]:
         """Yield the closing report."""
         yield f"{self.dataset_id}: {counted(self.targets, 'target')}, {counted(self.pairs, 'pair')}" + (
-            f"; references made {self.generated}, reused {self.reused}" if self.generated + self.reused else ""
+            f"; references {'to make' if dry_run else 'made'} {self.generated}, reused {self.reused}"
+            if self.generated + self.reused
+            else ""
         )
         for reason, count in self.rejected.items():
             yield f"  rejected {count}: {reason}"
@@ -126,9 +128,11 @@ class DatasetPairs:
         if self.unused_references:
             yield f"  {counted(self.unused_references, 'reference file')} without a target"
         if self.resized_references:
-            yield f"  {counted(self.resized_references, 'reference')} of another size, scaled to their targets"
+            whose = "its target" if self.resized_references == 1 else "their targets"
+            yield f"  {counted(self.resized_references, 'reference')} of another size, scaled to {whose}"
         if self.compared:
-            yield f"  {counted(self.compared, 'reference')} compared with their targets"
+            whose = "its target" if self.compared == 1 else "their targets"
+            yield f"  {counted(self.compared, 'reference')} {'to compare' if dry_run else 'compared'} with {whose}"
         if self.misaligned:
             yield f"  {counted(self.misaligned, 'reference')} misaligned, the worst first:"
             yield from (f"    {one}" for one in self.worst)

@@ -217,6 +217,14 @@ def test_every_command_has_the_same_options_help_with_an_example_and_a_place_in_
         assert f"{command} {stage}" in readme
 
 
+def test_options_of_pairs_that_would_do_nothing_are_told(tmp_path: Path) -> None:
+    app = importlib.import_module("prep.cli").app
+    alone = CliRunner().invoke(app, ["pairs", str(tmp_path), "--layout", "musubi"])
+    assert alone.exit_code == 2 and "--materialise DIR" in alone.output
+    both = CliRunner().invoke(app, ["pairs", str(tmp_path), "--no-align", "--reject-misaligned"])
+    assert both.exit_code == 2 and "needs the check" in both.output
+
+
 def test_public_functions_have_docstrings_and_annotations() -> None:
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):

@@ -27,8 +27,7 @@ _PNG = [
     cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_SUB,
 ]  # fmt: skip
 
-
-_BAND = 32  # rows
+_BAND = 32  # rows that are compressed to see whether the whole should be
 _WORTHWHILE = 0.4  # share of the bytes above which compressing takes more time than it saves room
 
 

@@ -45,7 +45,7 @@ def test_steps_of_a_degradation_are_told_one_by_one_with_their_numbers():
     ]
     assert [(step.name, step.details) for step in told(json.dumps(steps))] == [
         ("blur", "gaussian, sigma 1.831"),
-        ("jpeg", "quality 23, progressive, no optimize"),
+        ("jpeg", "quality 23, progressive"),
         ("scale down", "size 64 48"),
     ]
     assert told(None) == ()

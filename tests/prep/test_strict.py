@@ -1,10 +1,11 @@
 """Strict references take the very box of their targets: held by pictures whose pixels say where they are."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from families import open_project
 from prep.pairs import pairs
@@ -13,6 +14,7 @@ from prep.scan import scan
 from schemas.rows import PairRow
 from schemas.tables import read_table
 
+PHOTOS = Path(__file__).parents[2] / "datasets_demo" / "photos"
 REFERENCES = {"id": "refs", "instance_data_dir": "refs", "conditioning_type": "reference_strict"}
 SQUARE = {"crop": True, "crop_aspect": "square"}
 
@@ -89,6 +91,31 @@ def test_a_reference_of_another_size_shows_the_same_part(style, scale, tmp_path)
     levels = (target - reference)[..., :2]  # a level of red is 640 / 255 pixels of the file, 0.63 of this picture
     assert abs(levels).max() <= 1, "what rounding to 8 bits leaves, twice"
     assert abs(levels.mean(axis=(0, 1))).max() <= 0.5, "of which half is a third of a pixel across, an eighth down"
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept", "compared", "told"),
+    [(None, 4, 4, True), ("report", 4, 4, True), ("reject", 3, 4, True), ("ignore", 4, 0, False)],
+)
+def test_references_beside_their_targets_are_told_and_left_out_if_that_is_asked(asked, kept, compared, told, tmp_path):
+    project(tmp_path, resolution=256, crop_style="center")
+    for number, photo in enumerate(sorted(PHOTOS.glob("*.jpg"))[:4]):
+        image = Image.open(photo).convert("RGB").resize((320, 240))
+        image.save(tmp_path / "edits" / f"{number}.png")
+        reference = ImageChops.offset(image, 6, 0) if number == 2 else image
+        reference.convert("L").save(tmp_path / "refs" / f"{number}.png")
+    scan(tmp_path, workers=1)
+    [summary] = pairs(tmp_path, workers=1, misaligned=asked).datasets
+    assert (summary.pairs, summary.compared, summary.misaligned) == (kept, compared, int(told))
+    assert [one.startswith("2.png: shifted ") for one in summary.worst] == [True] * told
+    rows = read_table(tmp_path / "work" / "pairs" / "edits.parquet", PairRow)
+    rejects = [row.target_path for row in rows if (row.reject or "").startswith("misaligned: shifted ")]
+    assert rejects == (["2.png"] if asked == "reject" else [])
+    said = (tmp_path / "work" / "pairs" / "edits.report.csv").read_text().splitlines()[1:]
+    assert [line.startswith('misaligned,2.png,refs/2.png,"shifted ') for line in said] == [True] * told
+    [again] = pairs(tmp_path, workers=1, misaligned=asked).datasets
+    assert again.misaligned == int(told) and not again.written
+    assert again.compared == (1 if asked == "reject" else 0), "a row that is rejected keeps no numbers"
 
 
 # What SimpleTuner does with each of these stands beside it.
