@@ -36,11 +36,12 @@ class Comparison:
     measures: Measures
     accused: tuple[tuple[int, int, str], ...]  # row of the target, place of the set of references, reason
     compared: int  # now, not before
+    uncertain: int  # that differ too much, or show too little, to tell
 
     @classmethod
     def none(cls) -> "Comparison":
         """Return that of no pair."""
-        return cls({}, (), 0)
+        return cls({}, (), 0, 0)
 
 
 def compare_all(project: Project, matched: Matched, known: pa.Table | None, crew: Crew, *, dry_run: bool) -> Comparison:
@@ -51,7 +52,7 @@ def compare_all(project: Project, matched: Matched, known: pa.Table | None, crew
         return Comparison.none()
     before = _remembered(known)
     measures: dict[int, npt.NDArray[np.float64]] = {}
-    accused, compared = [], 0
+    accused, compared, uncertain = [], 0, 0
     for place in strict:
         found = matched.found[place]
         rows = np.flatnonzero(found.kinds < 0)
@@ -60,9 +61,12 @@ def compare_all(project: Project, matched: Matched, known: pa.Table | None, crew
         measures[place] = numbers
         for row in np.flatnonzero(~np.isnan(numbers[:, 0])).tolist():
             limits = check.maximum_shift, check.maximum_scale, check.minimum_similarity
-            if reason := misaligned(Alignment(*numbers[row].tolist()), *limits):
+            found_there = Alignment(*numbers[row].tolist())
+            if reason := misaligned(found_there, *limits):
                 accused.append((row, place, reason))
-    return Comparison(measures, tuple(accused), compared)
+            else:
+                uncertain += found_there.confidence < TRUSTED
+    return Comparison(measures, tuple(accused), compared, uncertain)
 
 
 def worst_first(comparison: Comparison) -> list[tuple[int, int, str]]:

@@ -35,7 +35,12 @@ Settings = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON summary on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after N items of each dataset or store.")]
-Workers = Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes.  [default: one per core]")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Processes; 1 is the command itself, which a crash then ends.  [default: one per core]"
+    ),
+]
 
 
 @app.command(short_help="Measure, caption and bucket images.", epilog="Example:  prep scan my-project --json")

@@ -32,6 +32,7 @@ _MANIFEST = ".pairline.json"
 _OF_THE_LOCK = (".lock", ".holder")
 _FORMAT = 1
 _MANY = 2000  # texts that are worth a process
+_LIMIT_S = 600.0  # that one file may take
 _NAMED = 5  # pairs that are left out, named one by one
 
 # Of a picture, what does not decide its pixels: where its file is, and where it may lie made already.
@@ -191,7 +192,7 @@ class _Folder:
         self._save()
         reasons: dict[str, str] = {}
         with progress(f"write {self._target.id}", len(files), "file", done=len(files) - len(missing)) as bar:
-            for file, made in each(_make, missing, workers):
+            for file, made in each(_make, missing, workers, _LIMIT_S if workers > 1 else None):
                 if isinstance(made, int):
                     self._known[file.name] = _Entry(file.key, made)
                     self._made.add(file.name)

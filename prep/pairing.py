@@ -165,9 +165,10 @@ def _seeds(project: Project, dataset: DatasetConfig, entry: Generator, ids: pa.A
 
 
 def _present(matched: Matched, rows: _Rows) -> Mask:
-    """Return which references each row has: rows × references; one that is rejected has none."""
+    """Return which references each row has: rows × references; one that lacks some of them and is rejected has none."""
     generated = np.ones((len(rows.target), len(matched.target.conditioning)), np.bool_)
-    present: Mask = np.concatenate([matched.present[rows.target], generated], axis=1) & rows.kept[:, None]
+    whole = rows.kept | (matched.first_faults < 0)[rows.target]  # those of the misaligned are kept to be looked at
+    present: Mask = np.concatenate([matched.present[rows.target], generated], axis=1) & whole[:, None]
     return present
 
 

@@ -154,14 +154,14 @@ def _resized(matched: Matched, found: Found) -> Iterator[Line]:
 
 
 def _tell_unpaired(run: _Run, sets: Sequence[_Set]) -> None:
-    """Write the reports; raise UserError if a set has faults and does not say what becomes of them."""
+    """Raise UserError, and write reports, if sets have faults and do not say what becomes of them."""
     told = []
     for one in sets:
         target, path = one.matched.target, run.project.pair_report(one.matched.target.id)
-        if not run.dry_run:
-            _write_report(path, one.lines)
         if not one.faults or target.on_unpaired != "error":
             continue
+        if not run.dry_run:
+            _write_report(path, one.lines)
         kinds = Counter(reason.partition(":")[0] for _, reason in one.faults)
         told.append(
             f"{target.id}: {len(one.faults)} of {one.matched.images.num_rows} targets have no proper reference:"
@@ -206,7 +206,7 @@ def _pair(run: _Run, one: _Set) -> tuple[DatasetPairs, pa.Table]:
         comparison = compare_all(project, matched, known, run.crew, dry_run=run.dry_run)
     if (run.misaligned or target.alignment_check.misaligned) == "reject":
         rejects |= {row: reason for row, _, reason in comparison.accused if row not in rejects}
-    if comparison.accused and not run.dry_run:
+    if not run.dry_run:
         _write_report(project.pair_report(target.id), [*one.lines, *_misaligned(matched, comparison)])
     table = pair_table(project, matched, comparison.measures, rejects)
     made = generate(project, target, table, run.crew, dry_run=run.dry_run)
@@ -231,6 +231,7 @@ def _pair(run: _Run, one: _Set) -> tuple[DatasetPairs, pa.Table]:
         resized_references=one.resized,
         compared=comparison.compared,
         misaligned=len(comparison.accused),
+        uncertain=comparison.uncertain,
         worst=tuple(f"{path_}: {reason}" for _, path_, _, reason in _misaligned(matched, comparison, 3)),
         generated=made.made,
         reused=made.reused,

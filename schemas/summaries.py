@@ -107,7 +107,8 @@ class DatasetPairs:
     resized_references: int  # strict references scaled to the size of their target
     compared: int  # strict references that were held against their target by this run
     misaligned: int  # strict references that do not lie on their target
-    worst: tuple[str, ...]  # a few of them
+    uncertain: int  # that differ too much from their target, or show too little, to tell
+    worst: tuple[str, ...]  # a few of the misaligned
     generated: int  # reference pictures made by this run
     reused: int  # reference pictures that existed
     table: str
@@ -133,6 +134,8 @@ class DatasetPairs:
         if self.compared:
             whose = "its target" if self.compared == 1 else "their targets"
             yield f"  {counted(self.compared, 'reference')} {'to compare' if dry_run else 'compared'} with {whose}"
+        if self.uncertain:
+            yield f"  {counted(self.uncertain, 'reference')} too different to tell whether they lie on their targets"
         if self.misaligned:
             yield f"  {counted(self.misaligned, 'reference')} misaligned, the worst first:"
             yield from (f"    {one}" for one in self.worst)

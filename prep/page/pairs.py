@@ -6,6 +6,8 @@ prep/page/comparisons.py. A new figure is a line in `_figures`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,7 +91,8 @@ class _References:
 
 def show(project: Project, thumbnails: int) -> list[PairsPage]:
     """Show the pair tables, those that are missing by a notice; nothing if there is none at all."""
-    if not any(project.pair_table(target.id).exists() for target in project.targets):
+    tried = (project.pair_table, project.pair_report)
+    if not any(path(target.id).exists() for target in project.targets for path in tried):
         return []
     return [_page(project, target, f"pairs-{number}", thumbnails) for number, target in enumerate(project.targets, 1)]
 
@@ -99,6 +102,8 @@ def _page(project: Project, target: DatasetConfig, anchor: str, thumbnails: int)
     provenance = read_provenance(path, PairRow)
     if provenance is None:
         state = "Its pair table cannot be read" if path.exists() else "Not paired yet"
+        if _lists_faults(project.pair_report(target.id)):
+            state += f"; {project.pair_report(target.id)} lists what was wrong with its references"
         return PairsPage(target, anchor, (f"{state}; {again}",), None)
     try:
         table = read_columns(path, PairRow)
@@ -106,6 +111,15 @@ def _page(project: Project, target: DatasetConfig, anchor: str, thumbnails: int)
         return PairsPage(target, anchor, (f"Its pair table is damaged; {again}",), None)
     notices = tuple(_notices(project, target, provenance))
     return PairsPage(target, anchor, notices, _facts(project, target, table, thumbnails))
+
+
+def _lists_faults(report: Path) -> bool:
+    """Tell a report that has more than its first line."""
+    try:
+        with report.open("rb") as file:
+            return len(list(islice(file, 2))) == 2
+    except OSError:
+        return False
 
 
 def _notices(project: Project, target: DatasetConfig, provenance: Provenance) -> Iterator[str]:
@@ -256,7 +270,7 @@ def _worst(check: AlignmentCheck, table: pa.Table, references: _References) -> _
         found = Alignment(*values)
         words = accusation(found, check)
         groups[0 if words else 1 if found.confidence >= TRUSTED else 2].append((line, 0, words or ""))
-    ranked = [worst_first(Comparison({0: numbers}, tuple(group), 0)) for group in groups]
+    ranked = [worst_first(Comparison({0: numbers}, tuple(group), 0, 0)) for group in groups]
     order = np.array([line for some in ranked for line, _, _ in some], np.int64)
     lines, reasons = tuple(line for line, _, _ in ranked[0]), tuple(reason for _, _, reason in ranked[0])
     return _Ranked(order, lines, reasons, len(compared))

@@ -115,7 +115,9 @@ def test_references_beside_their_targets_are_told_and_left_out_if_that_is_asked(
     assert [line.startswith('misaligned,2.png,refs/2.png,"shifted ') for line in said] == [True] * told
     [again] = pairs(tmp_path, workers=1, misaligned=asked).datasets
     assert again.misaligned == int(told) and not again.written
-    assert again.compared == (1 if asked == "reject" else 0), "a row that is rejected keeps no numbers"
+    assert again.compared == 0, "a row that is rejected keeps its numbers"
+    [row] = [row for row in rows if row.target_path == "2.png"]
+    assert row.references[0].path == "2.png" and (row.references[0].shift_x is not None) == (asked != "ignore")
 
 
 # What SimpleTuner does with each of these stands beside it.
