@@ -243,8 +243,8 @@ def _reason(
 
 def _rival(path: str, file: str, target: DatasetConfig, found: Found) -> str:
     """Name what a file collides with: another file, or else another target."""
-    others = [one for one in found.by_stem[_stem(file)] if one != file]
-    return f"{found.references.dataset.id}/{others[0]}" if others else f"another target of {target.id} like {path}"
+    other = next((one for one in found.by_stem[_stem(file)] if one != file), None)
+    return f"another target of {target.id} like {path}" if other is None else f"{found.references.dataset.id}/{other}"
 
 
 def _stem(path: str) -> str:
