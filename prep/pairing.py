@@ -145,7 +145,7 @@ def _generated(
             "bucket": _buckets(boxes),
             "geometry": _geometry(boxes),
             "view": _constant(matched.view, count),
-            "prompts": pa.repeat(pa.scalar(list(entry.captions), pa.list_(pa.string())), count),
+            "prompts": _alike(list(entry.captions), count),
         }
         yield _structs(columns, count)
 
@@ -254,6 +254,11 @@ def _drawn(project: Project, ids: pa.Array, prompts: pa.ListArray) -> pa.Array:
     starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
     at = pa.array(starts + draws % np.maximum(counts, 1), mask=counts == 0)
     return pc.fill_null(prompts.flatten().take(at), "")
+
+
+def _alike(texts: list[str], count: int) -> pa.Array:
+    """Give every row the same list; `pa.repeat` cannot make none of them."""
+    return pa.array([texts], pa.list_(pa.string())).take(pa.array(np.zeros(count, np.int64)))
 
 
 def _constant(value: object, count: int) -> pa.Array:
