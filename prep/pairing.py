@@ -165,9 +165,12 @@ def _seeds(project: Project, dataset: DatasetConfig, entry: Generator, ids: pa.A
 
 
 def _present(matched: Matched, rows: _Rows) -> Mask:
-    """Return which references each row has: rows × references; one that is rejected has none."""
-    generated = np.ones((len(rows.target), len(matched.target.conditioning)), np.bool_)
-    present: Mask = np.concatenate([matched.present[rows.target], generated], axis=1) & rows.kept[:, None]
+    """Return which references each row has: rows × references.
+
+    A rejected one keeps its proper files, and so how they lie on it; nothing is made for it.
+    """
+    generated = np.repeat(rows.kept[:, None], len(matched.target.conditioning), axis=1)
+    present: Mask = np.concatenate([matched.present[rows.target], generated], axis=1)
     return present
 
 

@@ -148,12 +148,10 @@ def _resized(matched: Matched, found: Found) -> Iterator[Line]:
 
 
 def _tell_unpaired(run: _Run, sets: Sequence[_Set]) -> None:
-    """Write the reports; raise UserError if a set has faults and does not say what becomes of them."""
+    """If a set has faults and does not say what becomes of them, write the reports and raise UserError."""
     told = []
     for one in sets:
         target, path = one.matched.target, run.project.pair_report(one.matched.target.id)
-        if not run.dry_run:
-            _write_report(path, one.lines)
         if not one.faults or target.on_unpaired != "error":
             continue
         kinds = Counter(reason.partition(":")[0] for _, reason in one.faults)
@@ -167,6 +165,8 @@ def _tell_unpaired(run: _Run, sets: Sequence[_Set]) -> None:
             f"  all of them: {path}" if not run.dry_run else "  all of them: the same command without --dry-run"
         )
     if told:
+        for one in sets if not run.dry_run else ():
+            _write_report(run.project.pair_report(one.matched.target.id), one.lines)
         advice = (
             f"nothing was paired; mend the files and run {run.project.command('prep scan')}, or say in "
             f'{Path(run.project.trainer.data_backend_config).name} "on_unpaired": "drop" or "train_without_reference"'
@@ -200,7 +200,7 @@ def _pair(run: _Run, one: _Set) -> tuple[DatasetPairs, pa.Table]:
         comparison = compare_all(project, matched, known, run.crew, dry_run=run.dry_run)
     if (run.misaligned or target.alignment_check.misaligned) == "reject":
         rejects |= {row: reason for row, _, reason in comparison.accused if row not in rejects}
-    if comparison.accused and not run.dry_run:
+    if not run.dry_run:
         _write_report(project.pair_report(target.id), [*one.lines, *_misaligned(matched, comparison)])
     table = pair_table(project, matched, comparison.measures, rejects)
     made = generate(project, target, table, run.crew, dry_run=run.dry_run)
