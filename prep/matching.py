@@ -227,7 +227,7 @@ def _reason(
     if file is None:
         nearest = found.folded.get(_folded(path))
         near = f", but {nearest}" if nearest is not None else ""
-        advice = "; ignore_extension pairs them" if nearest is not None and _differ_in_extension(path, nearest) else ""
+        advice = _advice(path, nearest) if nearest is not None else ""
         return f"no reference: {name} has no {path}{near}{advice}"
     size, own = f"{file['width']}x{file['height']}", f"{image['width']}x{image['height']}"
     said = {
@@ -255,8 +255,11 @@ def _folded(path: str) -> str:
     return normalize("NFC", _stem(path)).casefold()
 
 
-def _differ_in_extension(one: str, other: str) -> bool:
-    return one != other and _stem(one) == _stem(other)
+def _advice(path: str, nearest: str) -> str:
+    """Say how a target and a file of nearly its path may be paired."""
+    if normalize("NFC", path) == normalize("NFC", nearest):
+        return ", which looks the same: one has its accents composed, the other not; rename one"
+    return "; ignore_extension pairs them" if _stem(path) == _stem(nearest) else ""
 
 
 def boxes_of(images: pa.Table) -> Numbers:
