@@ -235,7 +235,7 @@ def _reason(
     if file is None:
         nearest = found.folded.get(_folded(path))
         near = f", but {nearest}" if nearest is not None else ""
-        advice = "; ignore_extension pairs them" if nearest is not None and _differ_in_extension(path, nearest) else ""
+        advice = _advice(path, nearest) if nearest is not None else ""
         return f"no reference: {name} has no {path}{near}{advice}"
     if kind == _COLLIDES:
         both = _colliding(path, str(file["path"]), asking, found)
@@ -254,9 +254,9 @@ def _reason(
 def _colliding(path: str, file: str, asking: Sequence[str], found: Found) -> str:
     """Name both sides of a collision: two files of one target, or else two targets of one file."""
     name = found.references.dataset.id
-    files = [one for one in found.by_stem[_stem(file)] if one != file]
-    if files:
-        return f"{name}/{file} and {name}/{files[0]} differ in their extension alone"
+    rival = next((one for one in found.by_stem[_stem(file)] if one != file), None)
+    if rival is not None:
+        return f"{name}/{file} and {name}/{rival} differ in their extension alone"
     other = next(one for one in asking if one != path)
     return f"{path} and {other} both ask for {name}/{file}"
 
@@ -269,8 +269,11 @@ def _folded(path: str) -> str:
     return normalize("NFC", _stem(path)).casefold()
 
 
-def _differ_in_extension(one: str, other: str) -> bool:
-    return one != other and _stem(one) == _stem(other)
+def _advice(path: str, nearest: str) -> str:
+    """Say how a target and a file of nearly its path may be paired."""
+    if normalize("NFC", path) == normalize("NFC", nearest):
+        return ", which looks the same: one has its accents composed, the other not; rename one"
+    return "; ignore_extension pairs them" if _stem(path) == _stem(nearest) else ""
 
 
 def boxes_of(images: pa.Table) -> Numbers:

@@ -145,7 +145,7 @@ def _generated(
             "bucket": _buckets(boxes),
             "geometry": _geometry(boxes),
             "view": _constant(matched.view, count),
-            "prompts": pa.repeat(pa.scalar(list(entry.captions), pa.list_(pa.string())), count),
+            "prompts": _alike(list(entry.captions), count),
         }
         yield _structs(columns, count)
 
@@ -165,10 +165,12 @@ def _seeds(project: Project, dataset: DatasetConfig, entry: Generator, ids: pa.A
 
 
 def _present(matched: Matched, rows: _Rows) -> Mask:
-    """Return which references each row has: rows × references; one that lacks some of them and is rejected has none."""
-    generated = np.ones((len(rows.target), len(matched.target.conditioning)), np.bool_)
-    whole = rows.kept | (matched.first_faults < 0)[rows.target]  # those of the misaligned are kept to be looked at
-    present: Mask = np.concatenate([matched.present[rows.target], generated], axis=1) & whole[:, None]
+    """Return which references each row has: rows × references.
+
+    A rejected one keeps its proper files, and so how they lie on it; nothing is made for it.
+    """
+    generated = np.repeat(rows.kept[:, None], len(matched.target.conditioning), axis=1)
+    present: Mask = np.concatenate([matched.present[rows.target], generated], axis=1)
     return present
 
 
@@ -255,6 +257,11 @@ def _drawn(project: Project, ids: pa.Array, prompts: pa.ListArray) -> pa.Array:
     starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
     at = pa.array(starts + draws % np.maximum(counts, 1), mask=counts == 0)
     return pc.fill_null(prompts.flatten().take(at), "")
+
+
+def _alike(texts: list[str], count: int) -> pa.Array:
+    """Give every row the same list; `pa.repeat` cannot make none of them."""
+    return pa.array([texts], pa.list_(pa.string())).take(pa.array(np.zeros(count, np.int64)))
 
 
 def _constant(value: object, count: int) -> pa.Array:

@@ -160,8 +160,6 @@ def _tell_unpaired(run: _Run, sets: Sequence[_Set]) -> None:
         target, path = one.matched.target, run.project.pair_report(one.matched.target.id)
         if not one.faults or target.on_unpaired != "error":
             continue
-        if not run.dry_run:
-            _write_report(path, one.lines)
         kinds = Counter(reason.partition(":")[0] for _, reason in one.faults)
         told.append(
             f"{target.id}: {len(one.faults)} of {one.matched.images.num_rows} targets have no proper reference:"
@@ -173,6 +171,8 @@ def _tell_unpaired(run: _Run, sets: Sequence[_Set]) -> None:
             f"  all of them: {path}" if not run.dry_run else "  all of them: the same command without --dry-run"
         )
     if told:
+        for one in sets if not run.dry_run else ():
+            _write_report(run.project.pair_report(one.matched.target.id), one.lines)
         advice = (
             f"nothing was paired; mend the files and run {run.project.command('prep scan')}, or say in "
             f'{Path(run.project.trainer.data_backend_config).name} "on_unpaired": "drop" or "train_without_reference"'

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prep.degrade import Step, apply, decode_stored, encode, suffix_of
+from prep.degrade import Step, TooLarge, apply, decode_stored, encode, suffix_of
 from prep.images import Pixels, decode_pixels, frame
 from prep.places import Place, place_of, read_bytes
 from schemas.keys import content_id, pixels_key
@@ -91,9 +91,12 @@ def pixels_of(picture: Picture) -> Pixels | Refusal:
         return decoded
     if steps is None:
         return frame(decoded, picture.geometry)
-    if picture.at_source:
-        return frame(apply(decoded, steps, seed), picture.geometry)
-    return apply(frame(decoded, picture.geometry), steps, seed)
+    try:
+        if picture.at_source:
+            return frame(apply(decoded, steps, seed), picture.geometry)
+        return apply(frame(decoded, picture.geometry), steps, seed)
+    except TooLarge as fault:
+        return Refusal(str(fault), lasting=True)
 
 
 def upright(picture: Picture) -> Pixels | Refusal:
@@ -118,11 +121,13 @@ def bytes_of(picture: Picture) -> bytes | Refusal:
 
 
 def _stored(picture: Picture) -> Pixels | None:
-    """Read a picture that prep pairs kept; None if there is none, or none that can be read."""
+    """Read a picture that prep pairs kept; None if there is none, none that can be read, or one of another size."""
     try:
-        return decode_stored(picture.stored.read_bytes()) if picture.stored is not None else None
+        stored = decode_stored(picture.stored.read_bytes()) if picture.stored is not None else None
     except (OSError, ValueError):
         return None
+    size = (picture.geometry.target_height, picture.geometry.target_width)
+    return stored if stored is None or picture.at_source or stored.shape[:2] == size else None
 
 
 def store(picture: Picture) -> Refusal | None:
@@ -135,7 +140,10 @@ def store(picture: Picture) -> Refusal | None:
         return decoded
     pixels = decoded if picture.at_source else frame(decoded, picture.geometry)
     del decoded  # of a large photograph it is much of what this takes
-    data, _ = encode(pixels, picture.steps or [], picture.seed or 0)
+    try:
+        data, _ = encode(pixels, picture.steps or [], picture.seed or 0)
+    except TooLarge as fault:
+        return Refusal(str(fault), lasting=True)
     with write_aside(picture.store) as aside:
         aside.write_bytes(data)
     return None

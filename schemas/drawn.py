@@ -3,7 +3,6 @@
 `Drawn` and `ONE_OR_MORE` are annotations; `Drawn` also tells how a range is drawn, which prep/degrade acts on.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -45,8 +44,8 @@ class Drawn:
         return f"{kind} from {self.low:g} to {self.high:g}"
 
     def _number(self, value: Any) -> float:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or not self.low <= value <= self.high:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not self.low <= value <= self.high:  # neither NaN nor infinity is between
             raise ValueError(f"must be {self.noun}")
         if not (self.whole or self.odd):
             return float(value)

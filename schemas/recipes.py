@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, model_validator
 from schemas.keys import canonical, digest
 from schemas.options import Options, option
 from schemas.presets import PRESETS, PresetName
-from schemas.steps import AnyStep, Step
+from schemas.steps import AnyStep, OneOf, Resize, Sequence, Shuffle, Step
 
 
 def _rising(value: tuple[int, int]) -> tuple[int, int]:
@@ -164,6 +164,25 @@ def recipe_text(recipe: Recipe) -> str:
         values["steps"] = digest([step.acting("pairs") for step in recipe.all_steps])[:_HASH_DIGITS]
     unsaid = {"degrade_at": "target", "preset": None}
     return canonical({name: value for name, value in values.items() if name not in unsaid or value != unsaid[name]})
+
+
+def does_nothing(recipe: Recipe) -> bool:
+    """Tell a recipe under which no picture is changed."""
+    if isinstance(recipe, Superresolution):
+        blurs = recipe.blur_type != "none" and recipe.blur_radius > 0
+        scales = recipe.downscale_factor is not None and recipe.downscale_factor > 1
+        noisy = recipe.add_noise and recipe.noise_level > 0
+        return not (blurs or scales or noisy or recipe.jpeg_quality is not None)
+    return isinstance(recipe, Chain) and not any(map(_may_act, recipe.all_steps))
+
+
+def _may_act(step: AnyStep) -> bool:
+    """Tell a step that some picture may get."""
+    if step.probability == 0:
+        return False
+    if isinstance(step, Shuffle | OneOf | Sequence) or (isinstance(step, Resize) and step.factor in (1, (1, 1))):
+        return any(map(_may_act, step.steps))
+    return True
 
 
 @cache

@@ -107,7 +107,7 @@ class PairRow:
     variants: int  # of this target; 1 unless crops or degradations differ by epoch
     geometry: Geometry  # of the target
     view: str  # of the target: see Reference
-    references: list[Reference]
+    references: list[Reference]  # of a rejected row the files that are in order: how they lie is known
     prompts: list[str]
     prompt: str  # the one of them that is drawn by seed, for previews and other trainers; training shows all in turn
     bucket: str

@@ -13,6 +13,7 @@ from schemas.errors import Fault
 from schemas.options import Options, facts_of
 from schemas.paths import resolved
 from schemas.project import Project
+from schemas.recipes import does_nothing
 
 # Limits of the three image sizes, beyond which the unit is mistaken.
 _MOST_MEGAPIXELS = 20
@@ -294,6 +295,9 @@ def _inactive_inside(dataset: DatasetConfig) -> Iterator[str]:
         for inner, facts in facts_of(type(group)) if isinstance(group, Options) else ():
             if facts["no_effect"] and getattr(group, inner) is not None:
                 yield f"{name}.{inner} has no effect: {facts['no_effect']}"
+    for number, entry in enumerate(dataset.conditioning):
+        if does_nothing(entry.recipe):
+            yield f"conditioning[{number}] has no effect: no picture is changed, references are the targets themselves"
 
 
 def _inactive_sources(project: Project, dataset: DatasetConfig) -> Iterator[str]:

@@ -19,9 +19,12 @@ from schemas.recipes import Chain, Recipe
 from schemas.steps import AnyStep
 
 __all__ = [
-    "STEPS", "Step", "apply", "decode_stored", "degrade", "encode", "png_file", "realise", "suffix_of",
+    "STEPS", "Step", "TooLarge", "apply", "decode_stored", "degrade", "encode", "png_file", "realise", "suffix_of",
     "why_impossible",
 ]  # fmt: skip
+
+# Steps that cannot have longer sides than so many pixels, for their formats or for OpenCV's 16-bit coordinates.
+_LONGEST = {"jpeg": 65_500, "webp": 16_383, "avif": 32_768, "chromatic_aberration": 32_766}
 
 _SCALING = {
     "nearest": cv2.INTER_NEAREST,
@@ -32,13 +35,20 @@ _SCALING = {
 }
 
 
+class TooLarge(ValueError):
+    """A picture that a step cannot have."""
+
+
 def degrade(pixels: Pixels, recipe: Recipe, seed: int) -> Pixels:
     """Apply a recipe to a picture of any size; the same arguments give the same bytes."""
     return apply(pixels, realise(recipe, seed), seed)
 
 
 def apply(pixels: Pixels, steps: Sequence[Step], seed: int) -> Pixels:
-    """Do the steps one after the other; each draws its own noise, whatever comes before or after it."""
+    """Do the steps one after the other; each draws its own noise, whatever comes before or after it.
+
+    Raises TooLarge.
+    """
     changed = pixels
     for step, own in zip(steps, _seeds(steps, seed), strict=True):
         changed = _applied(changed, step, own)
@@ -46,9 +56,13 @@ def apply(pixels: Pixels, steps: Sequence[Step], seed: int) -> Pixels:
 
 
 def encode(pixels: Pixels, steps: Sequence[Step], seed: int) -> tuple[bytes, str]:
-    """Return the degraded picture as a file, and its suffix: the last step's own bitstream, or a lossless one."""
+    """Return the degraded picture as a file, and its suffix: the last step's own bitstream, or a lossless one.
+
+    Raises TooLarge.
+    """
     if not steps or steps[-1]["step"] not in codecs.STORED_AS:
         return codecs.quick_png_file(apply(pixels, steps, seed)), ".png"
+    _must_fit(pixels, steps[-1])
     suffix, written = codecs.STORED_AS[steps[-1]["step"]]
     return written(apply(pixels, steps[:-1], seed), **_parameters(steps[-1])), suffix
 
@@ -102,7 +116,15 @@ STEPS: Mapping[str, Callable[..., Pixels]] = {
 
 
 def _applied(pixels: Pixels, step: Step, seed: int) -> Pixels:
+    _must_fit(pixels, step)
     return STEPS[step["step"]](pixels, Draws(seed), **_parameters(step))
+
+
+def _must_fit(pixels: Pixels, step: Step) -> None:
+    height, width = pixels.shape[:2]
+    longest = _LONGEST.get(step["step"])
+    if longest is not None and max(width, height) > longest:
+        raise TooLarge(f"not degradable: {step['step']} takes sides of {longest} pixels at most, here {width}x{height}")
 
 
 def _parameters(step: Step) -> dict[str, object]:

@@ -154,7 +154,7 @@ def _facts(project: Project, target: DatasetConfig, table: pa.Table, thumbnails:
     shown, lying = drawn(project, target, table, (pairs, places))
     return Facts(
         figures=_figures(table, kept, references, worst),
-        sets=_sets(project, target, references),
+        sets=_sets(project, target, references, kept),
         pairs=shown,
         num_pairs=int(kept.sum()),
         worst=Worst(lying, _named(table, references, worst, limit), worst.num_compared, len(worst.accused)),
@@ -204,13 +204,14 @@ def _range(counts: npt.NDArray[np.int64]) -> str:
     return f"median; {counts.min():,} to {counts.max():,}"
 
 
-def _sets(project: Project, target: DatasetConfig, references: _References) -> tuple[Figure, ...]:
-    """Count the references of each set, in the order of the project, and say what they are."""
+def _sets(project: Project, target: DatasetConfig, references: _References, kept: Flags) -> tuple[Figure, ...]:
+    """Count the references of each set in kept rows, in the order of the project, and say what they are."""
     files = {"reference_loose": "files of their own size", "reference_strict": "files, cropped like the target"}
     said = {one.id: files.get(one.conditioning_type or "", "files") for one in project.references_of(target)}
     made = zip(target.generated_ids, target.conditioning, strict=True)
     said |= {name: f"made of the target: {_recipe(entry.recipe)}" for name, entry in made}
-    counts = counts_of(pa.chunked_array([references.columns.field("dataset_id")]))
+    shown = references.columns.field("dataset_id").filter(pa.array(kept[references.row]))
+    counts = counts_of(pa.chunked_array([shown]))
     unknown = [name for name in counts if name not in said]
     return tuple(Figure(name, counts[name], said.get(name, "")) for name in (*said, *unknown) if name in counts)
 

@@ -4,7 +4,7 @@ Sizes come from a family's facts, the numbers in them from the checkpoint where 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,14 +151,14 @@ def pictures(project: Project, matches: Sequence[Match]) -> Need:
     return Need(needed, len(there), known + sum(there), sum(there), exact)
 
 
-def _gathered(project: Project, sides: Iterable[tuple[Match, Side]], *, all_drawn: bool) -> _Wanted:
+def _gathered(project: Project, sides: Sequence[tuple[Match, Side]], *, all_drawn: bool) -> _Wanted:
     """Collect the pictures of some places of pairs, further random crops included."""
     wanted = _Wanted()
-    crops: dict[str, list[Numbers] | None] = {}
+    crops: dict[int, list[Numbers] | None] = {}  # by the identity of pairs: a set may have several parts
     for pairs, side in sides:
-        if pairs.target.id not in crops:
-            crops[pairs.target.id] = _crops(project, pairs, all_drawn=all_drawn)
-        drawn = crops[pairs.target.id]
+        if id(pairs) not in crops:
+            crops[id(pairs)] = _crops(project, pairs, all_drawn=all_drawn)
+        drawn = crops[id(pairs)]
         wanted.named &= side.named
         wanted.parts.append(_table(side.ids, side.boxes, side))
         for boxes in drawn or ():

@@ -106,6 +106,7 @@ def _part(target: Manifest, matched: Matched, rows: Numbers) -> tuple[pa.Array, 
         moves = (boxes == first.boxes).all(axis=1)
         sides.append(_side(references, files, dataset if references.strict else references.dataset, boxes, moves))
     sizes = np.stack([pc.fill_null(images[name], 0).to_numpy() for name in ("width", "height")], axis=1)
+    sizes = sizes.astype(np.int64)
     for entry in dataset.conditioning:
         recipe = recipe_text(entry.recipe)
         at_source = sizes if degraded_at_source(recipe) else None

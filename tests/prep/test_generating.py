@@ -16,10 +16,10 @@ from PIL import Image
 
 from families import open_project
 from prep import generating
-from prep.degrade import apply
+from prep.degrade import TooLarge, apply, encode
 from prep.images import decode, frame
 from prep.pairs import pairs
-from prep.pixels import pixels_of, reference_picture, target_picture
+from prep.pixels import Refusal, pixels_of, reference_picture, target_picture
 from prep.scan import scan
 from schemas.rows import PairRow
 from schemas.tables import read_table
@@ -225,6 +225,65 @@ def test_a_worker_that_dies_or_hangs_costs_one_image(tasks, monkeypatch, tmp_pat
     monkeypatch.undo()
     [summary] = pairs(tmp_path, workers=1).datasets
     assert (summary.pairs, summary.generated, summary.reused) == (5, 2, 3)
+
+
+LONGEST = [
+    ({"step": "jpeg", "quality": 50, "subsampling": "4:2:0"}, 65_500),
+    ({"step": "webp", "quality": 50}, 16_383),
+    ({"step": "avif", "quality": 50}, 32_768),
+    ({"step": "chromatic_aberration", "shift": 1.0}, 32_766),
+]
+
+
+@pytest.mark.parametrize(("step", "longest"), LONGEST)
+def test_the_longest_side_of_a_step_is_what_its_format_takes(step, longest):
+    inside = {"step": "resize", "factor": 1, "kernel": "area", "kernel_back": "area", "steps": [step]}
+    for steps in ([step], [inside]):
+        assert apply(np.zeros((2, longest, 3), np.uint8), steps, 1).shape == (2, longest, 3)
+        for size in ((2, longest + 1), (longest + 1, 2)):
+            told = f"{step['step']} takes sides of {longest} pixels at most, here {size[1]}x{size[0]}"
+            with pytest.raises(TooLarge, match=told):
+                apply(np.zeros((*size, 3), np.uint8), steps, 1)
+            with pytest.raises(TooLarge, match=told):
+                encode(np.zeros((*size, 3), np.uint8), steps, 1)
+
+
+@pytest.mark.parametrize("storage", ["files", "ondemand"])
+def test_a_picture_that_is_too_large_for_a_step_costs_itself_alone(storage, tmp_path):
+    chain = {"type": "chain", "steps": [{"step": "webp"}], "degrade_at": "source", "storage": storage}
+    project(tmp_path, {**TARGETS, "crop": True, "crop_aspect": "square", "conditioning": chain})
+    draw(tmp_path / "edits" / "good.bmp", 16_383, 120)
+    draw(tmp_path / "edits" / "large.bmp", 16_384, 120)
+    _, rows = paired(tmp_path)
+    reason = "not degradable: webp takes sides of 16383 pixels at most, here 16384x120"
+    rejects = [rows[name].reject for name in ("good.bmp", "large.bmp")]
+    assert rejects == [None, f"reference not made: {reason}" if storage == "files" else None]
+    good, large = made(tmp_path)
+    assert good.shape == (64, 64, 3)
+    assert large == Refusal(reason, lasting=True)
+
+
+def test_a_set_without_a_usable_image_is_an_empty_table(tmp_path):
+    project(tmp_path, {**TARGETS, "conditioning": [KINDS["webp"], {**KINDS["jpeg_artifacts"], "captions": ["mend"]}]})
+    (tmp_path / "edits" / "a.png").write_bytes(b"no picture")
+    summary, rows = paired(tmp_path)
+    assert (summary.targets, summary.pairs, rows) == (0, 0, {})
+
+
+@pytest.mark.parametrize("damage", ["none", "empty", "half", "other"])
+def test_a_stored_picture_that_is_not_whole_or_of_another_size_is_not_believed(damage, tmp_path):
+    project(tmp_path, {**TARGETS, "conditioning": {**KINDS["superresolution"], "storage": "files"}})
+    draw(tmp_path / "edits" / "a.png")
+    _, rows = paired(tmp_path)
+    picture = reference_picture(open_project(tmp_path), rows["a.png"], rows["a.png"].references[0])
+    before, data = pixels_of(picture), picture.store.read_bytes()
+    others = {"none": None, "empty": b"", "half": data[: len(data) // 2]}
+    others["other"] = draw(tmp_path / "other.png", 32, 48).read_bytes()
+    if others[damage] is None:
+        picture.store.unlink()
+    else:
+        picture.store.write_bytes(others[damage])
+    assert np.array_equal(pixels_of(picture), before)
 
 
 def tree(folder):

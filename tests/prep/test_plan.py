@@ -168,6 +168,26 @@ def test_random_crops_and_repeats_are_planned_as_they_are_made(make_project: Mak
     assert (photos.targets, photos.variants, photos.pairs, photos.showings) == (6, 3, 18, 18)
 
 
+def test_targets_that_lack_references_have_random_crops_of_their_own(make_project: MakeProject) -> None:
+    folder = make_project("edits")
+    square = {"crop": True, "crop_aspect": "square", "crop_variants": 3}
+    _edit(folder, 0, on_unpaired="train_without_reference", **square)
+    sorted((folder / "reference").glob("*.jpg"))[0].unlink()
+    _as_it_happened(folder)
+
+
+def test_pictures_degraded_at_their_own_size_are_counted_beside_others(make_project: MakeProject) -> None:
+    folder = make_project("deblur")
+    kinds = [{"type": "jpeg_artifacts", "storage": "files", "degrade_at": at} for at in ("source", "target")]
+    _edit(folder, 0, conditioning=kinds)
+    project = open_project(folder)
+    scan(project, workers=1)
+    planned = _stage(plan(project), "reference pictures")
+    [paired] = pairs(project, workers=1).datasets
+    assert planned.to_make == paired.generated == 12
+    assert _stage(plan(project), "reference pictures").there == 12
+
+
 def test_loose_references_of_another_size_make_buckets_of_their_own(make_project: MakeProject) -> None:
     folder = make_project("edits", train_batch_size=2)
     _edit(folder, 1, conditioning_type="reference_loose", resolution=192)

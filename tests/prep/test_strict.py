@@ -172,3 +172,22 @@ def test_what_goes_wrong_in_silence_elsewhere_is_said_or_right_here(case, tmp_pa
     said = (tmp_path / "work" / "pairs" / "edits.report.csv").read_text().splitlines()[1:]
     lines = {"nested folders": 0, "stems twice in one folder": 0, "the extension differs": 2}
     assert len(said) == lines.get(case, 1), said
+
+
+@pytest.mark.parametrize("misaligned", ["report", "reject"])
+def test_what_was_compared_is_not_compared_again_whether_it_was_rejected_or_not(misaligned, tmp_path):
+    project(tmp_path, crop_style="center", resolution=256, alignment_check={"misaligned": misaligned})
+    noise = np.random.default_rng(1).integers(0, 256, (5, 40, 40, 3), np.uint8)
+    for number, small in enumerate(noise):
+        picture = Image.fromarray(small).resize((320, 320), Image.Resampling.BICUBIC)
+        picture.crop((20, 20, 276, 276)).save(tmp_path / "edits" / f"{number}.png")
+        left = 20 + 6 * (number < 2)
+        picture.crop((left, 19, left + 256, 275)).save(tmp_path / "refs" / f"{number}.png")
+    paired(tmp_path)
+    report = tmp_path / "work" / "pairs" / "edits.report.csv"
+    before, mark = report.read_bytes(), report.stat().st_ino
+    assert before.count(b"misaligned,") == 5
+    [again] = pairs(tmp_path, workers=1).datasets
+    assert (again.compared, again.misaligned, again.written) == (0, 5, False)
+    assert again.rejected == ({"misaligned": 5} if misaligned == "reject" else {})
+    assert (report.read_bytes(), report.stat().st_ino) == (before, mark)

@@ -168,6 +168,18 @@ def test_stems_that_collide_are_an_error_that_lists_both(edits, refs, told, tmp_
     assert f"reference collides: {told}" in str(caught.value)
 
 
+def test_a_name_in_another_unicode_form_is_said_to_be_one(tmp_path):
+    project(tmp_path, {**EDITS, "on_unpaired": "drop"}, REFS)
+    composed, decomposed = "caf\u00e9.png", "cafe\u0301.png"
+    draw(tmp_path / "edits" / composed)
+    draw(tmp_path / "refs" / decomposed, seed=3)
+    _, rows = paired(tmp_path)
+    assert rows[composed].reject == (
+        f"no reference: refs has no {composed}, but {decomposed}, which looks the same: one has its accents composed, "
+        "the other not; rename one"
+    )
+
+
 def test_a_dry_run_tells_faults_and_writes_no_report(tmp_path):
     trouble(tmp_path)
     before = products(tmp_path)

@@ -22,6 +22,7 @@ def test_a_preset_has_steps_with_known_names_and_sound_numbers(name):
         ([{"step": "blur", "sigma": [3, 1]}], "steps[0].sigma = [3, 1]: the lower end comes first: [1, 3]"),
         ([{"step": "blur", "sigma": [1, 2, 3]}], "steps[0].sigma = [1, 2, 3]: must be a number from 0 to 100, or two"),
         ([{"step": "blur", "sigma": -1}], "steps[0].sigma = -1: must be a number from 0 to 100"),
+        ([{"step": "blur", "sigma": 10**400}], "must be a number from 0 to 100"),
         ([{"step": "blur", "sigma": True}], "steps[0].sigma = true: must be a number"),
         ([{"step": "blur", "sigma": "3"}], 'steps[0].sigma = "3": must be a number from 0 to 100'),
         ([{"step": "blur", "size": 4}], "steps[0].size = 4: must be an odd whole number from 1 to 999"),

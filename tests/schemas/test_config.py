@@ -418,6 +418,31 @@ def test_a_generators_options_without_effect_are_warnings_too(tmp_path):
     assert any("instance_data_dir has no effect" in text for text in warnings)
 
 
+NEVER = {"step": "blur", "probability": 0}
+UNCHANGED = {"step": "resize", "factor": 1}
+
+
+@pytest.mark.parametrize(
+    ("generator", "idle"),
+    [
+        ({"type": "chain", "steps": [NEVER]}, True),
+        ({"type": "chain", "steps": [{"step": "shuffle", "steps": [NEVER, {**UNCHANGED, "steps": [NEVER]}]}]}, True),
+        ({"type": "chain", "steps": [NEVER, {"step": "jpeg", "probability": 0.01}]}, False),
+        ({"type": "chain", "steps": [{**UNCHANGED, "steps": [{"step": "jpeg"}]}]}, False),
+        ({"type": "superresolution", "blur_type": "none", "add_noise": False}, True),
+        ({"type": "superresolution", "blur_radius": 0, "noise_level": 0, "downscale_factor": 1}, True),
+        ({"type": "superresolution", "blur_type": "none", "add_noise": False, "jpeg_quality": 90}, False),
+        ({"type": "jpeg_artifacts"}, False),
+    ],
+)
+def test_a_generator_that_changes_no_picture_is_a_warning(generator, idle, tmp_path):
+    datasets = [{"id": "photos", "instance_data_dir": "photos", "conditioning": [generator]}]
+    warnings = open_project(written(tmp_path, datasets=datasets)).warnings
+    assert [True for text in warnings if "conditioning[0] has no effect: no picture is changed" in text] == [
+        True
+    ] * idle
+
+
 def test_sizes_that_need_a_crop_warn_without_one(tmp_path):
     sizes = {"maximum_image_size": 2048, "target_downsample_size": 1024}
     folder = {"id": "photos", "instance_data_dir": "photos"}
