@@ -8,13 +8,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 demo: .venv/installed
 	$(BIN)/prep scan $(DEMO)
-	$(BIN)/prep report $(DEMO)
 	$(BIN)/prep pairs $(DEMO) --preview 12
+	$(BIN)/prep report $(DEMO)
 	$(BIN)/prep cache $(DEMO)
 	$(BIN)/train run $(DEMO)
 	@echo
 	@echo "Everything is below $(CURDIR)/$(DEMO)/work:"
-	@echo "  report.html                                     what was scanned, on one page"
+	@echo "  report.html                                     what was scanned and paired, on one page"
 	@echo "  pairs/photos.preview.png                        what the model sees, references beside targets: look at it"
 	@echo "  manifests/ pairs/ cache/                        tables and shards, plain Parquet (docs/formats.md)"
 	@echo "  runs/default/pytorch_lora_weights.safetensors   the LoRA, for FluxKontextPipeline.load_lora_weights"
