@@ -180,12 +180,12 @@ def cache(
         warn(opened.warnings)
         if verify:
             found = check(opened, repair=repair)
+            if repair:
+                found = replace(found, encoded=run(opened, workers=workers))
             report(found, json)
             if found.faults and not repair:
                 raise SystemExit(1)
-        if repair:
-            report(run(opened, workers=workers), json)
-        if not verify:
+        else:
             report(run(opened, limit=limit, workers=workers, dry_run=dry_run), json)
 
 

@@ -3,6 +3,7 @@
 `verify` is the public function.
 """
 
+import re
 import time
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from families import Source, open_project
 from schemas.console import progress
 from schemas.project import Project
 from schemas.shards import REJECTS, drop_rows, faults_of
-from schemas.storage import is_aside
 from schemas.summaries import StoreCheck, VerifySummary
+
+_NAME = re.compile(r"[0-9a-f]{16}")  # of an encoder's folder and of a shard: whatever else lies there is not ours
 
 
 def verify(project: Source, *, repair: bool = False) -> VerifySummary:
@@ -27,9 +29,9 @@ def verify(project: Source, *, repair: bool = False) -> VerifySummary:
         _check(kind, folder, repair=repair)
         for kind, root in _roots(project)
         for folder in sorted(root.glob("*"))
-        if folder.is_dir()
+        if folder.is_dir() and _NAME.fullmatch(folder.name)
     ]
-    return VerifySummary(tuple(checks), project.warnings, time.monotonic() - start)
+    return VerifySummary(tuple(checks), None, project.warnings, time.monotonic() - start)
 
 
 def _roots(project: Project) -> list[tuple[str, Path]]:
@@ -40,7 +42,9 @@ def _roots(project: Project) -> list[tuple[str, Path]]:
 
 def _check(kind: str, folder: Path, *, repair: bool) -> StoreCheck:
     shards = [
-        path for path in sorted(folder.glob("**/*.parquet")) if path.parent.name != REJECTS and not is_aside(path)
+        path
+        for path in sorted(folder.glob("**/*.parquet"))
+        if path.parent.name != REJECTS and _NAME.fullmatch(path.stem)
     ]
     size, rows = sum(path.stat().st_size for path in shards), 0
     told: dict[str, str] = {}

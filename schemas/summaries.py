@@ -312,6 +312,7 @@ class VerifySummary:
     """What `prep cache --verify` did."""
 
     stores: tuple[StoreCheck, ...]
+    encoded: CacheSummary | None  # what --repair then encoded again
     warnings: tuple[str, ...]
     seconds: float
     command: str = "prep cache --verify"
@@ -331,6 +332,8 @@ class VerifySummary:
             for place, fault in store.faults.items():
                 yield f"  {place}: {fault} ({done})"
         yield "every row is whole" if not self.faults else f"{counted(self.faults, 'fault')}"
+        if self.encoded is not None:
+            yield from self.encoded.lines()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """What prep cache --verify finds and mends, on the tiny checkpoint's shards."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,25 @@ def test_numbers_that_are_not_finite_are_faults(tmp_path: Path, make_project: Ma
     verify(folder, repair=True)
     index = ShardIndex(store.parent)
     assert all(f"good{number}" in index and f"bad{number}" not in index for number in range(3))
+
+
+def test_files_that_are_not_shards_of_ours_are_left_alone(make_project: MakeProject) -> None:
+    folder = cached(make_project)
+    store = shards(folder, "latents")[0].parent.parent
+    others = [store / "notes.parquet", store.parent / "another" / "0123456789abcdef.parquet"]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"somebody's own")
+    assert verify(folder, repair=True).faults == 0
+    assert all(path.read_bytes() == b"somebody's own" for path in others)
+
+
+def test_a_repair_is_one_document(make_project: MakeProject) -> None:
+    folder = cached(make_project)
+    flip(shards(folder, "latents")[0])
+    said = json.loads(CliRunner().invoke(app, ["cache", str(folder), "--verify", "--repair", "--json"]).stdout)
+    assert [len(store["faults"]) for store in said["stores"]] == [1, 0]
+    assert [store["encoded"] for store in said["encoded"]["stores"]] == [1, 0]
 
 
 def test_the_command_says_how_to_mend_and_does_it(make_project: MakeProject) -> None:
