@@ -3,8 +3,6 @@
 It has a module of its own, for workers import the module of their task, and should have no more than a command's have.
 """
 
-import numpy as np
-
 from prep.degrade import apply
 from prep.pixels import Refusal, upright
 
@@ -14,4 +12,4 @@ def degraded(picture):
     decoded = upright(picture)
     if isinstance(decoded, Refusal):
         return decoded
-    return apply(np.asarray(decoded), picture.steps, picture.seed).shape
+    return apply(decoded, picture.steps, picture.seed).shape

@@ -121,7 +121,7 @@ class ShardIndex:
             if is_aside(path):
                 continue
             if path.parent.name == REJECTS:
-                self.rejects |= {record["key"]: record["reject"] for record in _records(path, None, ["key", "reject"])}
+                self.rejects |= {record["key"]: record["reject"] for record in _records(path, ["key", "reject"])}
                 continue
             self.headers[path], keys = _header(path)
             first = len(self._paths) * _MOST_ROWS
@@ -286,11 +286,9 @@ def _header(path: Path) -> tuple[ShardHeader, list[str]]:
     )
 
 
-def _records(path: Path, row_group: int | None, columns: list[str] | None) -> list[dict[str, Any]]:
+def _records(path: Path, columns: list[str]) -> list[dict[str, Any]]:
     try:
-        file = pq.ParquetFile(path)
-        table = file.read(columns) if row_group is None else file.read_row_group(row_group, columns)
-        records: list[dict[str, Any]] = table.to_pylist()
+        records: list[dict[str, Any]] = pq.ParquetFile(path).read(columns).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as fault:
         raise _damaged(path, fault) from fault
     return records
