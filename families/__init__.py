@@ -46,6 +46,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
             r"|proj_mlp|proj_out)|proj_out",
         },
         default_lora_target="all",
+        elsewhere={"simpletuner": "flux", "musubi": "fk", "sd-scripts": "flux"},
         unquantised=("proj_out", "x_embedder", "context_embedder"),
     ),
 }

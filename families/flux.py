@@ -34,10 +34,16 @@ def load_image_encoder(checkpoint: Path, dtype: torch.dtype, device: torch.devic
 @torch.no_grad()
 def encode_images(encoder: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Encode the mode of the posterior, as FluxKontextPipeline encodes its reference, and normalise."""
+    return encode_posterior(encoder, pixels)[0]
+
+
+@torch.no_grad()
+def encode_posterior(encoder: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Encode mode and standard deviation of the posterior, both normalised."""
     values = 2.0 * (pixels.permute(0, 3, 1, 2).to(torch.float32) / 255.0) - 1.0
-    latents = encoder.encode(values.to(encoder.device, encoder.dtype)).latent_dist.mode()
-    normalised: Tensor = (latents - encoder.config.shift_factor) * encoder.config.scaling_factor
-    return normalised
+    posterior = encoder.encode(values.to(encoder.device, encoder.dtype)).latent_dist
+    scale = encoder.config.scaling_factor
+    return (posterior.mode() - encoder.config.shift_factor) * scale, posterior.std * scale
 
 
 @torch.no_grad()
@@ -62,8 +68,12 @@ def encode_prompts(encoders: FluxKontextPipeline, prompts: Sequence[str], settin
     """Encode prompts with the pipeline's own `encode_prompt`."""
     length = settings["t5_tokens"]
     embed, pooled, _ = encoders.encode_prompt(prompt=list(prompts), prompt_2=None, max_sequence_length=length)
-    tokens = encoders.tokenizer_2(list(prompts))["input_ids"]
-    return TextEmbeds(embed, pooled, tuple(len(ids) for ids in tokens))
+    return TextEmbeds(embed, pooled, count_tokens(encoders, prompts))
+
+
+def count_tokens(encoders: FluxKontextPipeline, prompts: Sequence[str]) -> tuple[int, ...]:
+    """Count T5's tokens, whose rows the transformer reads."""
+    return tuple(len(ids) for ids in encoders.tokenizer_2(list(prompts))["input_ids"])
 
 
 def load_denoiser(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> FluxTransformer2DModel:

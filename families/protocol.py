@@ -33,6 +33,12 @@ class Family(Protocol):
     def encode_images(self, encoder: Any, pixels: Tensor) -> Tensor:
         """Encode uint8 pixels, batch × height × width × 3, as normalised latents, batch × C × H × W."""
 
+    def encode_posterior(self, encoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Encode as `encode_images` does, and give the standard deviation of draws around each value, normalised alike.
+
+        None in its place where the encoder gives no distribution.
+        """
+
     def decode_latents(self, encoder: Any, latents: Tensor) -> Tensor:
         """Decode normalised latents to uint8 pixels, batch × height × width × 3."""
 
@@ -41,6 +47,9 @@ class Family(Protocol):
 
     def encode_prompts(self, encoders: Any, prompts: Sequence[str], settings: Mapping[str, Any]) -> TextEmbeds:
         """Encode prompts exactly as the family's pipeline does; `settings` are the flavour's of its FamilySpec."""
+
+    def count_tokens(self, encoders: Any, prompts: Sequence[str]) -> tuple[int, ...]:
+        """Count the tokens of prompts before padding and before the cut."""
 
     def load_denoiser(self, checkpoint: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Load the network that training adapts."""

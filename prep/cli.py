@@ -189,6 +189,42 @@ def cache(
             report(run(opened, limit=limit, workers=workers, dry_run=dry_run), json)
 
 
+@app.command(
+    "import",
+    short_help="Take over what other trainers have cached.",
+    epilog="Example:  prep import my-project cache/vae/photos --dataset photos",
+)
+def import_cache(
+    project: ProjectPath,
+    cache_dir: Annotated[Path, typer.Argument(metavar="CACHE_DIR", help="Folder of that trainer's cache files.")],
+    workspace: Workspace = None,
+    root: Root = None,
+    settings: Settings = None,
+    json: Json = False,
+    dry_run: DryRun = False,
+    format: Annotated[
+        str, typer.Option(metavar="NAME", help="Of CACHE_DIR: auto, simpletuner, musubi, sd-scripts.")
+    ] = "auto",
+    dataset: Annotated[
+        str | None, typer.Option(metavar="ID", help="Look for the latents of this dataset alone.  [default: all]")
+    ] = None,
+    sample: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Encode N of each dataset, and N prompts, again to compare.")
+    ] = 8,
+) -> None:
+    """Bring latents and text embeds that another trainer cached into our stores, where they are proven to be equal."""
+    with reporting():
+        from families import open_project
+        from prep.importing.run import import_cache as run
+
+        opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=True)
+        warn(opened.warnings)
+        summary = run(opened, cache_dir, format=format, dataset=dataset, sample=sample, dry_run=dry_run)
+        report(summary, json)
+        if summary.failed:
+            raise SystemExit(1)
+
+
 @app.command(short_help="Say what is done, what is stale, what comes next.", epilog="Example:  prep status my-project")
 def status(
     project: ProjectPath,

@@ -37,4 +37,5 @@ class FamilySpec:
     smallest_alignment: int  # pixels that sides must be multiples of for the model to run at all
     lora_targets: Mapping[str, str]  # preset -> regular expression over full module names
     default_lora_target: str
+    elsewhere: Mapping[str, str]  # other trainer -> what its cache files of this family are named by
     unquantised: tuple[str, ...]  # layers that keep their precision: small ones that carry the picture itself

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
+from schemas.imported import ImportSummary
 from schemas.planned import PlanSummary
 
 
@@ -374,6 +375,7 @@ Summary = (
     | PlanSummary
     | StatusSummary
     | VerifySummary
+    | ImportSummary
 )
 
 
