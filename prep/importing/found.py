@@ -55,7 +55,7 @@ class FoundLatent:
 class FoundText:
     """One encoded prompt."""
 
-    file: Path
+    files: tuple[Path, ...]  # that hold it; the first was read
     embed: Tensor  # tokens × width
     pooled: Tensor | None
 

@@ -1,9 +1,9 @@
 """musubi-tuner's caches: one safetensors for each target, its controls included, and one for each caption.
 
-Facts: `<name>_<W>x<H>_<architecture>.safetensors` with the size of the image; in it `latents_[1x]<h>x<w>_<dtype>` is the
-target, `latents_control_[<n>_][1x]<h>x<w>_<dtype>` a control, whose geometry is not recorded. A target is scaled to cover
-its bucket, averaged when it gets smaller and by Pillow's Lanczos when larger, and cropped in the middle; there is no
-option. `<name>_<architecture>_te.safetensors` has its caption in the metadata.
+Facts: `<name>_<W>x<H>_<architecture>.safetensors` has the size of the image in its name, `latents_[1x]<h>x<w>_<dtype>`
+in it is the target, `latents_control_[<n>_][1x]<h>x<w>_<dtype>` a control, whose geometry is not recorded. A target is
+scaled to cover its bucket, averaged when it gets smaller and by Pillow's Lanczos when larger, and cropped in the
+middle; there is no option. `<name>_<architecture>_te.safetensors` has its caption in the metadata.
 """
 
 import re
@@ -33,7 +33,7 @@ class Musubi:
         for path in sorted(folder.rglob(f"*_{architecture}.safetensors")):
             if named := latent.fullmatch(path.name):
                 self._latents[named[1], (int(named[2]), int(named[3]))].append(path)
-        self._captions: dict[str, Path] | None = None
+        self._captions: Mapping[str, list[Path]] | None = None
 
     def files(self) -> Sequence[Path]:
         """List the files of latents and of captions."""
@@ -82,15 +82,15 @@ class Musubi:
         """Find a prompt among the captions that the files record."""
         if self._captions is None:
             self._captions = _captions(self._texts)
-        path = self._captions.get(prompt)
-        if path is None:
+        paths = self._captions.get(prompt)
+        if paths is None:
             return ABSENT
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(paths[0], framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
         except _FAULTS as fault:
             return unreadable(fault)
-        return _embeds(path, tensors)
+        return _embeds(paths, tensors)
 
 
 def _only(keys: Sequence[str]) -> str | None:
@@ -104,9 +104,9 @@ def _control(keys: Sequence[str], place: int) -> str | None:
     return found.get(place)
 
 
-def _captions(paths: Sequence[Path]) -> dict[str, Path]:
+def _captions(paths: Sequence[Path]) -> Mapping[str, list[Path]]:
     """Read the captions of files; one that cannot be read has none."""
-    captions: dict[str, Path] = {}
+    captions: dict[str, list[Path]] = {}
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
@@ -114,14 +114,14 @@ def _captions(paths: Sequence[Path]) -> dict[str, Path]:
         except _FAULTS:
             continue
         if caption is not None:
-            captions.setdefault(caption, path)
+            captions.setdefault(caption, []).append(path)
     return captions
 
 
-def _embeds(path: Path, tensors: Mapping[str, Tensor]) -> FoundText | str:
+def _embeds(paths: Sequence[Path], tensors: Mapping[str, Tensor]) -> FoundText | str:
     """Tell the rows of tokens from the pooled embed by their dimensions."""
     floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
     rows, pooled = [one for one in floats if one.ndim == 2], [one for one in floats if one.ndim == 1]
     if len(rows) != 1 or len(pooled) > 1:
         return f"unknown content: {', '.join(sorted(tensors))}"
-    return FoundText(path, rows[0], pooled[0] if pooled else None)
+    return FoundText(tuple(paths), rows[0], pooled[0] if pooled else None)

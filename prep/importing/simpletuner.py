@@ -97,7 +97,7 @@ class SimpleTuner:
         pooled = content.get("pooled_prompt_embeds") if isinstance(content, dict) else None
         if not isinstance(embed, Tensor) or not (pooled is None or isinstance(pooled, Tensor)):
             return "unknown content: no prompt_embeds"
-        return FoundText(found[0], embed.reshape(embed.shape[-2:]), None if pooled is None else pooled.flatten())
+        return FoundText(tuple(found), embed.reshape(embed.shape[-2:]), None if pooled is None else pooled.flatten())
 
 
 class _Records:
@@ -152,6 +152,8 @@ def _load(path: Path) -> Any:
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+        if not data.startswith(b"PK"):
+            return "unreadable: not a file of torch.save"
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as fault:
         if re.search("weights_only|Unsupported|global", str(fault), re.IGNORECASE):

@@ -30,7 +30,7 @@ class Texts:
         for prompt in prompts:
             found = self._cache.text(prompt)
             if isinstance(found, FoundText):
-                self.claimed.add(found.file)
+                self.claimed.update(found.files)
             if prompt in missing:
                 self._sort(prompt, found)
 

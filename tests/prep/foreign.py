@@ -33,7 +33,7 @@ class Encoders:
     @torch.no_grad()
     def latent(self, picture: Image.Image, *, drawn: bool = False) -> Tensor:
         """Encode a picture as it is, normalised, C × H × W."""
-        values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        values = 2.0 * (torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255.0) - 1.0
         posterior = self.vae.encode(values).latent_dist
         raw = posterior.sample(torch.Generator().manual_seed(1)) if drawn else posterior.mode()
         return ((raw - self.vae.config.shift_factor) * self.vae.config.scaling_factor)[0]
