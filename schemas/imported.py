@@ -17,9 +17,9 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class ImportedStore:
-    """What became of the latents of one dataset, or of the text embeds."""
+    """What became of the latents of one dataset, those of resized pictures apart, or of the text embeds."""
 
-    name: str  # id of the dataset, or `text`
+    name: str  # id of the dataset, of resized pictures with a word more, or `text`
     folder: str
     needed: int
     present: int  # in our store before

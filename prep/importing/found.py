@@ -48,7 +48,7 @@ class FoundLatent:
     original: Size | None  # of the image that it was made of
     resized: Size | None  # of that image before the crop
     crop: tuple[int, int] | None  # top and left of the crop
-    resampling: str | None  # of the resize, if there was one
+    resampling: frozenset[str]  # methods that it may have been resized by, if it was; none if nothing is known
 
 
 @dataclass(frozen=True, slots=True)

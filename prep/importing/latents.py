@@ -38,12 +38,13 @@ class Latents:
         self._sizes = sizes_of(project)
         self.parts: dict[str, Part] = {}
         self.claimed: set[Path] = set()
-        self._candidates: dict[str, list[_Candidate]] = defaultdict(list)
+        self._candidates: dict[str, list[_Candidate]] = defaultdict(list)  # by part
         self._collect([one for one in needed.latents if dataset in (None, one.dataset_id)])
         for name, dataset_id in needed.degraded.items():
-            if dataset_id in self.parts:
-                self.parts[dataset_id].needed += 1
-                self.parts[dataset_id].reasons[name] = "degraded here, and so in no other cache"
+            part = next((one for one in self.parts.values() if one.name.partition(",")[0] == dataset_id), None)
+            if part is not None:
+                part.needed += 1
+                part.reasons[name] = "degraded here, and so in no other cache"
 
     def _collect(self, wanted: Sequence[Wanted]) -> None:
         """Find where latents lie, and leave out what is doubtful without reading it."""
@@ -54,7 +55,7 @@ class Latents:
                 askers[slot].add((one.dataset_id, one.picture.path))
                 self.claimed.add(slot.file)
         for one in wanted:
-            part = self.parts.setdefault(one.dataset_id, Part(one.dataset_id, one.folder))
+            part = self.parts.setdefault(_part(one), Part(_part(one), one.folder))
             part.needed += 1
             if one.key in self._needed.present:
                 part.present += 1
@@ -66,15 +67,15 @@ class Latents:
             part.found += 1
             doubt = _doubt(one, slot, askers[slot])
             if doubt is None:
-                self._candidates[one.dataset_id].append(_Candidate(one, slot))
+                self._candidates[part.name].append(_Candidate(one, slot))
             else:
                 part.reasons[_name(one)] = doubt
 
     def run(self, sample: int, dry_run: bool) -> None:
-        """Verify a sample of each dataset, then import what is left."""
+        """Verify a sample of each part, then import what is left."""
         trial: LatentTrial | None = None
-        for dataset_id, candidates in self._candidates.items():
-            part = self.parts[dataset_id]
+        for name, candidates in self._candidates.items():
+            part = self.parts[name]
             trial = trial or LatentTrial(self._project, self._checkpoint)
             part.verification = self._verify(part, candidates, trial, sample)
             if part.verification is not None and part.verification.fault is not None:
@@ -135,6 +136,13 @@ def _pieces(rows: Iterator[tuple[Wanted, Array]]) -> Iterator[list[tuple[Wanted,
             piece = []
     if piece:
         yield piece
+
+
+def _part(wanted: Wanted) -> str:
+    """Name the part of a latent: resized pictures are sampled by themselves, for their pixels depend on more."""
+    geometry = wanted.picture.geometry
+    resized = wanted.size != (geometry.intermediary_width, geometry.intermediary_height)
+    return f"{wanted.dataset_id}, resized" if resized else wanted.dataset_id
 
 
 def _name(wanted: Wanted) -> str:

@@ -67,7 +67,7 @@ class Musubi:
         if values is None:
             return f"unknown content: {', '.join(sorted(keys))}"
         if slot.entry:
-            return FoundLatent(values, None, None, None, None)
+            return FoundLatent(values, None, None, None, frozenset())
         return self._target(wanted.size, values)
 
     def _target(self, original: Size, values: Tensor) -> FoundLatent:
@@ -76,7 +76,8 @@ class Musubi:
         factor = max(bucket[0] / original[0], bucket[1] / original[1])
         resized = int(original[0] * factor + 0.5), int(original[1] * factor + 0.5)
         crop = (resized[1] - bucket[1]) // 2, (resized[0] - bucket[0]) // 2
-        return FoundLatent(values, original, resized, crop, "pillow-lanczos" if factor > 1 else "opencv-area")
+        method = "pillow-lanczos" if factor > 1 else "opencv-area"
+        return FoundLatent(values, original, resized, crop, frozenset({method}))
 
     def text(self, prompt: str) -> FoundText | str:
         """Find a prompt among the captions that the files record."""

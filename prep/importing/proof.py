@@ -43,9 +43,10 @@ def _geometry(wanted: Wanted, found: FoundLatent) -> str | None:
             return "crop not recorded"
         if found.crop != crop:
             return f"another crop: top {found.crop[0]} left {found.crop[1]}, here top {crop[0]} left {crop[1]}"
-    own = resampling_of(wanted.picture.view)
-    if wanted.size != resized and found.resampling != own:
-        return f"resampled otherwise: by {found.resampling or 'an unknown method'}, here by {own}"
+    own = resampling_of(wanted)
+    if wanted.size != resized and not own & found.resampling:
+        theirs = " or ".join(sorted(found.resampling)) or "an unknown method"
+        return f"resampled otherwise: by {theirs}, here by {min(own)}"
     return None
 
 
@@ -53,9 +54,12 @@ def _values(found: FoundLatent) -> str | None:
     return None if torch.isfinite(found.values).all() else "not finite: it holds values that are no numbers"
 
 
-def resampling_of(view: str) -> str:
-    """Name the method that a view resizes by."""
-    return str(looks(view).get("interpolation", _OWN_RESAMPLING))
+def resampling_of(wanted: Wanted) -> frozenset[str]:
+    """Name the methods that give the pixels of our resize: that of the view, and others' that are equal to it."""
+    method = str(looks(wanted.picture.view).get("interpolation", _OWN_RESAMPLING))
+    geometry = wanted.picture.geometry
+    larger = geometry.intermediary_width >= wanted.size[0] and geometry.intermediary_height >= wanted.size[1]
+    return frozenset({method, "pillow-lanczos"} if larger and method == _OWN_RESAMPLING else {method})
 
 
 def _spelled(size: tuple[int, int]) -> str:

@@ -63,7 +63,7 @@ class SdScripts:
         if values is None:
             return f"another target size: no latent of {geometry.bucket}"
         same = original == wanted.size == (geometry.target_width, geometry.target_height)
-        return FoundLatent(values, original, original if same else None, None, None)
+        return FoundLatent(values, original, original if same else None, None, frozenset())
 
     def text(self, prompt: str) -> FoundText | str:
         """Say that there is none: a file does not tell its caption."""

@@ -25,7 +25,7 @@ from prep.importing.found import ABSENT, FoundLatent, FoundText, Slot, Wanted, u
 
 _METADATA = "aspect_ratio_bucket_metadata_{}.json"  # of a dataset: path -> sizes and crop of an image
 _INDICES = "aspect_ratio_bucket_indices_{}.json"  # of a dataset: its configuration, among others
-_RESAMPLING = "opencv-linear"
+_RESAMPLING = frozenset({"opencv-linear", "pillow-lanczos"})  # by whether sizes came from memory or from the JSON file
 _FAULTS = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zlib.error)
 _SETTLED = ("center", "centre", "corner")  # styles of crops that are where the metadata says
 

@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 from prep.cache import cache
 from prep.cli import app
 from prep.geometry import Size
+from prep.images import frame
 from prep.importing.found import FoundLatent, Wanted
 from prep.importing.musubi import Musubi
-from prep.importing.proof import disproved
+from prep.importing.proof import disproved, resampling_of
 from prep.importing.run import import_cache
 from prep.importing.trial import compared
 from prep.pairs import pairs
@@ -360,7 +361,7 @@ def test_degraded_references_are_counted_for_they_are_in_no_other_cache(
     scene = Scene(folder, foreign.Encoders(folder), tmp_path / "cache")
     foreign.simpletuner_text(scene.cache, "sharpen image", *scene.encoders.prompt("sharpen image"))
     summary = scene.run()
-    assert kinds(summary, "photos")["degraded here, and so in no other cache"] == 2
+    assert kinds(summary, "photos, resized")["degraded here, and so in no other cache"] == 2
     assert part(summary, "text").imported == 1
 
 
@@ -403,7 +404,8 @@ def _wanted(size: Size, geometry: Geometry, view: str = "") -> Wanted:
 
 
 def _found(original: Size | None, resized: Size | None, crop: Size | None, resampling: str | None) -> FoundLatent:
-    return FoundLatent(torch.zeros(16, 16, 16), original, resized, crop, resampling)
+    methods = frozenset({resampling} if resampling else ())
+    return FoundLatent(torch.zeros(16, 16, 16), original, resized, crop, methods)
 
 
 LARGE, SMALL = (400, 300), (170, 128)
@@ -463,7 +465,38 @@ def test_musubis_resize_follows_from_image_and_bucket(
     found = cache.latent(wanted, slot)
     assert not isinstance(found, str)
     assert (found.original, found.resized, found.crop) == (size, resized, crop)
-    assert found.resampling == ("pillow-lanczos" if bucket > size else "opencv-area")
+    assert found.resampling == {"pillow-lanczos" if bucket > size else "opencv-area"}
+
+
+def test_an_enlargement_by_pillows_lanczos_is_ours_to_the_bit_and_a_reduction_is_not() -> None:
+    generator = np.random.default_rng(2)
+    for size, larger in (
+        ((100, 90), (128, 128)),
+        ((120, 128), (133, 141)),
+        ((64, 40), (200, 128)),
+        ((128, 100), (128, 128)),
+    ):
+        pixels = generator.integers(0, 256, (size[1], size[0], 3), np.uint8)
+        geometry = Geometry(*larger, *larger, 0, 0)
+        theirs = np.asarray(Image.fromarray(pixels).resize(larger, Image.Resampling.LANCZOS))
+        assert np.array_equal(frame(pixels, geometry), theirs), size
+        assert "pillow-lanczos" in resampling_of(_wanted(size, geometry))
+    assert resampling_of(_wanted(LARGE, CROPPED)) == {"vips-lanczos3"}
+
+
+def test_enlarged_pictures_are_a_part_of_their_own_and_come_in_too(scene: Scene) -> None:
+    Image.open(scene.folder / "target" / NAMES[0]).resize((100, 100)).save(scene.folder / "target" / NAMES[0])
+    scene.rescan()
+    folder = simpletuner(scene, "target", "colour")
+    enlarged = scene.picture("target", NAMES[0]).resize((128, 128), Image.Resampling.LANCZOS)
+    foreign.simpletuner_latent(folder, NAMES[0], scene.encoders.latent(enlarged))
+    path = scene.folder / "target" / "aspect_ratio_bucket_metadata_colour.json"
+    records = json.loads(path.read_text())
+    records[str(scene.folder / "target" / NAMES[0])]["original_size"] = [100, 100]
+    path.write_text(json.dumps(records))
+    summary = scene.run(folder, dataset="colour")
+    assert [part(summary, name).imported for name in ("colour", "colour, resized")] == [2, 1]
+    assert_as_encoded(scene, 3)
 
 
 def test_a_draw_is_told_from_the_mode_and_from_anything_else() -> None:
