@@ -13,7 +13,7 @@ from prep.importing.found import Cache, Slot, Wanted
 from prep.importing.part import SHARD_BYTES, UNEQUAL, Checked, Part
 from prep.importing.proof import disproved
 from prep.importing.storing import LATENTS, Needed, store_latents
-from prep.importing.trial import LATENT_TOLERANCE, LatentTrial, bits
+from prep.importing.trial import LatentTrial, bits
 from prep.planning.budget import sizes_of
 from schemas.console import progress
 from schemas.imported import Verification
@@ -85,7 +85,7 @@ class Latents:
 
     def _verify(self, part: Part, candidates: list[_Candidate], trial: LatentTrial, sample: int) -> Verification | None:
         """Encode some again; those that turn out not to be proven are taken out, and others take their place."""
-        checked = Checked(LATENT_TOLERANCE)
+        checked = Checked(trial.tolerance)
         seed = self._project.trainer.prep_seed
         for one in sorted(candidates, key=lambda one: seed_of(seed, "import", one.wanted.key)):
             if checked.count == sample:
