@@ -51,7 +51,7 @@ def _geometry(wanted: Wanted, found: FoundLatent) -> str | None:
 
 
 def _values(found: FoundLatent) -> str | None:
-    return None if torch.isfinite(found.values).all() else "not finite: it holds values that are no numbers"
+    return None if torch.isfinite(found.values.float()).all() else "not finite: it holds values that are no numbers"
 
 
 def resampling_of(wanted: Wanted) -> frozenset[str]:

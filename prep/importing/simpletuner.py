@@ -10,6 +10,7 @@ import io
 import json
 import pickle
 import re
+import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,10 @@ from prep.importing.found import ABSENT, FoundLatent, FoundText, Slot, Wanted, u
 _METADATA = "aspect_ratio_bucket_metadata_{}.json"  # of a dataset: path -> sizes and crop of an image
 _INDICES = "aspect_ratio_bucket_indices_{}.json"  # of a dataset: its configuration, among others
 _RESAMPLING = frozenset({"opencv-linear", "pillow-lanczos"})  # by whether sizes came from memory or from the JSON file
-_FAULTS = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zlib.error)
+_FAULTS = (
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
+    *(pickle.UnpicklingError, zlib.error, zipfile.BadZipFile),
+)
 _SETTLED = ("center", "centre", "corner")  # styles of crops that are where the metadata says
 
 
@@ -97,7 +101,9 @@ class SimpleTuner:
         pooled = content.get("pooled_prompt_embeds") if isinstance(content, dict) else None
         if not isinstance(embed, Tensor) or not (pooled is None or isinstance(pooled, Tensor)):
             return "unknown content: no prompt_embeds"
-        return FoundText(tuple(found), embed.reshape(embed.shape[-2:]), None if pooled is None else pooled.flatten())
+        if embed.ndim != 3 or len(embed) != 1:
+            return f"another shape: {tuple(embed.shape)} in place of one prompt's"
+        return FoundText(tuple(found), embed[0], None if pooled is None else pooled.flatten())
 
 
 class _Records:
@@ -152,8 +158,10 @@ def _load(path: Path) -> Any:
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-        if not data.startswith(b"PK"):
-            return "unreadable: not a file of torch.save"
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            return f"unreadable: {damaged} in it is damaged"
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as fault:
         if re.search("weights_only|Unsupported|global", str(fault), re.IGNORECASE):

@@ -92,6 +92,6 @@ class Texts:
         tensors = [found.embed] if found.pooled is None else [found.embed, found.pooled]
         if sum(one.numel() for one in tensors) * torch.bfloat16.itemsize != self._sizes.per_prompt:
             return f"another shape: {', '.join('×'.join(map(str, one.shape)) for one in tensors)}"
-        if not all(torch.isfinite(one).all() for one in tensors):
+        if not all(torch.isfinite(one.float()).all() for one in tensors):
             return "not finite: it holds values that are no numbers"
         return found

@@ -295,6 +295,15 @@ def test_each_damaged_or_foreign_file_costs_itself_alone(scene: Scene) -> None:
     assert_as_encoded(scene, 1)
 
 
+def test_a_flipped_bit_in_a_tensor_is_noticed(scene: Scene) -> None:
+    folder = simpletuner(scene, "target", "colour")
+    path = foreign.simpletuner_latent(folder, NAMES[0], scene.latent("target", NAMES[0]))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert kinds(scene.run(folder, dataset="colour"), "colour") == {"unreadable": 1}
+
+
 class _Harmful:
     def __init__(self, path: Path) -> None:
         self.path = path
