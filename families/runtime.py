@@ -1,5 +1,6 @@
 """Where and in which numbers a model runs, and how its module is found."""
 
+import gc
 import importlib
 import logging
 from typing import cast
@@ -30,6 +31,13 @@ def default_device() -> torch.device:
 def dtype_of(name: str) -> torch.dtype:
     """Return the dtype of an option's value."""
     return _DTYPES[name]
+
+
+def release_memory() -> None:
+    """Give the accelerator back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def choose_attention() -> None:

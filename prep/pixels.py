@@ -71,13 +71,17 @@ def reference_picture(project: Project, row: PairRow, reference: Reference) -> P
     """Describe one reference of a pair."""
     place = place_of(project, project.dataset(row.store_of(reference)))
     plain = Picture(place, reference.path, reference.image_id, reference.view, reference.geometry)
-    if reference.recipe is None or reference.seed is None:
+    return degraded(project, plain, reference.recipe, reference.seed, reference.realised)
+
+
+def degraded(project: Project, plain: Picture, recipe: str | None, seed: int | None, realised: str | None) -> Picture:
+    """Describe a picture degraded, or as it is if there is no recipe."""
+    if recipe is None or seed is None:
         return plain
-    degraded = replace(plain, recipe=reference.recipe, seed=reference.seed, realised=reference.realised)
-    geometry = () if degraded.at_source else reference.geometry.as_key()
-    key = pixels_key(reference.image_id, geometry, reference.view, reference.recipe, reference.seed)
-    stored = project.pixel_store / key[:2] / f"{key}{suffix_of(degraded.steps or [])}"
-    return replace(degraded, stored=stored)
+    picture = replace(plain, recipe=recipe, seed=seed, realised=realised)
+    geometry = () if picture.at_source else plain.geometry.as_key()
+    key = pixels_key(plain.image_id, geometry, plain.view, recipe, seed)
+    return replace(picture, stored=project.pixel_store / key[:2] / f"{key}{suffix_of(picture.steps or [])}")
 
 
 def pixels_of(picture: Picture) -> Pixels | Refusal:

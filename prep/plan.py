@@ -27,6 +27,7 @@ from schemas.freshness import pairs_provenance
 from schemas.planned import DatasetPlan, Disk, PlanSummary, StagePlan, sized
 from schemas.project import Project
 from schemas.rows import ImageRow, PairRow
+from schemas.stores import Store
 from schemas.tables import read_columns, read_provenance
 
 _TABLE_BYTES, _IMAGE_BYTES, _PAIR_BYTES, _REFERENCE_BYTES = 10_000, 200, 200, 100  # of Parquet tables, about
@@ -181,9 +182,10 @@ def _paired(project: Project, target: DatasetConfig) -> bool:
         return False
 
 
-def _stage(stage: str, folder: Path, need: Need, *, assumed: bool) -> StagePlan:
+def _stage(stage: str, folder: Path | Store, need: Need, *, assumed: bool) -> StagePlan:
+    where = str(folder) if isinstance(folder, Path) else folder.where()
     return StagePlan(
-        stage, str(folder), need.needed, need.there, need.needed - need.there, need.bytes,
+        stage, where, need.needed, need.there, need.needed - need.there, need.bytes,
         need.bytes - need.bytes_there, not need.exact, assumed,
     )  # fmt: skip
 

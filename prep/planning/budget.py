@@ -6,7 +6,6 @@ Sizes come from a family's facts, the numbers in them from the checkpoint where 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +18,13 @@ from prep.matching import BOX, Mask, Numbers
 from prep.planning.sides import Match, Side, prompts_of
 from schemas.datasets import DatasetConfig
 from schemas.family import Width
-from schemas.keys import degrade_seed, latent_key, pixels_key, text_key
+from schemas.keys import degrade_seed, latent_keys, pixels_key, text_keys
 from schemas.project import Project
 from schemas.recipes import degraded_at_source
 from schemas.rows import Geometry
 from schemas.shards import ShardIndex
 from schemas.storage import is_aside
+from schemas.stores import Store
 
 PICTURE_BYTES = 3.0  # per pixel of a noisy picture as PNG; what has no noise takes half, JPEG and WebP far less
 
@@ -103,9 +103,9 @@ def _number(project: Project, width: Width | None) -> tuple[int, bool]:
 # Pictures
 
 
-def latents(project: Project, matches: Sequence[Match], sizes: Sizes, encoder: str | None) -> dict[Path, Need]:
+def latents(project: Project, matches: Sequence[Match], sizes: Sizes, encoder: str | None) -> dict[Store, Need]:
     """Count the latents of every store; without an encoder's key none is known to be there."""
-    stores: dict[Path, list[tuple[Match, Side]]] = {}
+    stores: dict[Store, list[tuple[Match, Side]]] = {}
     for pairs in matches:
         for side in pairs.sides if pairs.count else ():
             stores.setdefault(project.latent_store(project.dataset(side.store)), []).append((pairs, side))
@@ -117,7 +117,7 @@ def latents(project: Project, matches: Sequence[Match], sizes: Sizes, encoder: s
         boxes = _boxes(pictures)
         there = np.zeros(len(boxes), np.bool_)
         if index is not None and encoder is not None:
-            keys = _latent_keys(project, pictures, encoder)
+            keys = latent_keys(encoder, _rows(project, pictures))
             there = np.fromiter((key in index or key in index.rejects for key in keys), np.bool_, len(boxes))
         more = sum(sizes.latents(some) for some in wanted.undrawn_boxes)
         needs[folder] = Need(
@@ -211,12 +211,6 @@ def _rows(project: Project, table: pa.Table) -> Iterator[tuple[str, tuple[int, .
         yield image_id, box, view, recipe or None, seed
 
 
-def _latent_keys(project: Project, table: pa.Table, encoder: str) -> Iterator[str]:
-    """Key pictures; one that is not identified gets a key that no store has."""
-    for image_id, box, view, recipe, seed in _rows(project, table):
-        yield latent_key(encoder, image_id, box, view, recipe, seed)
-
-
 def _pixel_keys(project: Project, table: pa.Table) -> Iterator[str]:
     for image_id, box, view, recipe, seed in _rows(project, table):
         assert recipe is not None and seed is not None, "only degraded pictures are kept"
@@ -233,7 +227,7 @@ def texts(project: Project, matches: Sequence[Match], sizes: Sizes, encoder: str
     there, folder = 0, project.text_store / encoder if encoder is not None else None
     if folder is not None and encoder is not None and folder.exists():
         index = ShardIndex(folder)
-        there = sum(text_key(encoder, prompt) in index for prompt in prompts.to_pylist())
+        there = sum(key in index for key in text_keys(encoder, prompts.to_pylist()))
     return Need(len(prompts), there, len(prompts) * sizes.per_prompt, there * sizes.per_prompt, True)
 
 

@@ -11,6 +11,7 @@ from schemas.datasets import CompositeImage, DatasetConfig, Generator, HuggingFa
 from schemas.errors import ConfigError, UserError
 from schemas.options import facts_of
 from schemas.recipes import RECIPES
+from schemas.stores import LocalStore
 from schemas.trainer import Route, TrainerConfig, Tread
 
 STAGES = ("scan", "pairs", "cache", "train")
@@ -497,7 +498,7 @@ def test_absolute_paths_stay_as_they_are(tmp_path):
     project = open_project(written(tmp_path, {"output_dir": "/data/run"}, datasets), root=tmp_path / "x" / "..")
     [photos] = project.datasets
     assert project.folder_of(photos) == Path("/data/photos")
-    assert (project.latent_store(photos), project.run_folder) == (Path("/data/latents"), Path("/data/run"))
+    assert (project.latent_store(photos), project.run_folder) == (LocalStore(Path("/data/latents")), Path("/data/run"))
 
 
 def test_a_missing_folder_is_named_resolved_only_when_images_are_needed(tmp_path, monkeypatch):
@@ -561,9 +562,11 @@ def test_text_embeds_go_to_the_default_store(tmp_path):
         {"id": "first", "dataset_type": "text_embeds", "cache_dir": "one"},
         {"id": "second", "dataset_type": "text_embeds", "cache_dir": "two", "default": True},
     ]
-    assert open_project(written(tmp_path, datasets=datasets)).text_store == tmp_path / "two"
-    assert open_project(written(tmp_path, datasets=datasets[:2])).text_store == tmp_path / "one"
-    assert open_project(written(tmp_path, datasets=datasets[:1])).text_store == tmp_path / "work" / "cache" / "text"
+    assert open_project(written(tmp_path, datasets=datasets)).text_store == LocalStore(tmp_path / "two")
+    assert open_project(written(tmp_path, datasets=datasets[:2])).text_store == LocalStore(tmp_path / "one")
+    assert open_project(written(tmp_path, datasets=datasets[:1])).text_store == LocalStore(
+        tmp_path / "work" / "cache" / "text"
+    )
 
 
 def test_a_prompt_library_is_read_beside_the_config(tmp_path):

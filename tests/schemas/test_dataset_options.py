@@ -440,7 +440,11 @@ def test_placeholders_are_filled_everywhere(tmp_path, monkeypatch):
 
 def test_the_run_folder_stands_in_for_an_output_dir_that_is_not_given(tmp_path):
     project, photos = opened(tmp_path, {**LOCAL, "cache_dir_vae": "{output_dir}/vae"}, tracker_run_name="first")
-    assert project.latent_store(photos) == project.run_folder / "vae" == tmp_path / "work" / "runs" / "first" / "vae"
+    assert (
+        project.latent_store(photos).folder
+        == project.run_folder / "vae"
+        == tmp_path / "work" / "runs" / "first" / "vae"
+    )
 
 
 def test_an_id_may_have_placeholders_too(tmp_path):
