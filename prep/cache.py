@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from families import Source, open_project
-from families.checkpoints import encoder_keys, here, image_encoder_key, locate, record_keys, text_encoder_key
+from families.checkpoints import encoder_keys, here, image_encoder_keys, locate, record_keys, text_encoder_key
 from prep.pixels import Picture, reference_picture, target_picture
 from prep.pool import default_workers
 from schemas.console import progress
@@ -81,20 +81,22 @@ def _cache_latents(
     unsettled: dict[str, str],
 ) -> list[StoreSummary]:
     checkpoint = _checkpoint(project, project.family.image_encoder, dry_run)
-    encoder = image_encoder_key(project, checkpoint, remember=not dry_run) if checkpoint is not None else _NOT_HERE
-    stores = _latent_work(project, rows, encoder)
+    keys = (_NOT_HERE, _NOT_HERE)  # of targets and of references
+    if checkpoint is not None:
+        keys = image_encoder_keys(project, checkpoint, remember=not dry_run)
+    stores = _latent_work(project, rows, *keys)
     todo = {folder: work.missing(limit) for folder, work in stores.items()}
     if dry_run or checkpoint is None or not any(todo.values()):
         return [_store_summary(folder, work, 0, 0) for folder, work in stores.items()]
 
     from prep.encode import Images  # noqa: PLC0415 - a run with nothing to encode loads no tensor library
 
-    images = Images(project, checkpoint)
+    images = Images(project, checkpoint, keys)
     summaries = []
     for folder, work in stores.items():
         encoded = written = 0
         with progress("encode images", len(todo[folder]), "image") as bar:
-            for shard in images.shards(folder, encoder, todo[folder], workers):
+            for shard in images.shards(folder, folder.name, todo[folder], workers):
                 encoded += len(shard.keys)
                 written += shard.path.stat().st_size
                 bar.update(len(shard.keys))
@@ -112,15 +114,15 @@ def _store_summary(folder: Path, work: _Work, encoded: int, written: int) -> Sto
     return StoreSummary("latents", str(folder), len(work.pictures), reused, encoded, rejected, 0, written)
 
 
-def _latent_work(project: Project, rows: Iterable[PairRow], encoder: str) -> dict[Path, _Work]:
-    """Collect the pictures that each store must hold."""
+def _latent_work(project: Project, rows: Iterable[PairRow], targets: str, references: str) -> dict[Path, _Work]:
+    """Collect the pictures that each store must hold; targets and references have their encoders' keys."""
     stores: dict[Path, _Work] = {}
     for row in rows:
-        wanted = [(row.dataset_id, row.target_key(encoder), target_picture(project, row))]
+        wanted = [(row.dataset_id, targets, row.target_key(targets), target_picture(project, row))]
         for reference in row.references:
             picture = reference_picture(project, row, reference)
-            wanted.append((row.store_of(reference), reference.key(encoder), picture))
-        for dataset_id, key, picture in wanted:
+            wanted.append((row.store_of(reference), references, reference.key(references), picture))
+        for dataset_id, encoder, key, picture in wanted:
             folder = project.latent_store(project.dataset(dataset_id)) / encoder
             work = stores.get(folder) or stores.setdefault(folder, _Work(ShardIndex(folder)))
             work.pictures.setdefault(key, picture)

@@ -12,14 +12,17 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from families.checkpoints import check_unchanged, image_encoder_keys, text_encoder_key, text_precisions
 from families.runtime import default_device, dtype_of, family_of
 from prep.images import Pixels
 from prep.pixels import Picture, Refusal, pixels_of
 from prep.pool import Crash, each
+from prep.posterior import chosen
 from schemas.keys import text_key
 from schemas.project import Project
 from schemas.rows import RejectRow, TextRow
 from schemas.shards import Array, ShardHeader, latent_row, text_row, write_rejects, write_shard
+from schemas.trainer import Posterior as Choice
 
 SHARD_BYTES = 64 << 20  # of payload
 
@@ -45,11 +48,17 @@ class _Decoded:
 class Images:
     """The image encoder at work: pixels come from the pool, latents leave as shards."""
 
-    def __init__(self, project: Project, checkpoint: Path) -> None:
-        self._family = family_of(project)
+    def __init__(self, project: Project, checkpoint: Path, keys: tuple[str, str]) -> None:
+        self._family, trainer = family_of(project), project.trainer
         self._encoder = self._family.load_image_encoder(
-            checkpoint, dtype_of(project.trainer.vae_dtype), default_device()
+            checkpoint,
+            dtype_of(trainer.vae_dtype),
+            default_device(),
+            tiling=trainer.vae_enable_tiling,
+            slicing=trainer.vae_enable_slicing,
         )
+        check_unchanged(checkpoint, keys, image_encoder_keys(project, checkpoint))
+        self._choices: dict[str, Choice] = {keys[1]: "mode", keys[0]: trainer.posterior}  # by the key of the encoder
         self._batch_size = _batch_size(project.trainer.vae_batch_size)
         self.rejected: dict[str, str] = {}  # of the last store, by key
         self.unsettled: dict[str, str] = {}  # files that may work another time, and why they did not
@@ -60,7 +69,7 @@ class Images:
         for bucket, pictures in groupby(self._pixels(todo, workers), key=lambda one: one.bucket):
             latents: list[tuple[str, Array]] = []
             for batch in _batches(pictures, self._batch_size):
-                latents += self._encode(batch)
+                latents += self._encode(batch, self._choices[encoder])
                 if sum(latent.nbytes for _, latent in latents) >= SHARD_BYTES:
                     yield _write_latents(folder / bucket, encoder, latents)
                     latents = []
@@ -82,11 +91,12 @@ class Images:
             else:
                 self.unsettled[picture.name] = pixels.reason
 
-    def _encode(self, batch: Sequence[_Decoded]) -> list[tuple[str, Array]]:
+    def _encode(self, batch: Sequence[_Decoded], choice: Choice) -> list[tuple[str, Array]]:
         """Encode a batch; a latent that is not finite is rejected."""
         pixels = torch.from_numpy(np.stack([one.pixels for one in batch]))
         encoded = []
-        for one, latent in zip(batch, self._family.encode_images(self._encoder, pixels), strict=True):
+        posterior = self._family.encode_images(self._encoder, pixels)
+        for one, latent in zip(batch, chosen(posterior, [one.key for one in batch], choice), strict=True):
             if torch.isfinite(latent).all():
                 encoded.append((one.key, _bits(latent)))
             else:
@@ -110,7 +120,14 @@ def _batches(items: Iterable[ItemT], size: int) -> Iterator[list[ItemT]]:
 def text_shards(project: Project, checkpoint: Path, folder: Path, encoder: str, todo: Sequence[str]) -> Iterator[Shard]:
     """Encode prompts and write them shard by shard; each is whole once yielded."""
     family, settings = family_of(project), project.family.text_settings[project.flavour]
-    encoders = family.load_text_encoders(checkpoint, torch.bfloat16, default_device())
+    encoders = family.load_text_encoders(
+        checkpoint,
+        torch.bfloat16,
+        default_device(),
+        precisions=text_precisions(project),
+        offload=project.trainer.offload_during_startup,
+    )
+    check_unchanged(checkpoint, encoder, text_encoder_key(project, checkpoint))
     size = _batch_size(project.trainer.text_encoder_batch_size)
     rows: list[TextRow] = []
     truncated = 0

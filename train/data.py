@@ -6,6 +6,7 @@ embed is there; `batches` plans; `Shelf.load` reads.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from schemas.shards import Array, ShardIndex
 class Image:
     """A latent's key and the store that holds it."""
 
-    store: str  # dataset whose store it is
+    store: Path  # folder of an encoder
     key: str
 
 
@@ -38,6 +39,7 @@ class Shown:
     target: Image
     references: tuple[Image, ...]
     prompt: str
+    seed: int  # of the draw of the target's latent, where moments are stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,11 @@ class Shelf:
     """The stores of a project, opened, and the samples that can be read from them."""
 
     def __init__(self, project: Project, keys: EncoderKeys) -> None:
-        self._image_encoder, self._text_encoder = keys.image, keys.text
-        folders = {dataset.id: project.latent_store(dataset) / keys.image for dataset in project.datasets}
-        opened = {folder: ShardIndex(folder) for folder in set(folders.values())}
-        self._latents = {dataset_id: opened[folder] for dataset_id, folder in folders.items()}
+        self._keys, self._text_encoder = keys, keys.text
+        self._stores = {dataset.id: project.latent_store(dataset) for dataset in project.datasets}
+        folders = {store / key for store in self._stores.values() for key in (keys.target, keys.reference)}
+        self._latents = {folder: ShardIndex(folder) for folder in folders}
+        self._moments = keys.target if project.trainer.posterior == "moments" else None  # their encoder
         self._text = ShardIndex(project.text_store / keys.text)
         self.samples: list[Sample] = []
         self.skipped = 0  # samples whose image could not be encoded
@@ -90,9 +93,11 @@ class Shelf:
 
     def _place(self, row: PairRow, missing: set[str]) -> None:
         """Take a row in, or note what it lacks."""
-        target = Image(row.dataset_id, row.target_key(self._image_encoder))
+        ours, theirs = self._keys.target, self._keys.reference
+        target = Image(self._stores[row.dataset_id] / ours, row.target_key(ours))
         references = tuple(
-            (Image(row.store_of(one), one.key(self._image_encoder)), tuple(one.prompts)) for one in row.references
+            (Image(self._stores[row.store_of(one)] / theirs, one.key(theirs)), tuple(one.prompts))
+            for one in row.references
         )
         images = [target, *(image for image, _ in references)]
         if any(image.key in self._latents[image.store].rejects for image in images):
@@ -120,7 +125,8 @@ class Shelf:
 
     def shape(self, image: Image) -> tuple[int, ...]:
         """Return the shape C × H × W of a latent."""
-        return self._latents[image.store].header_of(image.key).shapes["latent"]
+        stored = self._latents[image.store].header_of(image.key).shapes["latent"]
+        return (stored[0] // 2, *stored[1:]) if image.store.name == self._moments else stored
 
     def load(self, showings: Sequence[Shown], device: torch.device) -> Batch:
         """Read one batch; raises UserError if a shard is damaged."""
@@ -129,7 +135,7 @@ class Shelf:
         places = zip(*(one.references for one in showings), strict=True)
         return Batch(
             sample_ids=tuple(one.sample_id for one in showings),
-            latents=self._images([one.target for one in showings]).to(device),
+            latents=self._targets(showings).to(device),
             references=tuple(self._images(images).to(device) for images in places),
             text=TextEmbeds(
                 embed=_tensor([text["embed"] for text in texts]).to(device),
@@ -137,6 +143,15 @@ class Shelf:
                 num_tokens=tuple(text["num_tokens"] for text in texts),
             ),
         )
+
+    def _targets(self, showings: Sequence[Shown]) -> Tensor:
+        """Read the targets' latents; of moments draw them, by the seeds of the showings alone."""
+        stored = self._images([one.target for one in showings])
+        if self._moments is None:
+            return stored
+        means, deviations = stored.chunk(2, dim=1)
+        noise = [_noise(one.seed, means.shape[1:]) for one in showings]
+        return means + deviations * torch.stack(noise)
 
     def _images(self, images: Sequence[Image]) -> Tensor:
         return _tensor([self._latents[image.store].read(image.key)["latent"] for image in images])
@@ -168,7 +183,8 @@ def epoch_batches(project: Project, shelf: Shelf, epoch: int) -> list[list[Shown
     turns.sort(key=lambda item: seed_of(seed, "order", epoch, item[0].sample_id, item[1]))
     alike: dict[tuple[tuple[int, ...], ...], list[Shown]] = {}
     for sample, turn in turns:
-        showing = _show(project, sample, (seed, "show", epoch, sample.sample_id, turn))
+        drawn = seed_of(seed, "posterior", sample.sample_id, epoch, turn)
+        showing = _show(project, sample, (seed, "show", epoch, sample.sample_id, turn), drawn)
         shapes = tuple(shelf.shape(image) for image in (showing.target, *showing.references))
         alike.setdefault(shapes, []).append(showing)
     planned = [group[first : first + size] for group in alike.values() for first in range(0, len(group), size)]
@@ -188,8 +204,8 @@ def _of_epoch(project: Project, samples: Sequence[Sample], epoch: int) -> list[S
     return shown
 
 
-def _show(project: Project, sample: Sample, name: tuple[object, ...]) -> Shown:
-    """Draw what one showing of a sample consists of: reference, prompt, dropout."""
+def _show(project: Project, sample: Sample, name: tuple[object, ...], seed: int) -> Shown:
+    """Draw what one showing of a sample consists of: reference, prompt, dropout; `seed` is of its latent's draw."""
     chosen = sample.references
     if len(chosen) > 1 and project.trainer.conditioning_multidataset_sampling == "random":
         chosen = (chosen[seed_of(*name, "reference") % len(chosen)],)
@@ -197,7 +213,11 @@ def _show(project: Project, sample: Sample, name: tuple[object, ...]) -> Shown:
     prompt = prompts[seed_of(*name, "prompt") % len(prompts)]
     if seed_of(*name, "dropout") / 2**63 < project.trainer.caption_dropout_probability:
         prompt = ""
-    return Shown(sample.sample_id, sample.target, tuple(image for image, _ in chosen), prompt)
+    return Shown(sample.sample_id, sample.target, tuple(image for image, _ in chosen), prompt, seed)
+
+
+def _noise(seed: int, shape: Sequence[int]) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def _tensor(rows: Sequence[Array]) -> Tensor:
