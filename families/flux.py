@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from families.protocol import Posterior, TextEmbeds
 from families.quantize import quantize_weights
 from families.tiny import clip_tokenizer, seeded, t5_tokenizer
+from schemas.errors import UserError
 
 _PATCH = 2  # latent pixels of a token's side
 
@@ -29,8 +30,15 @@ _PATCH = 2  # latent pixels of a token's side
 def load_image_encoder(
     checkpoint: Path, dtype: torch.dtype, device: torch.device, *, tiling: bool, slicing: bool
 ) -> AutoencoderKL:
-    """Load the VAE."""
-    vae = AutoencoderKL.from_pretrained(checkpoint, subfolder="vae", dtype=dtype, use_safetensors=True)
+    """Load the VAE; raises UserError if its weights are not those that its config.json tells of."""
+    try:
+        vae, told = AutoencoderKL.from_pretrained(
+            checkpoint, subfolder="vae", dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except ValueError as fault:
+        raise UserError(f"{checkpoint / 'vae'}: config.json and weights do not fit: {fault}") from fault
+    if missing := told["missing_keys"]:
+        raise UserError(f"{checkpoint / 'vae'}: {len(missing)} tensors of the VAE are not there, first {missing[0]}")
     if tiling:
         vae.enable_tiling()
     if slicing:

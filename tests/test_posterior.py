@@ -95,7 +95,9 @@ def test_moments_are_drawn_anew_every_showing_and_the_same_way_every_time(make_p
 
 def test_repeats_of_one_epoch_are_other_draws(make_project: MakeProject) -> None:
     folder = make_project("edits", photos=1)
-    datasets = (folder / "multidatabackend.json").read_text().replace('"resolution": 128', '"resolution": 128, "repeats": 1')
+    datasets = (
+        (folder / "multidatabackend.json").read_text().replace('"resolution": 128', '"resolution": 128, "repeats": 1')
+    )
     (folder / "multidatabackend.json").write_text(datasets)
     project = _cached(folder, "moments")
     shelf = Shelf(project, encoder_keys(project))
@@ -107,7 +109,9 @@ def test_training_on_moments_is_reproducible_and_resumes_with_the_identical_stre
     folder = make_project("edits", max_train_steps=8)
     _cached(folder, "moments")
 
-    def trained(name: str, posterior: str = "moments", limits: tuple[int | None, ...] = (None,)) -> dict[str, torch.Tensor]:
+    def trained(
+        name: str, posterior: str = "moments", limits: tuple[int | None, ...] = (None,)
+    ) -> dict[str, torch.Tensor]:
         project = open_project(folder, overrides=[f"posterior={posterior}", f"tracker_run_name={name}"])
         for limit in limits:
             run(project, limit=limit)

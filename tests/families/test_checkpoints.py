@@ -201,6 +201,22 @@ def test_an_index_of_shards_that_is_damaged_is_an_error_that_names_it(project: P
             locate(project, ("vae",))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(None, r"vae: 1 tensors of the VAE are not there, first encoder.conv_in.weight"),
+     (torch.zeros(8, 2, 3, 3), r"vae: config.json and weights do not fit: .*conv_in.weight")],
+)  # fmt: skip
+def test_weights_that_do_not_fit_their_configuration_are_an_error(
+    project: Project, change: torch.Tensor | None, message: str
+) -> None:
+    folder = _checkpoint(project)
+    weights = load_file(folder / "vae" / VAE)
+    kept = {name: tensor for name, tensor in weights.items() if name != "encoder.conv_in.weight"}
+    save_file(kept | ({"encoder.conv_in.weight": change} if change is not None else {}), folder / "vae" / VAE)
+    with pytest.raises(UserError, match=rf"(?s){message}"):
+        flux.load_image_encoder(folder, torch.float32, CPU, tiling=False, slicing=False)
+
+
 def test_another_familys_vae_ends_plan_and_cache_before_anything_is_encoded(make_project: MakeProject) -> None:
     folder = make_project()
     project = open_project(folder)
