@@ -488,7 +488,7 @@ def test_a_dry_run_writes_nothing_at_any_stage(make_project: MakeProject) -> Non
     assert _tree(folder) == before
     cache(folder)
     before = _tree(folder)
-    (folder / "work" / "models" / "fingerprints.json").unlink()
+    (folder / "work" / "models" / "tensors.json").unlink()
     before = _tree(folder)
     assert run(folder, dry_run=True).last_step == 12
     assert _tree(folder) == before

@@ -6,7 +6,6 @@ embed is there; `batches` plans; `Shelf.load` reads.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +26,8 @@ from schemas.shards import Array, ShardIndex
 class Image:
     """A latent's key and the store that holds it."""
 
-    store: Path  # folder of an encoder
+    store: str  # dataset whose store it is
+    encoder: str  # key: targets and references may have been encoded otherwise
     key: str
 
 
@@ -71,9 +71,13 @@ class Shelf:
 
     def __init__(self, project: Project, keys: EncoderKeys) -> None:
         self._keys, self._text_encoder = keys, keys.text
-        self._stores = {dataset.id: project.latent_store(dataset) for dataset in project.datasets}
-        folders = {store / key for store in self._stores.values() for key in (keys.target, keys.reference)}
-        self._latents = {folder: ShardIndex(folder) for folder in folders}
+        folders = {
+            (dataset.id, key): project.latent_store(dataset) / key
+            for dataset in project.datasets
+            for key in {keys.target, keys.reference}
+        }
+        opened = {folder: ShardIndex(folder) for folder in set(folders.values())}
+        self._latents = {place: opened[folder] for place, folder in folders.items()}  # by dataset and encoder
         self._moments = keys.target if project.trainer.posterior == "moments" else None  # their encoder
         self._text = ShardIndex(project.text_store / keys.text)
         self.samples: list[Sample] = []
@@ -94,13 +98,12 @@ class Shelf:
     def _place(self, row: PairRow, missing: set[str]) -> None:
         """Take a row in, or note what it lacks."""
         ours, theirs = self._keys.target, self._keys.reference
-        target = Image(self._stores[row.dataset_id] / ours, row.target_key(ours))
+        target = Image(row.dataset_id, ours, row.target_key(ours))
         references = tuple(
-            (Image(self._stores[row.store_of(one)] / theirs, one.key(theirs)), tuple(one.prompts))
-            for one in row.references
+            (Image(row.store_of(one), theirs, one.key(theirs)), tuple(one.prompts)) for one in row.references
         )
         images = [target, *(image for image, _ in references)]
-        if any(image.key in self._latents[image.store].rejects for image in images):
+        if any(image.key in self._of(image).rejects for image in images):
             self.skipped += 1
             return
         prompts = tuple(row.prompts) or ("",)
@@ -108,7 +111,7 @@ class Shelf:
         missing |= {
             f"image {image.key} of {row.dataset_id}/{row.target_path}"
             for image in images
-            if image.key not in self._latents[image.store]
+            if image.key not in self._of(image)
         }
         missing |= {f"prompt {text!r}" for text in every if text_key(self._text_encoder, text) not in self._text}
         self.samples.append(
@@ -125,8 +128,8 @@ class Shelf:
 
     def shape(self, image: Image) -> tuple[int, ...]:
         """Return the shape C × H × W of a latent."""
-        stored = self._latents[image.store].header_of(image.key).shapes["latent"]
-        return (stored[0] // 2, *stored[1:]) if image.store.name == self._moments else stored
+        stored = self._of(image).header_of(image.key).shapes["latent"]
+        return (stored[0] // 2, *stored[1:]) if image.encoder == self._moments else stored
 
     def load(self, showings: Sequence[Shown], device: torch.device) -> Batch:
         """Read one batch; raises UserError if a shard is damaged."""
@@ -153,8 +156,11 @@ class Shelf:
         noise = [_noise(one.seed, means.shape[1:]) for one in showings]
         return means + deviations * torch.stack(noise)
 
+    def _of(self, image: Image) -> ShardIndex:
+        return self._latents[image.store, image.encoder]
+
     def _images(self, images: Sequence[Image]) -> Tensor:
-        return _tensor([self._latents[image.store].read(image.key)["latent"] for image in images])
+        return _tensor([self._of(image).read(image.key)["latent"] for image in images])
 
 
 def training_sets(project: Project) -> tuple[DatasetConfig, ...]:
