@@ -3,6 +3,7 @@
 import gc
 import importlib
 import logging
+import os
 from typing import cast
 
 import torch
@@ -24,8 +25,11 @@ def family_of(project: Project) -> Family:
 
 
 def default_device() -> torch.device:
-    """Return the accelerator where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the accelerator where there is one, of several processes of torchrun each its own, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda" if rank is None else f"cuda:{rank}")
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from families import Source, open_project
-from families.checkpoints import encoder_keys, here, image_encoder_key, locate, record_keys, text_encoder_key
+from families.checkpoints import encoder_keys, here, image_encoder_keys, locate, record_keys, text_encoder_key
 from prep.leases import Leases
 from prep.needed import REFERENCES, TARGETS, Needed, Pictures, needed_of
 from prep.pixels import Picture, pixels_of
@@ -130,6 +130,7 @@ class _Work:
     row_bytes: Sequence[int]  # of each key, before it is encoded
     item: Callable[[int], Picture | str]
     asked: int
+    most_rows: int  # of one write
     wanted: list[int] = field(default_factory=list)  # numbers of keys that are to be encoded
     reused: int = 0
     encoded: int = 0
@@ -218,18 +219,24 @@ class _Run:
         """Encode what the latent stores lack."""
         project = self._project
         checkpoint = self._checkpoint(project.family.image_encoder)
-        key = image_encoder_key(project, checkpoint, remember=not self._dry_run) if checkpoint else _NOT_HERE
-        works = [self._latent_work(one) for one in needed.pictures(project, {TARGETS: key, REFERENCES: key})]
+        keys = (_NOT_HERE, _NOT_HERE)
+        if checkpoint is not None:
+            keys = image_encoder_keys(project, checkpoint, remember=not self._dry_run)
+        doubled = keys[0] if project.trainer.posterior == "moments" else None
+        pictures = needed.pictures(project, dict(zip((TARGETS, REFERENCES), keys, strict=True)))
+        works = [self._latent_work(one, 2 if one.encoder == doubled else 1) for one in pictures]
         self._encode("encode images", "image", works, checkpoint, self._engine.latents)
         return works
 
-    def _latent_work(self, pictures: Pictures) -> _Work:
+    def _latent_work(self, pictures: Pictures, parts: int) -> _Work:
+        """Describe a store's need; a row has the mean alone, or two parts, mean and deviation."""
         sides = pictures.sizes()
         folders = np.char.add(np.char.add(sides[:, 0].astype(str), "x"), sides[:, 1].astype(str))
         cells = (sides[:, 0] // self._sizes.scale) * (sides[:, 1] // self._sizes.scale)
         return _Work(
             "latents", ShardIndex(pictures.store), pictures.encoder, pictures.keys, folders.tolist(),
-            (cells * self._sizes.per_cell).tolist(), pictures.picture, pictures.asked,
+            (cells * self._sizes.per_cell * parts).tolist(), pictures.picture, pictures.asked,
+            min(self._project.dataset(name).write_batch_size for name in pictures.dataset_ids),
         )  # fmt: skip
 
     def text(self, needed: Needed) -> _Work:
@@ -240,7 +247,11 @@ class _Run:
         sizes = [self._sizes.per_prompt] * len(prompts)
         index = ShardIndex(project.text_store / key)
         keys = list(text_keys(key, prompts))
-        work = _Work("text", index, key, keys, [""] * len(prompts), sizes, prompts.__getitem__, needed.asked)
+        own = project.dataset(project.text_dataset) if project.text_dataset is not None else project.trainer
+        work = _Work(
+            "text", index, key, keys, [""] * len(prompts), sizes, prompts.__getitem__, needed.asked,
+            own.write_batch_size,
+        )  # fmt: skip
         self._encode("encode prompts", "prompt", [work], checkpoint, self._engine.texts)
         return work
 
@@ -314,7 +325,7 @@ class _Left:
                 self._mine.add(span.name)
                 keys = tuple(self.work.keys[n] for n in todo)
                 items = tuple(map(self.work.item, todo))
-                yield Unit(span.name, store, self.work.encoder, span.folder, keys, items)
+                yield Unit(span.name, store, self.work.encoder, span.folder, keys, items, self.work.most_rows)
             else:
                 self.finish(span.name)
 

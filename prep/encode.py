@@ -11,16 +11,19 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from families.checkpoints import check_unchanged, image_encoder_keys, text_encoder_key, text_precisions
 from families.runtime import default_device, dtype_of, family_of, release_memory
 from prep.images import Pixels
 from prep.pixels import Picture, Refusal
 from prep.pool import Crash
+from prep.posterior import chosen
 from prep.units import Unit
 from prep.writing import Part, Writer
 from schemas.console import log
 from schemas.project import Project
 from schemas.rows import TextRow
 from schemas.shards import Array, ShardHeader, latent_row, text_row
+from schemas.trainer import Posterior as Choice
 
 ItemT = TypeVar("ItemT")
 
@@ -31,11 +34,18 @@ class Latents:
     """The image encoder at work: pixels in, latent shards out."""
 
     def __init__(self, project: Project, checkpoint: Path) -> None:
-        self._family = family_of(project)
+        self._family, self._checkpoint, trainer = family_of(project), checkpoint, project.trainer
         self._device = default_device()
-        self._encoder = self._family.load_image_encoder(checkpoint, dtype_of(project.trainer.vae_dtype), self._device)
-        self._size = _batch_size(project.trainer.vae_batch_size)
-        self._most_rows = 128
+        self._encoder = self._family.load_image_encoder(
+            checkpoint,
+            dtype_of(trainer.vae_dtype),
+            self._device,
+            tiling=trainer.vae_enable_tiling,
+            slicing=trainer.vae_enable_slicing,
+        )
+        targets, references = image_encoder_keys(project, checkpoint)  # of what was loaded
+        self._choices: dict[str, Choice] = {references: "mode", targets: trainer.posterior}
+        self._size = _batch_size(trainer.vae_batch_size)
 
     def close(self) -> None:
         """Let its memory go."""
@@ -43,12 +53,16 @@ class Latents:
         release_memory()
 
     def work(self, unit: Unit, pixels: Iterable[Pixels | Refusal | Crash]) -> Iterator[Part]:
-        """Encode a unit whose pixels arrive in its order; yields what reached the disk."""
+        """Encode a unit whose pixels arrive in its order; yields what reached the disk.
+
+        Raises UserError if the unit is not for the encoder that was loaded: its weights were replaced meanwhile.
+        """
+        check_unchanged(self._checkpoint, unit.encoder in self._choices, True)
         rejected: dict[str, str] = {}
         unsettled: dict[str, str] = {}
-        with Writer(unit, self._most_rows) as writer:
+        with Writer(unit) as writer:
             for batch in _batches(_usable(unit, pixels, rejected, unsettled), lambda: self._size):
-                latents = self._encode([one for _, _, one in batch])
+                latents = self._encode([(key, one) for key, _, one in batch], self._choices[unit.encoder])
                 rows = []
                 for (key, name, _), latent in zip(batch, latents, strict=True):
                     if latent is None:
@@ -62,21 +76,22 @@ class Latents:
                     yield from writer.put(ShardHeader("LatentRow", unit.encoder, {"latent": shape}), rows)
             yield from writer.finish(rejected, unsettled)
 
-    def _encode(self, pixels: Sequence[Pixels]) -> list[torch.Tensor | None]:
+    def _encode(self, batch: Sequence[tuple[str, Pixels]], choice: Choice) -> list[torch.Tensor | None]:
         """Encode a batch, in halves if memory does not hold it; None stands for an image that is too large alone."""
         try:
-            return list(self._family.encode_images(self._encoder, torch.from_numpy(np.stack(pixels))))
+            pixels = torch.from_numpy(np.stack([one for _, one in batch]))
+            return list(chosen(self._family.encode_images(self._encoder, pixels), [key for key, _ in batch], choice))
         except torch.OutOfMemoryError:
             pass  # gone on with below: here, the fault still holds what filled the memory
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        if len(pixels) == 1:
+        if len(batch) == 1:
             return [None]
-        half = (len(pixels) + 1) // 2
+        half = (len(batch) + 1) // 2
         self._size = min(self._size, half)
-        height, width = pixels[0].shape[:2]
-        log.warning("out of memory with %d images of %dx%d; going on with %d", len(pixels), width, height, half)
-        return [*self._encode(pixels[:half]), *self._encode(pixels[half:])]
+        height, width = batch[0][1].shape[:2]
+        log.warning("out of memory with %d images of %dx%d; going on with %d", len(batch), width, height, half)
+        return [*self._encode(batch[:half], choice), *self._encode(batch[half:], choice)]
 
 
 def _usable(
@@ -98,10 +113,17 @@ class Texts:
 
     def __init__(self, project: Project, checkpoint: Path) -> None:
         self._family, self._settings = family_of(project), project.family.text_settings[project.flavour]
-        self._encoders = self._family.load_text_encoders(checkpoint, torch.bfloat16, default_device())
+        self._checkpoint = checkpoint
+        self._encoders = self._family.load_text_encoders(
+            checkpoint,
+            torch.bfloat16,
+            default_device(),
+            precisions=text_precisions(project),
+            offload=project.trainer.offload_during_startup,
+        )
+        self._key = text_encoder_key(project, checkpoint)  # of what was loaded
         self._size = _batch_size(project.trainer.text_encoder_batch_size)
-        self._float8 = False
-        self._most_rows = 128
+        self._float8 = project.trainer.text_cache_dtype == "float8"
 
     def close(self) -> None:
         """Let their memory go."""
@@ -109,8 +131,9 @@ class Texts:
         release_memory()
 
     def work(self, unit: Unit) -> Iterator[Part]:
-        """Encode a unit's prompts; yields what reached the disk."""
-        with Writer(unit, self._most_rows) as writer:
+        """Encode a unit's prompts; yields what reached the disk. Raises as `Latents.work` does."""
+        check_unchanged(self._checkpoint, unit.encoder, self._key)
+        with Writer(unit) as writer:
             for batch in _batches(zip(unit.keys, unit.items, strict=True), lambda: self._size):
                 prompts = [str(prompt) for _, prompt in batch]
                 embeds = self._family.encode_prompts(self._encoders, prompts, self._settings)

@@ -53,6 +53,11 @@ class Pictures:
         plain = Picture(self._place(row["dataset_id"]), row["path"], row["image_id"], row["view"], geometry)
         return degraded(self._project, plain, row["recipe"], row["seed"], row["realised"])
 
+    @property
+    def dataset_ids(self) -> list[str]:
+        """Name the sets that they are of."""
+        return list(pc.unique(self.rows["dataset_id"]).to_pylist())
+
     def _place_of(self, dataset_id: str) -> Place:
         return place_of(self._project, self._project.dataset(dataset_id))
 

@@ -24,7 +24,7 @@ class Picture:
     place: Place
     path: str  # of the image, in its place
     image_id: str  # that its bytes must have
-    view: str  # how the file becomes an upright picture
+    view: str  # how the file becomes an upright picture, and how that is scaled
     geometry: Geometry
     recipe: str | None = None
     seed: int | None = None
@@ -89,16 +89,16 @@ def pixels_of(picture: Picture) -> Pixels | Refusal:
     steps, seed = picture.steps, picture.seed or 0
     stored = _stored(picture)
     if stored is not None:
-        return frame(stored, picture.geometry) if picture.at_source else stored
+        return frame(stored, picture.geometry, picture.view) if picture.at_source else stored
     decoded = upright(picture)
     if isinstance(decoded, Refusal):
         return decoded
     if steps is None:
-        return frame(decoded, picture.geometry)
+        return frame(decoded, picture.geometry, picture.view)
     try:
         if picture.at_source:
-            return frame(apply(decoded, steps, seed), picture.geometry)
-        return apply(frame(decoded, picture.geometry), steps, seed)
+            return frame(apply(decoded, steps, seed), picture.geometry, picture.view)
+        return apply(frame(decoded, picture.geometry, picture.view), steps, seed)
     except TooLarge as fault:
         return Refusal(str(fault), lasting=True)
 
@@ -142,7 +142,7 @@ def store(picture: Picture) -> Refusal | None:
     decoded = upright(picture)
     if isinstance(decoded, Refusal):
         return decoded
-    pixels = decoded if picture.at_source else frame(decoded, picture.geometry)
+    pixels = decoded if picture.at_source else frame(decoded, picture.geometry, picture.view)
     del decoded  # of a large photograph it is much of what this takes
     try:
         data, _ = encode(pixels, picture.steps or [], picture.seed or 0)

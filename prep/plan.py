@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from families import Source, open_project
-from families.checkpoints import here, image_encoder_key, text_encoder_key
+from families.checkpoints import here, image_encoder_keys, text_encoder_key
 from prep.matching import COLUMNS, Manifest
 from prep.planning import budget
 from prep.planning.budget import PICTURE_BYTES, Need, Sizes
@@ -45,8 +45,8 @@ def plan(project: Source, *, workers: int | None = None) -> PlanSummary:
         for target in project.targets
         for part in sides_of(manifests[target.id], [manifests[one.id] for one in project.references_of(target)])
     ]
-    sizes, (image_encoder, text_encoder) = budget.sizes_of(project), _keys(project)
-    latents = budget.latents(project, matches, sizes, image_encoder)
+    sizes, (image_encoders, text_encoder) = budget.sizes_of(project), _keys(project)
+    latents = budget.latents(project, matches, sizes, image_encoders)
     text = budget.texts(project, matches, sizes, text_encoder)
     made = budget.pictures(project, matches)
     stages = (
@@ -59,7 +59,7 @@ def plan(project: Source, *, workers: int | None = None) -> PlanSummary:
     empty = why_empty(project, manifests, matches)
     blocked = why_blocked(project, matches, empty)
     notes = [*_notes(project, manifests, sizes, made, [*latents.values()])]
-    if _cached(project) and None in (image_encoder, text_encoder):
+    if _cached(project) and None in (image_encoders, text_encoder):
         notes.append(f"checkpoint {project.checkpoint} is not on this machine: all is counted as to be encoded")
     notes += [f"{name} gives no pair: {reason}" for name, reason in empty.items() if blocked is None]
     datasets = tuple(_dataset(project, one, matches) for one in manifests.values())
@@ -104,15 +104,15 @@ def _manifest(project: Project, dataset: DatasetConfig, look: Callable[[DatasetC
     return Manifest(dataset, here, stale, hashed=False, absent=rows.num_rows - here.num_rows)
 
 
-def _keys(project: Project) -> tuple[str | None, str | None]:
-    """Return the keys of image and text encoders that are on this machine, where there is anything to compare.
+def _keys(project: Project) -> tuple[tuple[str, str] | None, str | None]:
+    """Return the keys of image encoders, of targets and of references, and of text encoders that are on this machine.
 
-    What prep cache noted is not asked: it may be of another checkpoint.
+    None where there is nothing to compare. What prep cache noted is not asked: it may be of another checkpoint.
     """
     image = text = None
     checkpoint = here(project, project.family.image_encoder) if _cached(project) else None
     if checkpoint is not None:
-        image = image_encoder_key(project, checkpoint, remember=False)
+        image = image_encoder_keys(project, checkpoint, remember=False)
     checkpoint = here(project, project.family.text_encoders) if _cached(project) else None
     if checkpoint is not None:
         text = text_encoder_key(project, checkpoint, remember=False)

@@ -27,6 +27,7 @@ class Unit:
     folder: str  # in the store: the bucket; empty for prompts
     keys: tuple[str, ...]  # to be encoded, in order
     items: tuple[Picture | str, ...]  # pictures, or prompts
+    most_rows: int  # of one write
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,9 +29,8 @@ class Part:
 class Writer:
     """Writes the rows of one unit. Used as a context; what is left when it ends is written too."""
 
-    def __init__(self, unit: Unit, most_rows: int) -> None:
-        """At most `most_rows` go into one write."""
-        self._unit, self._most_rows = unit, most_rows
+    def __init__(self, unit: Unit) -> None:
+        self._unit = unit
         self._folder = unit.store / unit.folder if unit.folder else unit.store
         self._header: ShardHeader | None = None
         self._open: list[LatentRow | TextRow] = []
@@ -56,7 +55,7 @@ class Writer:
         self._header = header
         self._open += rows
         landed = []
-        while len(self._open) >= min(self._most_rows, group_rows(header.row_bytes)):
+        while len(self._open) >= self._size(header):
             landed += self._land()
             self._send()
         return landed
@@ -72,13 +71,16 @@ class Writer:
             write_rejects(self._unit.store, [RejectRow(key, reason) for key, reason in sorted(rejected.items())])
         return [*landed, Part(self._unit.name, rejected=rejected, unsettled=unsettled, last=True)]
 
+    def _size(self, header: ShardHeader) -> int:
+        """Return the rows of one write."""
+        return min(self._unit.most_rows, group_rows(header.row_bytes))
+
     def _send(self) -> None:
         """Hand a group to the thread that writes."""
         header = self._header
         if not self._open or header is None:
             return
-        size = min(self._most_rows, group_rows(header.row_bytes))
-        rows, self._open = self._open[:size], self._open[size:]
+        rows, self._open = self._open[: self._size(header)], self._open[self._size(header) :]
         self._flying = self._thread.submit(self._write, header, rows)
 
     def _write(self, header: ShardHeader, rows: list[LatentRow | TextRow]) -> tuple[str, Part]:

@@ -38,7 +38,8 @@ def main(folder, seed, kills):
             break
         seen.append(rows_of(folder))
     summary = cache(folder, workers=1)
-    print(json.dumps({"seen": seen, "encoded": [one.encoded for one in summary.stores], "rows": rows_of(folder)}))
+    told = {"seen": seen, "encoded": [one.encoded for one in summary.stores], "rows": rows_of(folder)}
+    sys.stdout.write(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Path:
             (folder / place).mkdir(parents=True, exist_ok=True)
             shown.save(folder / place / f"{name}.png")
         (folder / "sharp" / f"{name}.txt").write_text(f"colour {name}")
-    config = {"pretrained_model_name_or_path": "tiny", "mixed_precision": "no", "vae_dtype": "fp32", "resolution": 128}
+    config = {"pretrained_model_name_or_path": "tiny", "mixed_precision": "no", "vae_dtype": "fp32", "resolution": 160}
     targets = {
         "id": "sharp",
         "instance_data_dir": "sharp",
@@ -49,7 +49,12 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Path:
         "crop_aspect": "square",
         "crop_style": "center",
     }
-    gray = {"id": "gray", "instance_data_dir": "gray", "conditioning_type": "reference_strict", "caption_strategy": None}
+    gray = {
+        "id": "gray",
+        "instance_data_dir": "gray",
+        "conditioning_type": "reference_strict",
+        "caption_strategy": None,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "multidatabackend.json").write_text(json.dumps([targets, gray]))
     shutil.copytree(tiny_models, folder / "work" / "models")
@@ -187,10 +192,10 @@ TABLE: dict[str, tuple[Change, object, object, object, object]] = {
     "caption": (caption, 0, 0, 0, 1),
     "image removed": (removed, 0, 0, 0, 0),
     "image added": (added, "d", "d", "d", 0),
-    "resolution": (dataset(None, resolution=192), ALL, ALL, ALL, 0),
+    "resolution": (dataset(None, resolution=256), ALL, ALL, ALL, 0),
     "crop style": (dataset(crop_style="corner"), ALL, ALL, ALL, 0),
-    "crop aspect": (dataset(crop_aspect="preserve"), ALL, ALL, ALL, 0),
-    "alignment": (configured(aspect_bucket_alignment=32, resolution=150), ALL, ALL, ALL, 0),
+    "crop aspect": (dataset(crop_aspect="closest", crop_aspect_buckets=[2.0]), ALL, ALL, ALL, 0),
+    "alignment": (configured(aspect_bucket_alignment=32), ALL, ALL, ALL, 0),
     "interpolation": (configured(interpolation="opencv-linear"), ALL, ALL, ALL, 0),
     "VAE weights": (other_vae, ALL, ALL, ALL, 0),
     "checkpoint's path": (vae_elsewhere, 0, 0, 0, 0),

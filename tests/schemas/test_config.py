@@ -405,10 +405,10 @@ def test_simpletuner_keys_that_are_not_needed_are_warnings(tmp_path):
 
 
 def test_options_without_effect_are_warnings_that_say_what_happens_instead(tmp_path):
-    datasets = [{"id": "photos", "instance_data_dir": "photos", "write_batch_size": 64}]
-    trainer, dataset = open_project(written(tmp_path, {"validation_guidance": 2.5}, datasets)).warnings
-    assert trainer.startswith("config.json: validation_guidance has no effect: no pictures are sampled")
-    assert dataset.startswith('multidatabackend.json: [0] "photos" write_batch_size has no effect: shards are filled')
+    config = {"validation_guidance": 2.5, "fuse_qkv_projections": True}
+    first, second = open_project(written(tmp_path, config)).warnings
+    assert first.startswith("config.json: validation_guidance has no effect: no pictures are sampled")
+    assert second.startswith("config.json: fuse_qkv_projections has no effect: q, k and v stay apart")
 
 
 def test_a_generators_options_without_effect_are_warnings_too(tmp_path):
@@ -920,7 +920,9 @@ def test_a_change_is_noticed_by_the_stages_that_read_it_and_by_no_other(tmp_path
     assert changed(repeats=2) == (False, True)
     assert changed(["conditioning_multidataset_sampling=combined"]) == (False, False)
     assert changed(conditioning=[{"type": "jpeg"}]) == (False, True)
-    assert changed(write_batch_size=7) == (False, False)
+    assert changed(write_batch_size=7) == changed(["write_batch_size=7"]) == (False, False)
+    assert changed(interpolation="opencv-linear") == changed(["interpolation=opencv-linear"]) == (False, True)
+    assert changed(["posterior=moments"]) == changed(["vae_enable_tiling=true"]) == (False, False)
     assert changed(skip_file_discovery="metadata", metadata_backend="json") == (False, False)
     assert changed(vae_cache_clear_each_epoch=True) == changed(crop_variants=4) == (False, True)
     assert changed(caption_encoding="cp1252") == (True, True)
@@ -954,7 +956,7 @@ def test_options_without_effect_are_read_by_no_stage():
     facts = [(name, one) for model in models for name, one in facts_of(model) if one["no_effect"]]
     assert len(facts) >= 10
     assert all(list(one["stages"]) == [] for _, one in facts), facts
-    trainer = TrainerConfig(validation_guidance=1, text_encoder_1_precision="int8-quanto")
+    trainer = TrainerConfig(validation_guidance=1, fuse_qkv_projections=True)
     assert all(trainer.fingerprint(stage) == TrainerConfig().fingerprint(stage) for stage in STAGES)
 
 

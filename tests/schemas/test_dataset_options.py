@@ -292,7 +292,6 @@ INACTIVE = [
     ({**REFERENCES, "crop_variants": 2}, "crop_variants has no effect: it is not a set of targets"),
     ({**REFERENCES, "id": "other"}, "is no target set's conditioning_data: it is scanned, not used"),
     ({**REFERENCES, "crop": True, "resolution": 512}, 'resolution, crop has no effect: strict references take the crops of "targets"'),
-    ({**LOCAL, "write_batch_size": 7}, "write_batch_size has no effect: shards are filled to a fixed size in bytes"),
     ({**HUB, "huggingface": {"auto_load": True}}, "auto_load: ignored"),
     ({**HUB, "description_column": "a"}, "huggingface.description_column has no effect: captions come from caption_column"),
     ({**LOCAL, "caption_strategy": "parquet", "parquet": {**TABLE, "caption_column": "a", "bbox_column": "b"}}, "parquet.bbox_column has no effect: boxes are not used"),
