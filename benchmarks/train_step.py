@@ -18,13 +18,13 @@ from peft import LoraConfig
 
 from families import flux, open_project
 from families.protocol import TextEmbeds
+from families.quantize import quantize_weights
 from families.runtime import choose_attention
 from schemas.project import Project
 from train.data import Batch
 from train.loop import step_loss
 from train.lora import add_lora
 from train.optimizer import make_optimizer
-from train.quantize import quantize_base
 
 DEVICE = torch.device("cuda")
 VARIANTS = ("diffusers", "pairline", "diffusers int8-quanto", "pairline int8-quanto")
@@ -123,7 +123,7 @@ def measure(variant: str, pixels: int, count: int, steps: int) -> None:
         project = open_project(folder)
     side, _, precision = variant.partition(" ")
     model = random_transformer()
-    quantize_base(model, precision or "no_change", project.family.unquantised)
+    quantize_weights(model, precision or "no_change", project.family.unquantised)
     step = {"diffusers": diffusers_step, "pairline": pairline_step}[side](model, random_batch(pixels, count), project)
     for _ in range(2):
         step()

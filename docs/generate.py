@@ -76,11 +76,11 @@ def options_page() -> str:
         "### Families\n",
         _families_table(),
         "## multidatabackend.json\n",
-        "A list of objects. `resolution`, `resolution_type`, the three image-size options and `caption_strategy` "
-        "default to the value in `config.json`; references have no captions unless they say so. An entry with "
-        "`conditioning_type` and no `dataset_type` is a set of references. The options of `huggingface` may stand in "
-        "the entry itself. `null` means not given where nothing else is said of it. Texts may hold `{id}`, "
-        "`{model_family}`, `{output_dir}` and `{env:NAME}`.\n",
+        "A list of objects. `resolution`, `resolution_type`, the three image-size options, `interpolation`, "
+        "`write_batch_size` and `caption_strategy` default to the value in `config.json`; references have no captions "
+        "unless they say so. An entry with `conditioning_type` and no `dataset_type` is a set of references. The "
+        "options of `huggingface` may stand in the entry itself. `null` means not given where nothing else is said of "
+        "it. Texts may hold `{id}`, `{model_family}`, `{output_dir}` and `{env:NAME}`.\n",
         _options_table(DatasetConfig),
     ]
     for path, model in _NESTED.items():
@@ -190,13 +190,16 @@ _KEYS = """## Keys
 All hashes are xxh3-128 of canonical JSON or of a file's bytes (`schemas/keys.py`).
 
 - `image_id`: the file's bytes.
-- encoder key: weights and configuration of the encoder's parts, never their path; the dtype it computes in; for text
-  the tokenizers and lengths.
-- latent key: encoder key, `image_id`, pixel policy (orientation, background, interpolation), geometry, and for a
-  generated reference recipe and seed.
+- weights: the sum of the hashes of all tensors (name, dtype, shape, bytes), so that neither their order, nor a file's
+  metadata, nor how they are split over files matters.
+- encoder key: weights and configuration of the encoder's parts, never their path; the dtype it computes in. For images
+  tiling, and what of the posterior is stored: targets and references have encoders of their own unless that is the
+  mode. For text the tokenizers, lengths and quantisation, and the dtype of what is stored.
+- latent key: encoder key, `image_id`, pixel policy, view (orientation, background, interpolation, where they are not
+  the default), geometry, and for a generated reference recipe and seed.
 - text key: encoder key and prompt.
 
-Names, paths, captions, dataset ids, repeats and options of the trainer enter no key of a shard. What they lead to may:
+Names, paths, captions, dataset ids, repeats and options of training enter no key of a shard. What they lead to may:
 a random crop is drawn from `prep_seed`, dataset id and path, and the box it gives is part of the geometry.
 """
 

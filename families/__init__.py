@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from schemas.family import FamilySpec, Width
+from schemas.family import Expected, FamilySpec, Width
 from schemas.loading import check_folders, load_project
 from schemas.project import Project
 
@@ -27,6 +27,13 @@ FAMILIES: Mapping[str, FamilySpec] = {
         image_encoder=("vae",),
         text_encoders=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
         denoiser=("transformer",),
+        configs={
+            "vae": Expected("AutoencoderKL", {"latent_channels": 16}, ("scaling_factor", "shift_factor")),
+            "text_encoder": Expected(),
+            "text_encoder_2": Expected(),
+            "transformer": Expected("FluxTransformer2DModel", {"in_channels": 64}),
+        },
+        numbered_text_encoders=("text_encoder", "text_encoder_2"),
         # T5 is not masked, so that its rows depend on the length they are padded to.
         text_settings={"dev": {"t5_tokens": 512}, "schnell": {"t5_tokens": 256}, "kontext": {"t5_tokens": 512}},
         latent_channels=Width(16, "vae", "latent_channels"),

@@ -1,7 +1,7 @@
 """Checkpoints in the Hub layout: where they lie, whether they are whole, and which numbers they hold.
 
-`fingerprint` hashes weights and configuration, never a path: the same VAE under two names is one encoder. No tensor
-library is loaded unless the tiny checkpoint has to be built.
+`fingerprint` hashes weights and configuration, never a path: the same VAE under two names, or split over other files,
+is one encoder. No tensor library is loaded unless the tiny checkpoint has to be built.
 """
 
 import importlib
@@ -9,28 +9,33 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from families.weights import combined, tensors_id
 from schemas.errors import UserError
-from schemas.keys import CACHE_VERSION, FileIds, digest
+from schemas.family import Expected
+from schemas.keys import CACHE_VERSION, FileIds, canonical, digest
 from schemas.paths import resolved
 from schemas.project import TINY, Project
 from schemas.storage import write_aside
+from schemas.trainer import Posterior
 
 _LAYOUT = ("model_index.json", "scheduler/*")
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)[.-]")  # weight files that are not loaded by default
+_INDEX = ".safetensors.index.json"  # end of the name of a file that lists shards
 _ORIGIN = ("transformers_version", "dtype", "torch_dtype", "architectures")  # of a configuration: who saved it, and how
 
 
 def locate(project: Project, components: Sequence[str]) -> Path:
     """Return a checkpoint's folder: built if `tiny`, a local one, or fetched from the Hub as far as needed.
 
-    Raises UserError if it cannot be had or lacks one of `components`.
+    Raises UserError if it cannot be had, lacks one of `components`, or has one of another family.
     """
     name = project.checkpoint
     local = resolved(project.root, name)
@@ -40,13 +45,17 @@ def locate(project: Project, components: Sequence[str]) -> Path:
         folder = local
     else:
         folder = _fetch(name, components)
-    if missing := _missing(folder, components):
+    if missing := _missing(project, folder, components):
         raise UserError(f"{folder}: not a whole checkpoint, it lacks {', '.join(missing)}")
+    _check_configs(project, folder, components)
     return folder
 
 
 def here(project: Project, components: Sequence[str]) -> Path | None:
-    """Return a checkpoint's folder if it is on this machine and has `components`; builds and fetches nothing."""
+    """Return a checkpoint's folder if it is on this machine and has `components`; builds and fetches nothing.
+
+    Raises UserError if one of them is of another family.
+    """
     name = project.checkpoint
     folder = _tiny_folder(project) if name == TINY else resolved(project.root, name)
     if name != TINY and not folder.is_dir():
@@ -54,18 +63,51 @@ def here(project: Project, components: Sequence[str]) -> Path | None:
             folder = Path(snapshot_download(name, local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError, OSError):
             return None
-    return None if _missing(folder, components) else folder
+    if _missing(project, folder, components):
+        return None
+    _check_configs(project, folder, components)
+    return folder
 
 
-def _missing(folder: Path, components: Sequence[str]) -> list[str]:
+def _missing(project: Project, folder: Path, components: Sequence[str]) -> list[str]:
     """Name what a checkpoint lacks. Weights must be safetensors: other files would not enter an encoder's key."""
     missing = []
     for part in components:
         if not (folder / part).is_dir():
             missing.append(part)
-        elif (folder / part / "config.json").exists():
+        elif part in project.family.configs:
+            missing += [f"{part}/{file}" for file in ("config.json",) if not (folder / part / file).exists()]
             missing += [f"{part}/{file}" for file in _missing_weights(folder / part)]
+        elif not any((folder / part).iterdir()):
+            missing.append(f"all of {part}")
     return missing
+
+
+def _check_configs(project: Project, folder: Path, components: Sequence[str]) -> None:
+    """Raise UserError for a component that is not what the family loads."""
+    for part in components:
+        expected, file = project.family.configs.get(part), folder / part / "config.json"
+        if expected is None:
+            continue
+        for key, wanted, found in _differences(expected, _config(file)):
+            raise UserError(
+                f"{file}: {key} is {json.dumps(found)}, {project.trainer.model_family} needs {wanted}; "
+                "is it the checkpoint of another model?"
+            )
+
+
+def _differences(expected: Expected, config: dict[str, Any]) -> Iterator[tuple[str, object, object]]:
+    """Yield (key, what is needed, what is said) of each value of a configuration that is not as expected."""
+    own = config.get("_class_name", expected.class_name)
+    if own != expected.class_name and expected.class_name is not None:
+        yield "_class_name", expected.class_name, own
+    for key, value in expected.values.items():
+        if config.get(key) != value:
+            yield key, value, config.get(key)
+    for key in expected.numbers:
+        said = config.get(key)
+        if isinstance(said, bool) or not isinstance(said, int | float):
+            yield key, "a number", said
 
 
 def _missing_weights(folder: Path) -> list[str]:
@@ -73,8 +115,13 @@ def _missing_weights(folder: Path) -> list[str]:
     if not _weights(folder):
         return ["*.safetensors"]
     named: set[str] = set()
-    for index in folder.glob("*.safetensors.index.json"):
-        named |= set(json.loads(index.read_text())["weight_map"].values())
+    for index in folder.glob(f"*{_INDEX}"):
+        try:
+            named |= set(_json(index)["weight_map"].values())
+        except (LookupError, TypeError, AttributeError) as fault:
+            raise UserError(
+                f"{index}: damaged, it names no weight files; fetch or build the checkpoint again"
+            ) from fault
     return sorted(name for name in named if not (folder / name).exists())
 
 
@@ -82,24 +129,61 @@ def _weights(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.glob("*.safetensors")) if not _VARIANT.search(file.name)]
 
 
-def image_encoder_key(project: Project, checkpoint: Path, *, remember: bool = True) -> str:
-    """Key the image encoder: its weights, the dtype it computes in, and that it stores the posterior's mode."""
+def image_encoder_key(project: Project, checkpoint: Path, posterior: Posterior, *, remember: bool = True) -> str:
+    """Key the image encoder: its weights, how it computes, and what of the posterior it stores."""
     weights = fingerprint(project, checkpoint, project.family.image_encoder, remember=remember)
-    return digest("image encoder", CACHE_VERSION, weights, project.trainer.vae_dtype, "mode")[:16]
+    return digest("image encoder", CACHE_VERSION, weights, _image_settings(project), posterior)[:16]
+
+
+def image_encoder_keys(project: Project, checkpoint: Path, *, remember: bool = True) -> tuple[str, str]:
+    """Key the image encoder of targets and that of references, which is always the posterior's mode."""
+    target = image_encoder_key(project, checkpoint, project.trainer.posterior, remember=remember)
+    return target, image_encoder_key(project, checkpoint, "mode", remember=remember)
 
 
 def text_encoder_key(project: Project, checkpoint: Path, *, remember: bool = True) -> str:
-    """Key the text encoders: weights, tokenizers, lengths, and the dtype they compute in."""
+    """Key the text encoders: weights, tokenizers, lengths, how they compute, and the dtype of what is stored."""
     weights = fingerprint(project, checkpoint, project.family.text_encoders, remember=remember)
-    settings = project.family.text_settings[project.flavour]
-    return digest("text encoder", CACHE_VERSION, weights, settings, "bf16")[:16]
+    return digest("text encoder", CACHE_VERSION, weights, _text_settings(project))[:16]
+
+
+def _image_settings(project: Project) -> dict[str, object]:
+    """Return the options that latents depend on; one that is at its default is left out but for the dtype."""
+    trainer = project.trainer
+    return {"dtype": trainer.vae_dtype} | ({"tiling": True} if trainer.vae_enable_tiling else {})
+
+
+def _text_settings(project: Project) -> dict[str, object]:
+    """Return the settings that text embeds depend on; of options, those that are not at their defaults."""
+    trainer = project.trainer
+    precisions = {name: value for name, value in text_precisions(project).items() if value != "no_change"}
+    settings: dict[str, object] = {"dtype": "bf16", **project.family.text_settings[project.flavour]}
+    return (
+        settings
+        | ({"precision": precisions} if precisions else {})
+        | ({"stored": trainer.text_cache_dtype} if trainer.text_cache_dtype != "bf16" else {})
+    )
+
+
+def text_precisions(project: Project) -> dict[str, str]:
+    """Return the quantisation of each text encoder that the family has."""
+    trainer = project.trainer
+    options = (trainer.text_encoder_1_precision, trainer.text_encoder_2_precision)
+    return dict(zip(project.family.numbered_text_encoders, options, strict=False))
+
+
+def check_unchanged(checkpoint: Path, before: object, now: object) -> None:
+    """Raise UserError if the key of an encoder, asked again once it is loaded, is not what it was."""
+    if before != now:
+        raise UserError(f"{checkpoint}: its weights or settings changed while they were loaded; run the command again")
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderKeys:
-    """Which stores belong to a project's checkpoint."""
+    """Which stores belong to a project's checkpoint; those of both kinds of images are one under `posterior: mode`."""
 
-    image: str
+    target: str
+    reference: str
     text: str
 
 
@@ -115,12 +199,13 @@ def encoder_keys(project: Project, *, remember: bool = True) -> EncoderKeys:
     """Return the keys of the encoders on this machine, or those that prep cache noted; raises UserError."""
     folder = here(project, (*project.family.image_encoder, *project.family.text_encoders))
     if folder is not None:
-        image = image_encoder_key(project, folder, remember=remember)
-        return EncoderKeys(image, text_encoder_key(project, folder, remember=remember))
+        images = image_encoder_keys(project, folder, remember=remember)
+        return EncoderKeys(*images, text_encoder_key(project, folder, remember=remember))
     noted = _recorded(project).get(_record_name(project))
     if noted is None:
         raise UserError(
-            f"nothing is cached for checkpoint {project.checkpoint} with vae_dtype {project.trainer.vae_dtype}; "
+            f"nothing is cached for checkpoint {project.checkpoint} with vae_dtype {project.trainer.vae_dtype}, "
+            f"posterior {project.trainer.posterior} and the other options of its encoders; "
             f"run: {project.command('prep cache')}"
         )
     return EncoderKeys(**noted)
@@ -131,8 +216,10 @@ def _record(project: Project) -> Path:
 
 
 def _record_name(project: Project) -> str:
+    """Name a checkpoint and all options that its encoders' keys depend on."""
     trainer = project.trainer
-    return f"{project.checkpoint} {trainer.model_family} {project.flavour} {trainer.vae_dtype}"
+    settings = canonical([_image_settings(project), trainer.posterior, _text_settings(project)])
+    return f"{project.checkpoint} {trainer.model_family} {project.flavour} {settings}"
 
 
 def _recorded(project: Project) -> dict[str, dict[str, str]]:
@@ -144,27 +231,46 @@ def _recorded(project: Project) -> dict[str, dict[str, str]]:
 
 
 def fingerprint(project: Project, checkpoint: Path, components: Sequence[str], *, remember: bool = True) -> str:
-    """Hash the numbers and settings of some components of a checkpoint."""
-    ids = FileIds(project.models / "fingerprints.json", remember=remember)
-    parts = []
+    """Hash the numbers and settings of some components of a checkpoint; raises UserError if a file is damaged.
+
+    Weights count as tensors, however they are split over files.
+    """
+    weights = FileIds(project.models / "tensors.json", tensors_id, remember=remember)
+    others = FileIds(project.models / "fingerprints.json", remember=remember)
+    parts: list[list[str | object]] = []
     for component in components:
-        for file in sorted((checkpoint / component).iterdir()):
-            if file.suffix == ".json":
+        folder = checkpoint / component
+        for file in sorted(folder.iterdir()):
+            if file.suffix == ".json" and not file.name.endswith(_INDEX):
                 parts.append([component, file.name, _settings(file)])
-            elif file.suffix in (".safetensors", ".model", ".txt") and not _VARIANT.search(file.name):
-                parts.append([component, file.name, ids.of(file)])
+            elif file.suffix in (".model", ".txt"):
+                parts.append([component, file.name, others.of(file)])
+        if stored := _weights(folder):
+            parts.append([component, "weights", combined(map(weights.of, stored))])
     return digest(parts)
 
 
 def _settings(file: Path) -> object:
     """Read a configuration without what only tells where it came from."""
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as fault:
-        raise UserError(f"{file}: damaged ({fault}); fetch or build the checkpoint again") from fault
+    values = _json(file)
     if not isinstance(values, dict):
         return values
     return {name: value for name, value in values.items() if not name.startswith("_") and name not in _ORIGIN}
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """Read a component's config.json."""
+    values = _json(file)
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: must be an object; fetch or build the checkpoint again")
+    return values
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as fault:
+        raise UserError(f"{file}: damaged ({fault}); fetch or build the checkpoint again") from fault
 
 
 def _tiny_folder(project: Project) -> Path:

@@ -19,31 +19,40 @@ from diffusers import (
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from families.protocol import TextEmbeds
+from families.protocol import Posterior, TextEmbeds
+from families.quantize import quantize_weights
 from families.tiny import clip_tokenizer, seeded, t5_tokenizer
+from schemas.errors import UserError
 
 _PATCH = 2  # latent pixels of a token's side
 
 
-def load_image_encoder(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
-    """Load the VAE."""
-    vae = AutoencoderKL.from_pretrained(checkpoint, subfolder="vae", dtype=dtype, use_safetensors=True)
+def load_image_encoder(
+    checkpoint: Path, dtype: torch.dtype, device: torch.device, *, tiling: bool, slicing: bool
+) -> AutoencoderKL:
+    """Load the VAE; raises UserError if its weights are not those that its config.json tells of."""
+    try:
+        vae, told = AutoencoderKL.from_pretrained(
+            checkpoint, subfolder="vae", dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except ValueError as fault:
+        raise UserError(f"{checkpoint / 'vae'}: config.json and weights do not fit: {fault}") from fault
+    if missing := told["missing_keys"]:
+        raise UserError(f"{checkpoint / 'vae'}: {len(missing)} tensors of the VAE are not there, first {missing[0]}")
+    if tiling:
+        vae.enable_tiling()
+    if slicing:
+        vae.enable_slicing()
     return vae.to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def encode_images(encoder: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Encode the mode of the posterior, as FluxKontextPipeline encodes its reference, and normalise."""
-    return encode_posterior(encoder, pixels)[0]
-
-
-@torch.no_grad()
-def encode_posterior(encoder: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Encode mode and standard deviation of the posterior, both normalised."""
+def encode_images(encoder: AutoencoderKL, pixels: Tensor) -> Posterior:
+    """Encode and normalise; the mean is what FluxKontextPipeline makes of its reference."""
     values = 2.0 * (pixels.permute(0, 3, 1, 2).to(torch.float32) / 255.0) - 1.0
     posterior = encoder.encode(values.to(encoder.device, encoder.dtype)).latent_dist
     scale = encoder.config.scaling_factor
-    return (posterior.mode() - encoder.config.shift_factor) * scale, posterior.std * scale
+    return Posterior((posterior.mode() - encoder.config.shift_factor) * scale, posterior.std * scale)
 
 
 @torch.no_grad()
@@ -54,13 +63,19 @@ def decode_latents(encoder: AutoencoderKL, latents: Tensor) -> Tensor:
     return ((values / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def load_text_encoders(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> FluxKontextPipeline:
+def load_text_encoders(
+    checkpoint: Path, dtype: torch.dtype, device: torch.device, *, precisions: Mapping[str, str], offload: bool
+) -> FluxKontextPipeline:
     """Load CLIP-L and T5 with their tokenizers, as a pipeline that has nothing else."""
     nothing = {"transformer": None, "vae": None, "image_encoder": None, "feature_extractor": None}
     pipeline = FluxKontextPipeline.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True, **nothing)
-    pipeline.text_encoder.eval()
-    pipeline.text_encoder_2.eval()
-    return pipeline.to(device)
+    for component in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipeline, component).eval().requires_grad_(False)
+        quantize_weights(encoder, precisions.get(component, "no_change"))
+    if not offload or device.type == "cpu":
+        return pipeline.to(device)
+    pipeline.enable_model_cpu_offload(device=device)
+    return pipeline
 
 
 @torch.no_grad()

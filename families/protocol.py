@@ -21,29 +21,47 @@ class TextEmbeds:
     num_tokens: tuple[int, ...]  # of each prompt before padding and before the cut: more than rows if it was cut
 
 
+@dataclass(frozen=True, slots=True)
+class Posterior:
+    """What an image encoder says of a batch of images: normalised, batch × C × H × W, in the dtype it computes in."""
+
+    mean: Tensor
+    std: Tensor
+
+
 class Family(Protocol):
     """A module of this package. `checkpoint` is a folder in the Hub layout throughout."""
 
     def build_tiny(self, folder: Path, flavour: str) -> None:
         """Write a small random checkpoint, the same on every machine."""
 
-    def load_image_encoder(self, checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Any:
-        """Load the encoder that `encode_images` and `decode_latents` take."""
+    def load_image_encoder(
+        self, checkpoint: Path, dtype: torch.dtype, device: torch.device, *, tiling: bool, slicing: bool
+    ) -> Any:
+        """Load the encoder that `encode_images` and `decode_latents` take.
 
-    def encode_images(self, encoder: Any, pixels: Tensor) -> Tensor:
-        """Encode uint8 pixels, batch × height × width × 3, as normalised latents, batch × C × H × W."""
-
-    def encode_posterior(self, encoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Encode as `encode_images` does, and give the standard deviation of draws around each value, normalised alike.
-
-        None in its place where the encoder gives no distribution.
+        `tiling` encodes large pictures in tiles, `slicing` the pictures of a batch one after the other.
         """
+
+    def encode_images(self, encoder: Any, pixels: Tensor) -> Posterior:
+        """Encode uint8 pixels, batch × height × width × 3."""
 
     def decode_latents(self, encoder: Any, latents: Tensor) -> Tensor:
         """Decode normalised latents to uint8 pixels, batch × height × width × 3."""
 
-    def load_text_encoders(self, checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Any:
-        """Load the encoders that `encode_prompts` takes."""
+    def load_text_encoders(
+        self,
+        checkpoint: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        precisions: Mapping[str, str],
+        offload: bool,
+    ) -> Any:
+        """Load the encoders that `encode_prompts` takes.
+
+        `precisions` quantises the components it names; with `offload` they take turns on the accelerator.
+        """
 
     def encode_prompts(self, encoders: Any, prompts: Sequence[str], settings: Mapping[str, Any]) -> TextEmbeds:
         """Encode prompts exactly as the family's pipeline does; `settings` are the flavour's of its FamilySpec."""

@@ -1,7 +1,9 @@
 """Where and in which numbers a model runs, and how its module is found."""
 
+import gc
 import importlib
 import logging
+import os
 from typing import cast
 
 import torch
@@ -23,13 +25,23 @@ def family_of(project: Project) -> Family:
 
 
 def default_device() -> torch.device:
-    """Return the accelerator where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the accelerator where there is one, of several processes of torchrun each its own, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda" if rank is None else f"cuda:{rank}")
 
 
 def dtype_of(name: str) -> torch.dtype:
     """Return the dtype of an option's value."""
     return _DTYPES[name]
+
+
+def release_memory() -> None:
+    """Give the accelerator back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def choose_attention() -> None:

@@ -1,46 +1,185 @@
 """`prep cache`: every image and prompt of the pair tables encoded once, into shards found by content key.
 
 `cache` is the public function. What a store holds already, from this or any other project, is not encoded again.
+Several processes, on one machine or many, may work on the same stores at once: see prep/units.py and prep/leases.py.
 """
 
+import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
 
 from families import Source, open_project
-from families.checkpoints import encoder_keys, here, image_encoder_key, locate, record_keys, text_encoder_key
-from prep.pixels import Picture, reference_picture, target_picture
-from prep.pool import default_workers
-from schemas.console import progress
+from families.checkpoints import encoder_keys, here, image_encoder_keys, locate, record_keys, text_encoder_key
+from prep.leases import Leases
+from prep.needed import REFERENCES, TARGETS, Needed, Pictures, needed_of
+from prep.pixels import Picture, pixels_of
+from prep.planning.budget import Sizes, sizes_of
+from prep.pool import Crew, default_workers
+from prep.units import Span, Unit, spans
+from prep.writing import Part
+from schemas.console import Progress, log, progress
 from schemas.errors import UserError
-from schemas.freshness import read_pairs
-from schemas.keys import text_key
+from schemas.keys import text_keys
 from schemas.project import Project
-from schemas.rows import PairRow
 from schemas.shards import ShardIndex
+from schemas.stores import Store
 from schemas.summaries import CacheSummary, StoreSummary
 
 _NOT_HERE = "(encoder not known yet)"  # in place of an encoder's key, in a dry run without a checkpoint
+_POLL_S = 2.0  # between looks at what others encode
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which units of a run are this process's own: every `count`-th, starting from `index`."""
+
+    index: int = 0
+    count: int = 1
+
+    def has(self, unit: int) -> bool:
+        """Tell whether a unit is ours."""
+        return unit % self.count == self.index
+
+
+def share_of(index: int | None, count: int | None) -> Share:
+    """Return the share that was asked for, or the one that torchrun gives this process; raises UserError."""
+    if (index is None) != (count is None):
+        raise UserError("--num-shards and --shard-index go together")
+    if index is None or count is None:
+        count, index = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if not 0 <= index < count:
+        raise UserError(f"--shard-index {index} is not one of {count} shards, which count from 0")
+    return Share(index, count)
+
+
+class Engine(Protocol):
+    """Who encodes: this process, or many."""
+
+    def latents(self, checkpoint: Path, units: Iterator[Unit]) -> Iterator[Part]:
+        """Encode units of pictures; a unit is taken when there is someone for it."""
+
+    def texts(self, checkpoint: Path, units: Iterator[Unit]) -> Iterator[Part]:
+        """Encode units of prompts."""
+
+    def release(self) -> None:
+        """Free the encoders that were loaded, and what else was started."""
+
+
+class Here:
+    """Encoders in this process, one after the other, pixels from a pool of others."""
+
+    def __init__(self, project: Project, workers: int) -> None:
+        self._project, self._workers = project, workers
+        self._crew: Crew | None = None
+        self._encoder: Any = None
+
+    def latents(self, checkpoint: Path, units: Iterator[Unit]) -> Iterator[Part]:
+        """Encode units of pictures, decoded ahead."""
+        taken: list[Unit] = []  # whose pictures are being made, or encoded
+
+        def pictures() -> Iterator[Picture]:
+            for unit in units:
+                taken.append(unit)
+                for picture in unit.items:
+                    assert isinstance(picture, Picture), "a unit of latents"
+                    yield picture
+
+        self._crew = self._crew or Crew(self._workers, pixels_of)
+        made = (pixels for _, pixels in self._crew.each(pixels_of, pictures()))
+        for first in made:
+            encoder = self._loaded("Latents", checkpoint)
+            unit = taken.pop(0)
+            yield from encoder.work(unit, chain([first], islice(made, len(unit.items) - 1)))
+
+    def texts(self, checkpoint: Path, units: Iterator[Unit]) -> Iterator[Part]:
+        """Encode units of prompts."""
+        for unit in units:
+            yield from self._loaded("Texts", checkpoint).work(unit)
+
+    def _loaded(self, kind: str, checkpoint: Path) -> Any:
+        from prep import encode  # noqa: PLC0415 - a run with nothing to encode loads no tensor library
+
+        if self._encoder is None:
+            self._encoder = getattr(encode, kind)(self._project, checkpoint)
+        return self._encoder
+
+    def release(self) -> None:
+        """Let the encoder's memory go, and the workers."""
+        if self._encoder is not None:
+            self._encoder.close()
+        if self._crew is not None:
+            self._crew.__exit__()
+        self._encoder = self._crew = None
 
 
 @dataclass(slots=True)
 class _Work:
-    """What one latent store must hold."""
+    """What one store needs, and what became of it."""
 
+    kind: str  # latents or text
     index: ShardIndex
-    pictures: dict[str, Picture] = field(default_factory=dict)  # by latent key
+    encoder: str
+    keys: list[str]
+    folders: Sequence[str]  # of each key
+    row_bytes: Sequence[int]  # of each key, before it is encoded
+    item: Callable[[int], Picture | str]
+    asked: int
+    most_rows: int  # of one write
+    wanted: list[int] = field(default_factory=list)  # numbers of keys that are to be encoded
+    reused: int = 0
+    encoded: int = 0
+    bytes: int = 0
+    cut: list[str] = field(default_factory=list)
 
-    def missing(self, limit: int | None) -> list[tuple[str, Picture]]:
-        """Return what is to be encoded, bucket by bucket."""
-        todo = [
-            (key, one) for key, one in self.pictures.items() if key not in self.index and key not in self.index.rejects
-        ]
-        return sorted(todo, key=lambda item: (item[1].geometry.bucket, item[0]))[:limit]
+    def look(self, limit: int | None) -> None:
+        """Find what is missing."""
+        index = self.index
+        missing = [n for n, key in enumerate(self.keys) if key not in index and key not in index.rejects]
+        self.reused = (
+            len(self.keys) - len(missing) - sum(key in index.rejects for key in self.keys) * bool(index.rejects)
+        )
+        self.wanted = missing[:limit]
+
+    def take_in(self, part: Part) -> None:
+        """Note what reached the disk."""
+        self.encoded += len(part.keys)
+        self.bytes += part.bytes
+        self.cut += part.cut
+        self.index.rejects.update(part.rejected)
+
+    def summary(self) -> StoreSummary:
+        """Say what was done."""
+        rejects = self.index.rejects
+        rejected = (
+            {str(_name(self.item(n))): rejects[key] for n, key in enumerate(self.keys) if key in rejects}
+            if rejects
+            else {}
+        )
+        size = int(np.sum(self.row_bytes, dtype=np.int64))
+        return StoreSummary(
+            kind=self.kind, folder=self.index.store.where(), asked=self.asked, needed=len(self.keys), bytes=size,
+            reused=self.reused, encoded=self.encoded, rejected=rejected, cut=tuple(self.cut), bytes_written=self.bytes,
+        )  # fmt: skip
+
+
+def _name(item: Picture | str) -> str:
+    return item.name if isinstance(item, Picture) else item
 
 
 def cache(
-    project: Source, *, limit: int | None = None, workers: int | None = None, dry_run: bool = False
+    project: Source,
+    *,
+    limit: int | None = None,
+    workers: int | None = None,
+    dry_run: bool = False,
+    share: Share | None = None,
+    engine: Engine | None = None,
 ) -> CacheSummary:
     """Encode what the pair tables of a project need and the stores lack.
 
@@ -49,107 +188,160 @@ def cache(
     """
     start = time.monotonic()
     project = open_project(project, need_images=True)
-    tables = [read_pairs(project, target) for target in project.targets]
-    rows = [row for table in tables for row in table if row.reject is None]
-    if not rows:
+    needed = needed_of(project)
+    if not any(table.num_rows for table in needed.tables.values()):
         raise UserError("no pair is left to cache; prep pairs says why each was rejected")
-    unsettled: dict[str, str] = {}
-    latents = _cache_latents(project, rows, limit, workers or default_workers(), dry_run, unsettled)
-    text = _cache_text(project, rows, limit, dry_run)
+    engine = engine or Here(project, workers or default_workers())
+    run = _Run(project, engine, share or Share(), limit, dry_run)
+    works = [*run.latents(needed), run.text(needed)]
     if not dry_run:
         record_keys(project, encoder_keys(project))
-    if unsettled:
-        listed = "\n".join(f"  {file}: {reason}" for file, reason in sorted(unsettled.items())[:20])
+    if run.unsettled:
+        listed = "\n".join(f"  {file}: {reason}" for file, reason in sorted(run.unsettled.items())[:20])
         raise UserError(
-            f"{len(unsettled)} images could not be used, all else is encoded; mend them and run prep scan, prep pairs "
-            f"and prep cache again:\n{listed}"
+            f"{len(run.unsettled)} images could not be used, all else is encoded; mend them and run prep scan, "
+            f"prep pairs and prep cache again:\n{listed}"
         )
-    return CacheSummary((*latents, text), project.warnings, time.monotonic() - start, dry_run)
+    summaries = tuple(work.summary() for work in works)
+    return CacheSummary(summaries, project.warnings, time.monotonic() - start, dry_run)
 
 
-def _checkpoint(project: Project, components: Sequence[str], dry_run: bool) -> Path | None:
-    """Return the checkpoint's folder; a dry run neither builds nor fetches one."""
-    return here(project, components) if dry_run else locate(project, components)
+class _Run:
+    """One run over all stores of a project."""
+
+    def __init__(self, project: Project, engine: Engine, share: Share, limit: int | None, dry_run: bool) -> None:
+        self._project, self._engine, self._share = project, engine, share
+        self._limit, self._dry_run = limit, dry_run
+        self._sizes: Sizes = sizes_of(project)
+        self.unsettled: dict[str, str] = {}  # files that may work another time, and why they did not
+
+    def latents(self, needed: Needed) -> list[_Work]:
+        """Encode what the latent stores lack."""
+        project = self._project
+        checkpoint = self._checkpoint(project.family.image_encoder)
+        keys = (_NOT_HERE, _NOT_HERE)
+        if checkpoint is not None:
+            keys = image_encoder_keys(project, checkpoint, remember=not self._dry_run)
+        doubled = keys[0] if project.trainer.posterior == "moments" else None
+        pictures = needed.pictures(project, dict(zip((TARGETS, REFERENCES), keys, strict=True)))
+        works = [self._latent_work(one, 2 if one.encoder == doubled else 1) for one in pictures]
+        self._encode("encode images", "image", works, checkpoint, self._engine.latents)
+        return works
+
+    def _latent_work(self, pictures: Pictures, parts: int) -> _Work:
+        """Describe a store's need; a row has the mean alone, or two parts, mean and deviation."""
+        sides = pictures.sizes()
+        folders = np.char.add(np.char.add(sides[:, 0].astype(str), "x"), sides[:, 1].astype(str))
+        cells = (sides[:, 0] // self._sizes.scale) * (sides[:, 1] // self._sizes.scale)
+        return _Work(
+            "latents", ShardIndex(pictures.store), pictures.encoder, pictures.keys, folders.tolist(),
+            (cells * self._sizes.per_cell * parts).tolist(), pictures.picture, pictures.asked,
+            min(self._project.dataset(name).write_batch_size for name in pictures.dataset_ids),
+        )  # fmt: skip
+
+    def text(self, needed: Needed) -> _Work:
+        """Encode the prompts that the text store lacks."""
+        project, prompts = self._project, needed.prompts
+        checkpoint = self._checkpoint(project.family.text_encoders)
+        key = text_encoder_key(project, checkpoint, remember=not self._dry_run) if checkpoint else _NOT_HERE
+        sizes = [self._sizes.per_prompt] * len(prompts)
+        index = ShardIndex(project.text_store / key)
+        keys = list(text_keys(key, prompts))
+        own = project.dataset(project.text_dataset) if project.text_dataset is not None else project.trainer
+        work = _Work(
+            "text", index, key, keys, [""] * len(prompts), sizes, prompts.__getitem__, needed.asked,
+            own.write_batch_size,
+        )  # fmt: skip
+        self._encode("encode prompts", "prompt", [work], checkpoint, self._engine.texts)
+        return work
+
+    def _checkpoint(self, components: Sequence[str]) -> Path | None:
+        """Return the checkpoint's folder; a dry run neither builds nor fetches one."""
+        return here(self._project, components) if self._dry_run else locate(self._project, components)
+
+    def _encode(
+        self,
+        label: str,
+        unit: str,
+        works: Sequence[_Work],
+        checkpoint: Path | None,
+        engine: Callable[[Path, Iterator[Unit]], Iterator[Part]],
+    ) -> None:
+        """Encode what stores lack, in turn."""
+        for work in works:
+            work.look(self._limit)
+        if self._dry_run or checkpoint is None or not any(work.wanted for work in works):
+            return
+        try:
+            for work in works:
+                self._finish(label, unit, work, lambda units: engine(checkpoint, units))
+        finally:
+            self._engine.release()
+
+    def _finish(self, label: str, unit: str, work: _Work, engine: Callable[[Iterator[Unit]], Iterator[Part]]) -> None:
+        """Encode what one store lacks; done when all of it is there, whoever made it."""
+        plan = spans(work.keys, work.folders, work.row_bytes, work.wanted)
+        pending = {span.name: span for span in plan if self._share.has(span.number)}
+        if not pending:
+            return
+        wanted = set(work.wanted)
+        total = sum(int(n) in wanted for span in pending.values() for n in span.rows)
+        with progress(label, total, unit) as bar, Leases() as leases:
+            left = _Left(work, pending, wanted, leases)
+            while left.pending:
+                self._work_off(left, engine(left.units(bar)), bar)
+                if left.pending:
+                    left.wait()
+
+    def _work_off(self, left: "_Left", parts: Iterator[Part], bar: Progress) -> None:
+        for part in parts:
+            left.work.take_in(part)
+            self.unsettled.update(part.unsettled)
+            bar.update(len(part.keys) + len(part.rejected) + len(part.unsettled))
+            if part.last:
+                left.finish(part.unit)
 
 
-def _cache_latents(
-    project: Project,
-    rows: Sequence[PairRow],
-    limit: int | None,
-    workers: int,
-    dry_run: bool,
-    unsettled: dict[str, str],
-) -> list[StoreSummary]:
-    checkpoint = _checkpoint(project, project.family.image_encoder, dry_run)
-    encoder = image_encoder_key(project, checkpoint, remember=not dry_run) if checkpoint is not None else _NOT_HERE
-    stores = _latent_work(project, rows, encoder)
-    todo = {folder: work.missing(limit) for folder, work in stores.items()}
-    if dry_run or checkpoint is None or not any(todo.values()):
-        return [_store_summary(folder, work, 0, 0) for folder, work in stores.items()]
+class _Left:
+    """The units of a store that are not done yet, and who works on them."""
 
-    from prep.encode import Images  # noqa: PLC0415 - a run with nothing to encode loads no tensor library
+    def __init__(self, work: _Work, pending: dict[str, Span], wanted: set[int], leases: Leases) -> None:
+        self.work, self.pending = work, pending
+        self._wanted, self._leases = wanted, leases
+        self._mine: set[str] = set()
+        self._told = False
 
-    images = Images(project, checkpoint)
-    summaries = []
-    for folder, work in stores.items():
-        encoded = written = 0
-        with progress("encode images", len(todo[folder]), "image") as bar:
-            for shard in images.shards(folder, encoder, todo[folder], workers):
-                encoded += len(shard.keys)
-                written += shard.path.stat().st_size
-                bar.update(len(shard.keys))
-            bar.update(len(images.rejected))
-        work.index.rejects.update(images.rejected)
-        summaries.append(_store_summary(folder, work, encoded, written))
-    unsettled.update(images.unsettled)
-    return summaries
+    def units(self, bar: Progress) -> Iterator[Unit]:
+        """Yield the units that nobody else works on, leased, with what they still lack."""
+        store: Store = self.work.index.store
+        for span in list(self.pending.values()):
+            if span.name in self._mine or not self._leases.take(store, span.name):
+                continue
+            self.work.index.refresh(span.folder)
+            rows = [int(n) for n in span.rows if int(n) in self._wanted]
+            todo = [n for n in rows if not self._there(n)]
+            bar.update(len(rows) - len(todo))  # done by others meanwhile
+            if todo:
+                self._mine.add(span.name)
+                keys = tuple(self.work.keys[n] for n in todo)
+                items = tuple(map(self.work.item, todo))
+                yield Unit(span.name, store, self.work.encoder, span.folder, keys, items, self.work.most_rows)
+            else:
+                self.finish(span.name)
 
+    def _there(self, number: int) -> bool:
+        key = self.work.keys[number]
+        return key in self.work.index or key in self.work.index.rejects
 
-def _store_summary(folder: Path, work: _Work, encoded: int, written: int) -> StoreSummary:
-    rejects = work.index.rejects
-    rejected = {picture.name: rejects[key] for key, picture in work.pictures.items() if key in rejects}
-    reused = sum(key in work.index for key in work.pictures)
-    return StoreSummary("latents", str(folder), len(work.pictures), reused, encoded, rejected, 0, written)
+    def finish(self, name: str) -> None:
+        """Give a unit back, done."""
+        self._leases.release(self.work.index.store, name)
+        self._mine.discard(name)
+        self.pending.pop(name, None)
 
-
-def _latent_work(project: Project, rows: Iterable[PairRow], encoder: str) -> dict[Path, _Work]:
-    """Collect the pictures that each store must hold."""
-    stores: dict[Path, _Work] = {}
-    for row in rows:
-        wanted = [(row.dataset_id, row.target_key(encoder), target_picture(project, row))]
-        for reference in row.references:
-            picture = reference_picture(project, row, reference)
-            wanted.append((row.store_of(reference), reference.key(encoder), picture))
-        for dataset_id, key, picture in wanted:
-            folder = project.latent_store(project.dataset(dataset_id)) / encoder
-            work = stores.get(folder) or stores.setdefault(folder, _Work(ShardIndex(folder)))
-            work.pictures.setdefault(key, picture)
-    return stores
-
-
-def prompts_of(project: Project, rows: Iterable[PairRow]) -> list[str]:
-    """Return every prompt that training or sampling may ask for, each once, the empty one included."""
-    own = {prompt for row in rows for prompt in row.prompts}
-    instead = {prompt for row in rows for reference in row.references for prompt in reference.prompts}
-    return sorted(own | instead | set(project.prompt_library.values()) | {""})
-
-
-def _cache_text(project: Project, rows: Sequence[PairRow], limit: int | None, dry_run: bool) -> StoreSummary:
-    checkpoint = _checkpoint(project, project.family.text_encoders, dry_run)
-    encoder = text_encoder_key(project, checkpoint, remember=not dry_run) if checkpoint is not None else _NOT_HERE
-    folder = project.text_store / encoder
-    index = ShardIndex(folder)
-    prompts = prompts_of(project, rows)
-    todo = [prompt for prompt in prompts if text_key(encoder, prompt) not in index]
-    reused, todo = len(prompts) - len(todo), todo[:limit]
-    encoded = written = truncated = 0
-    if todo and checkpoint is not None and not dry_run:
-        from prep.encode import text_shards  # noqa: PLC0415 - a run with nothing to encode loads no tensor library
-
-        with progress("encode prompts", len(todo), "prompt") as bar:
-            for shard in text_shards(project, checkpoint, folder, encoder, todo):
-                encoded += len(shard.keys)
-                written += shard.path.stat().st_size
-                truncated += shard.truncated
-                bar.update(len(shard.keys))
-    return StoreSummary("text", str(folder), len(prompts), reused, encoded, {}, truncated, written)
+    def wait(self) -> None:
+        """Wait a moment for units that other processes hold."""
+        if not self._told:
+            log.info("%d units are being encoded by others; waiting for them", len(self.pending))
+            self._told = True
+        time.sleep(_POLL_S)

@@ -3,133 +3,173 @@
 Apart from prep/cache.py because it loads a tensor library, which a run with nothing to encode does without.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from families.runtime import default_device, dtype_of, family_of
+from families.checkpoints import check_unchanged, image_encoder_keys, text_encoder_key, text_precisions
+from families.runtime import default_device, dtype_of, family_of, release_memory
 from prep.images import Pixels
-from prep.pixels import Picture, Refusal, pixels_of
-from prep.pool import Crash, each
-from schemas.keys import text_key
+from prep.pixels import Picture, Refusal
+from prep.pool import Crash
+from prep.posterior import chosen
+from prep.units import Unit
+from prep.writing import Part, Writer
+from schemas.console import log
 from schemas.project import Project
-from schemas.rows import RejectRow, TextRow
-from schemas.shards import Array, ShardHeader, latent_row, text_row, write_rejects, write_shard
-
-SHARD_BYTES = 64 << 20  # of payload
+from schemas.rows import TextRow
+from schemas.shards import Array, ShardHeader, latent_row, text_row
+from schemas.trainer import Posterior as Choice
 
 ItemT = TypeVar("ItemT")
 
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A shard that is on the disk."""
-
-    path: Path
-    keys: list[str]
-    truncated: int = 0  # prompts that were longer than the encoder takes
+_FLOAT8_MOST = 448.0  # of float8_e4m3fn
 
 
-@dataclass(frozen=True, slots=True)
-class _Decoded:
-    key: str
-    bucket: str
-    pixels: Pixels
-
-
-class Images:
-    """The image encoder at work: pixels come from the pool, latents leave as shards."""
+class Latents:
+    """The image encoder at work: pixels in, latent shards out."""
 
     def __init__(self, project: Project, checkpoint: Path) -> None:
-        self._family = family_of(project)
+        self._family, self._checkpoint, trainer = family_of(project), checkpoint, project.trainer
+        self._device = default_device()
         self._encoder = self._family.load_image_encoder(
-            checkpoint, dtype_of(project.trainer.vae_dtype), default_device()
+            checkpoint,
+            dtype_of(trainer.vae_dtype),
+            self._device,
+            tiling=trainer.vae_enable_tiling,
+            slicing=trainer.vae_enable_slicing,
         )
-        self._batch_size = _batch_size(project.trainer.vae_batch_size)
-        self.rejected: dict[str, str] = {}  # of the last store, by key
-        self.unsettled: dict[str, str] = {}  # files that may work another time, and why they did not
+        targets, references = image_encoder_keys(project, checkpoint)  # of what was loaded
+        self._choices: dict[str, Choice] = {references: "mode", targets: trainer.posterior}
+        self._size = _batch_size(trainer.vae_batch_size)
 
-    def shards(self, folder: Path, encoder: str, todo: Sequence[tuple[str, Picture]], workers: int) -> Iterator[Shard]:
-        """Encode pictures, sorted by bucket, and write them shard by shard; each is whole once yielded."""
-        self.rejected = {}
-        for bucket, pictures in groupby(self._pixels(todo, workers), key=lambda one: one.bucket):
-            latents: list[tuple[str, Array]] = []
-            for batch in _batches(pictures, self._batch_size):
-                latents += self._encode(batch)
-                if sum(latent.nbytes for _, latent in latents) >= SHARD_BYTES:
-                    yield _write_latents(folder / bucket, encoder, latents)
-                    latents = []
-            if latents:
-                yield _write_latents(folder / bucket, encoder, latents)
-        if self.rejected:
-            write_rejects(folder, [RejectRow(key, reason) for key, reason in sorted(self.rejected.items())])
+    def close(self) -> None:
+        """Let its memory go."""
+        self._encoder = None
+        release_memory()
 
-    def _pixels(self, todo: Sequence[tuple[str, Picture]], workers: int) -> Iterator[_Decoded]:
-        """Yield the pixels of each picture; note those that have none."""
-        made = each(pixels_of, [picture for _, picture in todo], workers)
-        for (key, picture), (_, pixels) in zip(todo, made, strict=True):
-            if isinstance(pixels, Crash):
-                self.unsettled[picture.name] = pixels.reason
-            elif not isinstance(pixels, Refusal):
-                yield _Decoded(key, picture.geometry.bucket, pixels)
-            elif pixels.lasting:
-                self.rejected[key] = pixels.reason
-            else:
-                self.unsettled[picture.name] = pixels.reason
+    def work(self, unit: Unit, pixels: Iterable[Pixels | Refusal | Crash]) -> Iterator[Part]:
+        """Encode a unit whose pixels arrive in its order; yields what reached the disk.
 
-    def _encode(self, batch: Sequence[_Decoded]) -> list[tuple[str, Array]]:
-        """Encode a batch; a latent that is not finite is rejected."""
-        pixels = torch.from_numpy(np.stack([one.pixels for one in batch]))
-        encoded = []
-        for one, latent in zip(batch, self._family.encode_images(self._encoder, pixels), strict=True):
-            if torch.isfinite(latent).all():
-                encoded.append((one.key, _bits(latent)))
-            else:
-                self.rejected[one.key] = "not encodable: the VAE gave a value that is not finite"
-        return encoded
+        Raises UserError if the unit is not for the encoder that was loaded: its weights were replaced meanwhile.
+        """
+        check_unchanged(self._checkpoint, unit.encoder in self._choices, True)
+        rejected: dict[str, str] = {}
+        unsettled: dict[str, str] = {}
+        with Writer(unit) as writer:
+            for batch in _batches(_usable(unit, pixels, rejected, unsettled), lambda: self._size):
+                latents = self._encode([(key, one) for key, _, one in batch], self._choices[unit.encoder])
+                rows = []
+                for (key, name, _), latent in zip(batch, latents, strict=True):
+                    if latent is None:
+                        unsettled[name] = "the accelerator's memory does not hold it; vae_enable_tiling needs less"
+                    elif not torch.isfinite(latent).all():
+                        rejected[key] = "not encodable: the VAE gave a value that is not finite"
+                    else:
+                        rows.append(latent_row(key, _bits(latent)))
+                        shape = tuple(latent.shape)
+                if rows:
+                    yield from writer.put(ShardHeader("LatentRow", unit.encoder, {"latent": shape}), rows)
+            yield from writer.finish(rejected, unsettled)
+
+    def _encode(self, batch: Sequence[tuple[str, Pixels]], choice: Choice) -> list[torch.Tensor | None]:
+        """Encode a batch, in halves if memory does not hold it; None stands for an image that is too large alone."""
+        try:
+            pixels = torch.from_numpy(np.stack([one for _, one in batch]))
+            return list(chosen(self._family.encode_images(self._encoder, pixels), [key for key, _ in batch], choice))
+        except torch.OutOfMemoryError:
+            pass  # gone on with below: here, the fault still holds what filled the memory
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            return [None]
+        half = (len(batch) + 1) // 2
+        self._size = min(self._size, half)
+        height, width = batch[0][1].shape[:2]
+        log.warning("out of memory with %d images of %dx%d; going on with %d", len(batch), width, height, half)
+        return [*self._encode(batch[:half], choice), *self._encode(batch[half:], choice)]
 
 
-def _write_latents(folder: Path, encoder: str, latents: Sequence[tuple[str, Array]]) -> Shard:
-    header = ShardHeader("LatentRow", encoder, {"latent": latents[0][1].shape})
-    path = write_shard(folder, header, [latent_row(key, latent) for key, latent in latents])
-    return Shard(path, [key for key, _ in latents])
+def _usable(
+    unit: Unit, pixels: Iterable[Pixels | Refusal | Crash], rejected: dict[str, str], unsettled: dict[str, str]
+) -> Iterator[tuple[str, str, Pixels]]:
+    """Yield (key, name, pixels) of pictures that have pixels; note why others have none."""
+    for key, picture, made in zip(unit.keys, unit.items, pixels, strict=True):
+        assert isinstance(picture, Picture), "a unit of latents"
+        if isinstance(made, Refusal) and made.lasting:
+            rejected[key] = made.reason
+        elif isinstance(made, Refusal | Crash):
+            unsettled[picture.name] = made.reason
+        else:
+            yield key, picture.name, made
 
 
-def _batches(items: Iterable[ItemT], size: int) -> Iterator[list[ItemT]]:
-    """Cut a stream into lists of `size`."""
+class Texts:
+    """The text encoders at work: prompts in, text shards out."""
+
+    def __init__(self, project: Project, checkpoint: Path) -> None:
+        self._family, self._settings = family_of(project), project.family.text_settings[project.flavour]
+        self._checkpoint = checkpoint
+        self._encoders = self._family.load_text_encoders(
+            checkpoint,
+            torch.bfloat16,
+            default_device(),
+            precisions=text_precisions(project),
+            offload=project.trainer.offload_during_startup,
+        )
+        self._key = text_encoder_key(project, checkpoint)  # of what was loaded
+        self._size = _batch_size(project.trainer.text_encoder_batch_size)
+        self._float8 = project.trainer.text_cache_dtype == "float8"
+
+    def close(self) -> None:
+        """Let their memory go."""
+        self._encoders = None
+        release_memory()
+
+    def work(self, unit: Unit) -> Iterator[Part]:
+        """Encode a unit's prompts; yields what reached the disk. Raises as `Latents.work` does."""
+        check_unchanged(self._checkpoint, unit.encoder, self._key)
+        with Writer(unit) as writer:
+            for batch in _batches(zip(unit.keys, unit.items, strict=True), lambda: self._size):
+                prompts = [str(prompt) for _, prompt in batch]
+                embeds = self._family.encode_prompts(self._encoders, prompts, self._settings)
+                kept = embeds.embed.shape[1]
+                shapes = {"embed": tuple(embeds.embed.shape[1:])}
+                if embeds.pooled is not None:
+                    shapes["pooled"] = tuple(embeds.pooled.shape[1:])
+                rows, cut = [], []
+                for number, (key, prompt) in enumerate(batch):
+                    pooled = _bits(embeds.pooled[number]) if embeds.pooled is not None else None
+                    tokens = embeds.num_tokens[number]
+                    rows.append(self._row(key, str(prompt), embeds.embed[number], pooled, min(tokens, kept)))
+                    if tokens > kept:
+                        cut.append(f"{str(prompt)[:60]!r}: {tokens} tokens, the encoder takes {kept}")
+                dtypes = {"embed": "float8_e4m3fn"} if self._float8 else {}
+                yield from writer.put(ShardHeader("TextRow", unit.encoder, shapes, dtypes), rows)
+                if cut:
+                    yield Part(unit.name, cut=tuple(cut))
+            yield from writer.finish({}, {})
+
+    def _row(self, key: str, prompt: str, embed: torch.Tensor, pooled: Array | None, tokens: int) -> TextRow:
+        if not self._float8:
+            return text_row(key, prompt, _bits(embed), pooled, tokens)
+        exact = embed.detach().to("cpu", torch.float32)
+        scale = max(float(exact.abs().max()) / _FLOAT8_MOST, torch.finfo(torch.float32).tiny)
+        stored = (exact / scale).to(torch.float8_e4m3fn)
+        lost = (stored.to(torch.float32) * scale - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+        bits: Array = stored.contiguous().view(torch.uint8).numpy()
+        return text_row(key, prompt, bits, pooled, tokens, (scale, float(lost)))
+
+
+def _batches(items: Iterable[ItemT], size: Callable[[], int]) -> Iterator[list[ItemT]]:
+    """Cut a stream into lists of `size()`, which may shrink on the way."""
     stream = iter(items)
-    while batch := list(islice(stream, size)):
+    while batch := list(islice(stream, size())):
         yield batch
-
-
-def text_shards(project: Project, checkpoint: Path, folder: Path, encoder: str, todo: Sequence[str]) -> Iterator[Shard]:
-    """Encode prompts and write them shard by shard; each is whole once yielded."""
-    family, settings = family_of(project), project.family.text_settings[project.flavour]
-    encoders = family.load_text_encoders(checkpoint, torch.bfloat16, default_device())
-    size = _batch_size(project.trainer.text_encoder_batch_size)
-    rows: list[TextRow] = []
-    truncated = 0
-    for first in range(0, len(todo), size):
-        prompts = todo[first : first + size]
-        embeds = family.encode_prompts(encoders, prompts, settings)
-        length = embeds.embed.shape[1]
-        shapes = {"embed": tuple(embeds.embed.shape[1:])}
-        if embeds.pooled is not None:
-            shapes["pooled"] = tuple(embeds.pooled.shape[1:])
-        for number, prompt in enumerate(prompts):
-            pooled = _bits(embeds.pooled[number]) if embeds.pooled is not None else None
-            embed, tokens = _bits(embeds.embed[number]), embeds.num_tokens[number]
-            rows.append(text_row(text_key(encoder, prompt), prompt, embed, pooled, min(tokens, length)))
-            truncated += tokens > length
-        if sum(len(row.embed) for row in rows) >= SHARD_BYTES or first + size >= len(todo):
-            path = write_shard(folder, ShardHeader("TextRow", encoder, shapes), rows)
-            yield Shard(path, [row.key for row in rows], truncated)
-            rows, truncated = [], 0
 
 
 def _batch_size(wanted: int) -> int:

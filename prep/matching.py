@@ -210,7 +210,7 @@ def _kinds(target: Manifest, images: pa.Table, references: Manifest, at: Numbers
 
 def _equal(target: Manifest, images: pa.Table, references: Manifest, at: Numbers) -> Mask:
     """Tell references that are the target itself: its bytes, seen and cropped alike."""
-    if target.dataset.view != references.dataset.view or not (target.hashed and references.hashed):
+    if target.dataset.upright != references.dataset.upright or not (target.hashed and references.hashed):
         return np.zeros(len(at), np.bool_)
     theirs = references.rows["image_id"].take(pa.array(np.maximum(at, 0)))
     same: Mask = np.array(pc.fill_null(pc.equal(images["image_id"], theirs), False).to_numpy(), np.bool_)

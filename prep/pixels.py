@@ -24,7 +24,7 @@ class Picture:
     place: Place
     path: str  # of the image, in its place
     image_id: str  # that its bytes must have
-    view: str  # how the file becomes an upright picture
+    view: str  # how the file becomes an upright picture, and how that is scaled
     geometry: Geometry
     recipe: str | None = None
     seed: int | None = None
@@ -71,13 +71,17 @@ def reference_picture(project: Project, row: PairRow, reference: Reference) -> P
     """Describe one reference of a pair."""
     place = place_of(project, project.dataset(row.store_of(reference)))
     plain = Picture(place, reference.path, reference.image_id, reference.view, reference.geometry)
-    if reference.recipe is None or reference.seed is None:
+    return degraded(project, plain, reference.recipe, reference.seed, reference.realised)
+
+
+def degraded(project: Project, plain: Picture, recipe: str | None, seed: int | None, realised: str | None) -> Picture:
+    """Describe a picture degraded, or as it is if there is no recipe."""
+    if recipe is None or seed is None:
         return plain
-    degraded = replace(plain, recipe=reference.recipe, seed=reference.seed, realised=reference.realised)
-    geometry = () if degraded.at_source else reference.geometry.as_key()
-    key = pixels_key(reference.image_id, geometry, reference.view, reference.recipe, reference.seed)
-    stored = project.pixel_store / key[:2] / f"{key}{suffix_of(degraded.steps or [])}"
-    return replace(degraded, stored=stored)
+    picture = replace(plain, recipe=recipe, seed=seed, realised=realised)
+    geometry = () if picture.at_source else plain.geometry.as_key()
+    key = pixels_key(plain.image_id, geometry, plain.view, recipe, seed)
+    return replace(picture, stored=project.pixel_store / key[:2] / f"{key}{suffix_of(picture.steps or [])}")
 
 
 def pixels_of(picture: Picture) -> Pixels | Refusal:
@@ -85,16 +89,16 @@ def pixels_of(picture: Picture) -> Pixels | Refusal:
     steps, seed = picture.steps, picture.seed or 0
     stored = _stored(picture)
     if stored is not None:
-        return frame(stored, picture.geometry) if picture.at_source else stored
+        return frame(stored, picture.geometry, picture.view) if picture.at_source else stored
     decoded = upright(picture)
     if isinstance(decoded, Refusal):
         return decoded
     if steps is None:
-        return frame(decoded, picture.geometry)
+        return frame(decoded, picture.geometry, picture.view)
     try:
         if picture.at_source:
-            return frame(apply(decoded, steps, seed), picture.geometry)
-        return apply(frame(decoded, picture.geometry), steps, seed)
+            return frame(apply(decoded, steps, seed), picture.geometry, picture.view)
+        return apply(frame(decoded, picture.geometry, picture.view), steps, seed)
     except TooLarge as fault:
         return Refusal(str(fault), lasting=True)
 
@@ -138,7 +142,7 @@ def store(picture: Picture) -> Refusal | None:
     decoded = upright(picture)
     if isinstance(decoded, Refusal):
         return decoded
-    pixels = decoded if picture.at_source else frame(decoded, picture.geometry)
+    pixels = decoded if picture.at_source else frame(decoded, picture.geometry, picture.view)
     del decoded  # of a large photograph it is much of what this takes
     try:
         data, _ = encode(pixels, picture.steps or [], picture.seed or 0)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from families import Source, open_project
-from families.checkpoints import here, image_encoder_key, text_encoder_key
+from families.checkpoints import here, image_encoder_keys, text_encoder_key
 from prep.matching import COLUMNS, Manifest
 from prep.planning import budget
 from prep.planning.budget import PICTURE_BYTES, Need, Sizes
@@ -27,6 +27,7 @@ from schemas.freshness import pairs_provenance
 from schemas.planned import DatasetPlan, Disk, PlanSummary, StagePlan, sized
 from schemas.project import Project
 from schemas.rows import ImageRow, PairRow
+from schemas.stores import Store
 from schemas.tables import read_columns, read_provenance
 
 _TABLE_BYTES, _IMAGE_BYTES, _PAIR_BYTES, _REFERENCE_BYTES = 10_000, 200, 200, 100  # of Parquet tables, about
@@ -44,8 +45,8 @@ def plan(project: Source, *, workers: int | None = None) -> PlanSummary:
         for target in project.targets
         for part in sides_of(manifests[target.id], [manifests[one.id] for one in project.references_of(target)])
     ]
-    sizes, (image_encoder, text_encoder) = budget.sizes_of(project), _keys(project)
-    latents = budget.latents(project, matches, sizes, image_encoder)
+    sizes, (image_encoders, text_encoder) = budget.sizes_of(project), _keys(project)
+    latents = budget.latents(project, matches, sizes, image_encoders)
     text = budget.texts(project, matches, sizes, text_encoder)
     made = budget.pictures(project, matches)
     stages = (
@@ -58,7 +59,7 @@ def plan(project: Source, *, workers: int | None = None) -> PlanSummary:
     empty = why_empty(project, manifests, matches)
     blocked = why_blocked(project, matches, empty)
     notes = [*_notes(project, manifests, sizes, made, [*latents.values()])]
-    if _cached(project) and None in (image_encoder, text_encoder):
+    if _cached(project) and None in (image_encoders, text_encoder):
         notes.append(f"checkpoint {project.checkpoint} is not on this machine: all is counted as to be encoded")
     notes += [f"{name} gives no pair: {reason}" for name, reason in empty.items() if blocked is None]
     datasets = tuple(_dataset(project, one, matches) for one in manifests.values())
@@ -103,15 +104,15 @@ def _manifest(project: Project, dataset: DatasetConfig, look: Callable[[DatasetC
     return Manifest(dataset, here, stale, hashed=False, absent=rows.num_rows - here.num_rows)
 
 
-def _keys(project: Project) -> tuple[str | None, str | None]:
-    """Return the keys of image and text encoders that are on this machine, where there is anything to compare.
+def _keys(project: Project) -> tuple[tuple[str, str] | None, str | None]:
+    """Return the keys of image encoders, of targets and of references, and of text encoders that are on this machine.
 
-    What prep cache noted is not asked: it may be of another checkpoint.
+    None where there is nothing to compare. What prep cache noted is not asked: it may be of another checkpoint.
     """
     image = text = None
     checkpoint = here(project, project.family.image_encoder) if _cached(project) else None
     if checkpoint is not None:
-        image = image_encoder_key(project, checkpoint, remember=False)
+        image = image_encoder_keys(project, checkpoint, remember=False)
     checkpoint = here(project, project.family.text_encoders) if _cached(project) else None
     if checkpoint is not None:
         text = text_encoder_key(project, checkpoint, remember=False)
@@ -181,9 +182,10 @@ def _paired(project: Project, target: DatasetConfig) -> bool:
         return False
 
 
-def _stage(stage: str, folder: Path, need: Need, *, assumed: bool) -> StagePlan:
+def _stage(stage: str, folder: Path | Store, need: Need, *, assumed: bool) -> StagePlan:
+    where = str(folder) if isinstance(folder, Path) else folder.where()
     return StagePlan(
-        stage, str(folder), need.needed, need.there, need.needed - need.there, need.bytes,
+        stage, where, need.needed, need.there, need.needed - need.there, need.bytes,
         need.bytes - need.bytes_there, not need.exact, assumed,
     )  # fmt: skip
 

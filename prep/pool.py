@@ -10,9 +10,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 import multiprocess
@@ -45,7 +46,7 @@ def default_workers() -> int:
 
 
 def each(
-    task: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int, limit_s: float | None = None
+    task: Callable[[ItemT], ResultT], items: Iterable[ItemT], workers: int, limit_s: float | None = None
 ) -> Iterator[tuple[ItemT, ResultT | Crash]]:
     """Yield (item, result) in the order of `items`, worked on ahead by a crew of its own: see `Crew.each`."""
     with Crew(workers, task) as crew:
@@ -84,12 +85,13 @@ class Crew:
     def each(
         self,
         task: Callable[[ItemT], ResultT],
-        items: Sequence[ItemT],
+        items: Iterable[ItemT],
         limit_s: float | None = None,
         help_out: Callable[[ItemT], ResultT] | None = None,
     ) -> Iterator[tuple[ItemT, ResultT | Crash]]:
         """Yield (item, result) in the order of `items`, worked on ahead by the workers; by one worker, in here.
 
+        Items are taken a few ahead of what was yielded, never all: a stream of them may be endless.
         A worker that takes longer than `limit_s` seconds for one item is killed, which needs a process even of one
         worker. Until the first worker is ready, this process does `help_out` with items, which must not crash: where
         they are short, all may be done by then. A task reports faults in its result. An exception is a bug: it is
@@ -100,24 +102,30 @@ class Crew:
                 yield item, task(item)
             return
         self._limit_s = limit_s
+        source, ahead = iter(items), dict[int, ItemT]()  # position -> item that was taken and not yielded
         done: dict[int, Any] = {}
-        handed = 0  # items that were handed out
+        taken = handed = position = 0
         try:
-            for position, item in enumerate(items):
+            while True:
+                for item in islice(source, position + _AHEAD * self.workers - taken):
+                    ahead[taken] = item
+                    taken += 1
+                if position == taken:
+                    return
                 while position not in done:
-                    end = min(position + _AHEAD * self.workers, len(items))
-                    self._staff(min(self.workers, end - handed + len(self._busy)))
-                    while handed < end and self._idle:
-                        self._hand_out(handed, task, items[handed])
+                    self._staff(min(self.workers, taken - handed + len(self._busy)))
+                    while handed < taken and self._idle:
+                        self._hand_out(handed, task, ahead[handed])
                         handed += 1
                     waiting = self._patience()
-                    if help_out is not None and not self._busy and handed < end:
-                        done[handed] = help_out(items[handed])
+                    if help_out is not None and not self._busy and handed < taken:
+                        done[handed] = help_out(ahead[handed])
                         handed += 1
                         waiting = 0.0
-                    self._listen(done, items, waiting)
+                    self._listen(done, ahead, waiting)
                     self._kill_overdue()
-                yield item, done.pop(position)
+                yield ahead.pop(position), done.pop(position)
+                position += 1
         finally:
             for pipe in list(self._busy):  # left over when the caller, or a worker, stopped early
                 self._dismiss(pipe)
@@ -127,7 +135,7 @@ class Crew:
         while len(self._processes) < workers:
             self._start()
 
-    def _listen(self, done: dict[int, Any], items: Sequence[object], wait_s: float | None) -> None:
+    def _listen(self, done: dict[int, Any], items: Mapping[int, object], wait_s: float | None) -> None:
         """Take in what workers have to say: that they are ready, or their results."""
         for pipe in wait([*self._busy, *self._starting], wait_s):
             if pipe in self._starting:

@@ -112,7 +112,7 @@ def read_new(
     told = _told(listing, new, hashed=wanted.hashed)
     unread = new[~np.isin(new, list(told))] if told else new
     text_rows = np.flatnonzero(~memory.same_text & (listing.of("text_sizes") >= 0) & spellable)
-    blank = Task(place, (), (), (), wanted.hashed, dataset.view, dataset.caption_encoding,
+    blank = Task(place, (), (), (), wanted.hashed, dataset.upright, dataset.caption_encoding,
                  dataset.disable_multiline_split)  # fmt: skip
     tasks = _Tasks(blank, listing, unread, text_rows)
     facts: list[pa.RecordBatch] = []
@@ -229,7 +229,7 @@ def look_closer(
         missing = words - set((columns["examined"][row] or "").split())
         if missing and columns["fault"][row] is None and 0 < pixels[row] <= most:
             asked = " ".join(sorted(missing))
-            looks.append((row, Look(place, name, columns["image_id"][row], dataset.view, asked)))
+            looks.append((row, Look(place, name, columns["image_id"][row], dataset.upright, asked)))
     with progress(f"decode {dataset.id}", len(looks), "image") as bar:
         answers = wanted.crew.each(examine, [look for _, look in looks], _EXAMINE_LIMIT_S)
         for (row, _), (look, sight) in zip(looks, answers, strict=True):

@@ -192,9 +192,9 @@ def _taken_as_it_is(run: _Run, dataset: DatasetConfig, before: Provenance | None
 
 def _source(project: Project, dataset: DatasetConfig) -> str:
     """Hash where images lie and what decides their sizes, then all that decides how they look."""
-    says = looks(dataset.view)
+    says = looks(dataset.upright)
     sizes = [says.get("orientation"), says.get("part")]
-    return f"{digest(dataset.type, _where(project, dataset), sizes)}:{digest(dataset.view)}"
+    return f"{digest(dataset.type, _where(project, dataset), sizes)}:{digest(dataset.upright)}"
 
 
 def _where(project: Project, dataset: DatasetConfig) -> list[str | None]:

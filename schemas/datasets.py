@@ -12,7 +12,7 @@ from pydantic.json_schema import JsonSchemaValue
 from schemas.keys import canonical
 from schemas.options import Options, option
 from schemas.recipes import Recipe
-from schemas.trainer import CaptionStrategy, ImageSize, ResolutionType
+from schemas.trainer import CaptionStrategy, ImageSize, Interpolation, ResolutionType
 
 Text: TypeAlias = Annotated[str, StringConstraints(min_length=1)]
 DatasetId: TypeAlias = Annotated[
@@ -231,6 +231,10 @@ class AlignmentCheck(Options):
     )
 
 
+def _spelled(says: dict[str, object]) -> str:
+    return canonical(says) if says else ""
+
+
 _URL_KEYS = "`type: aws`, and s3:// URLs"
 
 
@@ -295,7 +299,10 @@ class DatasetConfig(Options):
         None, "random crops cached per image, shown in turn, epoch by epoch; null is 1", stages="pairs", ge=1, le=64
     )
     write_batch_size: int = option(
-        128, "files per write", stages="", ge=1, no_effect="shards are filled to a fixed size in bytes"
+        128,
+        "rows per write: what a killed run may lose of finished work, at most 8 MiB or one row",
+        stages="cache",
+        ge=1,
     )
 
     # Pairing
@@ -341,6 +348,11 @@ class DatasetConfig(Options):
         "pixel_area",
         "`pixel`: shorter edge; `area`: megapixels; `pixel_area`: edge of the square of equal area",
         stages="scan",
+    )
+    interpolation: Interpolation = option(
+        "lanczos",
+        "how pictures are scaled: `lanczos`, antialiased, or `opencv-linear`, not antialiased, as SimpleTuner does",
+        stages="pairs cache",
     )
     crop: bool = option(False, "crop to `crop_aspect`; without, only to the bucket's alignment", stages="scan")
     crop_aspect: Literal["square", "preserve", "closest", "random"] = option(
@@ -421,8 +433,20 @@ class DatasetConfig(Options):
     )
 
     @property
+    def upright(self) -> str:
+        """Spell how its files become upright pictures, as far as that is not the default."""
+        return _spelled(self._turned())
+
+    @property
     def view(self) -> str:
-        """Spell how its files become upright pictures, as far as that is not the default; part of latent keys."""
+        """Spell how its files become training pictures, as far as that is not the default; part of latent keys.
+
+        That is `upright`, and how they are scaled.
+        """
+        scaled = {"interpolation": self.interpolation} if self.interpolation != "lanczos" else {}
+        return _spelled(self._turned() | scaled)
+
+    def _turned(self) -> dict[str, object]:
         policy, composite = self.image_policy, self.huggingface.composite_image_config
         says: dict[str, object] = {
             name: getattr(policy, name)
@@ -431,7 +455,7 @@ class DatasetConfig(Options):
         }
         if self.type == "huggingface" and composite is not None and composite.enabled:
             says["part"] = [composite.select_index, composite.image_count]
-        return canonical(says) if says else ""
+        return says
 
     @property
     def random_crops(self) -> bool:

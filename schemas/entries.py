@@ -17,7 +17,7 @@ from schemas.trainer import TrainerConfig
 # Options of config.json that stand in for the same key of a dataset entry that does not give it.
 _DEFAULTS = (
     "resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size",
-    "caption_strategy",
+    "caption_strategy", "interpolation", "write_batch_size",
 )  # fmt: skip
 
 

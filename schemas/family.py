@@ -4,7 +4,7 @@ The table of families, `families.FAMILIES`, is made of these; prep scan and prep
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -18,6 +18,15 @@ class Width:
 
 
 @dataclass(frozen=True, slots=True)
+class Expected:
+    """What a component's config.json must say for the family to load it."""
+
+    class_name: str | None = None  # its `_class_name`; null for components that carry none
+    values: Mapping[str, int] = field(default_factory=dict)  # key -> value
+    numbers: tuple[str, ...] = ()  # keys that must hold a number
+
+
+@dataclass(frozen=True, slots=True)
 class FamilySpec:
     """Facts of a family that need no tensor."""
 
@@ -26,6 +35,8 @@ class FamilySpec:
     image_encoder: tuple[str, ...]  # sub-folders of a checkpoint that decide what a latent is
     text_encoders: tuple[str, ...]  # sub-folders of a checkpoint that decide what a text embed is
     denoiser: tuple[str, ...]  # sub-folders of a checkpoint that training needs
+    configs: Mapping[str, Expected]  # sub-folder -> what its config.json must say; others have none
+    numbered_text_encoders: tuple[str, ...]  # sub-folders that `text_encoder_1_precision` and so on are about
     text_settings: Mapping[str, Mapping[str, Any]]  # flavour -> what else decides a text embed: lengths, layers
     latent_channels: Width  # values per cell of a latent
     latent_scale: int  # pixels per cell of a latent, along each side

@@ -12,8 +12,8 @@ from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
 from schemas.keys import digest
 from schemas.project import Project
-from schemas.rows import ImageRow, PairRow
-from schemas.tables import Provenance, read_columns, read_provenance, read_table
+from schemas.rows import ImageRow, PairRow, from_columns
+from schemas.tables import Provenance, read_columns, read_provenance
 
 
 def manifest_provenance(project: Project, dataset: DatasetConfig) -> Provenance:
@@ -70,7 +70,12 @@ def check_pairs(project: Project, target: DatasetConfig) -> Provenance:
 
 def read_pairs(project: Project, target: DatasetConfig) -> list[PairRow]:
     """Read the kept and rejected pairs of a target set; raises UserError as `check_pairs` does."""
+    return from_columns(read_pair_columns(project, target), PairRow)
+
+
+def read_pair_columns(project: Project, target: DatasetConfig, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read columns of a target set's pairs, or all; raises UserError as `check_pairs` does."""
     limit = check_pairs(project, target).limit
     if limit is not None:
         log.warning("%s: its table has the first %d targets only (prep pairs --limit)", target.id, limit)
-    return read_table(project.pair_table(target.id), PairRow)
+    return read_columns(project.pair_table(target.id), PairRow, columns)

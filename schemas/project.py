@@ -12,6 +12,7 @@ from schemas.datasets import DatasetConfig
 from schemas.family import FamilySpec
 from schemas.keys import digest
 from schemas.paths import is_url, resolved
+from schemas.stores import LocalStore, Store
 from schemas.trainer import TrainerConfig
 
 TINY = "tiny"
@@ -119,11 +120,12 @@ class Project:
         """Return the path of a target set's pair table."""
         return self.workspace / "pairs" / f"{dataset_id}.parquet"
 
-    def latent_store(self, dataset: DatasetConfig) -> Path:
-        """Return the folder of a dataset's latents, above the encoder keys."""
-        if dataset.cache_dir_vae is not None:
-            return resolved(self.root, dataset.cache_dir_vae)
-        return self.workspace / "cache" / "latents"
+    def latent_store(self, dataset: DatasetConfig) -> Store:
+        """Return the store of a dataset's latents, above the encoder keys."""
+        return self._store(dataset.cache_dir_vae, "latents")
+
+    def _store(self, place: str | None, name: str) -> Store:
+        return LocalStore(self.workspace / "cache" / name if place is None else resolved(self.root, place))
 
     @property
     def text_dataset(self) -> str | None:
@@ -133,12 +135,10 @@ class Project:
         return chosen.id if chosen is not None else None
 
     @property
-    def text_store(self) -> Path:
-        """Return the folder of text embeds, above the encoder keys."""
+    def text_store(self) -> Store:
+        """Return the store of text embeds, above the encoder keys."""
         chosen = self.dataset(self.text_dataset) if self.text_dataset is not None else None
-        if chosen is not None and chosen.cache_dir is not None:
-            return resolved(self.root, chosen.cache_dir)
-        return self.workspace / "cache" / "text"
+        return self._store(chosen.cache_dir if chosen is not None else None, "text")
 
     @property
     def pixel_store(self) -> Path:

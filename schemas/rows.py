@@ -82,7 +82,7 @@ class Reference:
     realised: str | None  # JSON of the steps of the degradation with every number as it was drawn
     bucket: str
     geometry: Geometry
-    view: str  # how the file becomes an upright picture, where that is not the default: canonical JSON, or empty
+    view: str  # how the file is decoded and scaled, where that is not the default: canonical JSON, or empty
     prompts: list[str]  # instead of the sample's, while this one of several references is shown; often empty
     shift_x: float | None  # pixels of the training picture by which it lies right of its target; null if not compared
     shift_y: float | None  # pixels by which it lies below
@@ -128,7 +128,7 @@ class LatentRow:
     """One encoded image of a latent shard; every row of a shard has the same shape."""
 
     key: str
-    latent: bytes  # bfloat16, C×H×W, little-endian, already normalised
+    latent: bytes  # bfloat16, C×H×W, little-endian, already normalised; `moments`: 2C×H×W, mean, then deviation
     checksum: UInt64  # xxh3-64 of the latent's bytes
 
 
@@ -138,9 +138,11 @@ class TextRow:
 
     key: str
     prompt: str
-    embed: bytes  # bfloat16, tokens×width, little-endian
+    embed: bytes  # bfloat16, tokens×width, little-endian; float8 under `text_cache_dtype: float8`
     pooled: bytes | None  # bfloat16, width; null for families without one
-    num_tokens: int  # real tokens before padding
+    num_tokens: int  # real tokens before padding, as many as are kept
+    scale: float | None  # of float8: what its values are multiplied by
+    error: float | None  # of float8: root mean square of what it lost, relative to that of the embed
     checksum: UInt64  # xxh3-64 of embed followed by pooled
 
 

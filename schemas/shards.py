@@ -8,8 +8,8 @@ row is read where it lies, without a Parquet reader; of a file that somebody wro
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -23,18 +23,21 @@ import xxhash
 
 from schemas.errors import UserError
 from schemas.keys import checksum, digest
-from schemas.rows import LatentRow, RejectRow, TextRow, UInt64, arrow_schema, as_columns, from_columns
-from schemas.storage import is_aside, write_aside
+from schemas.rows import LatentRow, RejectRow, TextRow, UInt64, arrow_schema, as_columns
+from schemas.stores import Footer, Store, store_at
 
-SHARD_FORMAT = 2
+SHARD_FORMAT = 3
+SHARD_BYTES = 64 << 20  # of payload; what is merged comes close to it
 REJECTS = "rejects"  # folder of the images that could not be encoded, beside the buckets
 
-_GROUP_ROWS, _GROUP_BYTES = 16, 8 << 20  # most of a row group: what a generic reader fetches for one row
+GROUP_ROWS, GROUP_BYTES = 16, 8 << 20  # most of a row group: what a generic reader fetches for one row
 _LONGEST_HEADER = 128  # bytes of a page before its values
 _MOST_ROWS = 1 << 24  # of a shard
 _OPEN_FILES = 128
 
-Array = npt.NDArray[np.uint16]  # bfloat16 bit patterns: NumPy has no bfloat16
+Array = npt.NDArray[Any]  # unsigned bit patterns: NumPy has neither bfloat16 nor float8
+
+_BITS: Mapping[str, type[np.uint16] | type[np.uint8]] = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +46,27 @@ class ShardHeader:
 
     row: str  # LatentRow or TextRow
     encoder: str  # key of the encoder: weights, settings and dtype
-    shapes: Mapping[str, tuple[int, ...]]  # per binary column; latent is C×H×W
-    dtype: str = "bfloat16"
+    shapes: Mapping[str, tuple[int, ...]]  # per binary column; latent is C×H×W, or 2C×H×W: mean, then deviation
+    dtypes: Mapping[str, str] = field(default_factory=dict)  # of binary columns that are not bfloat16
     normalised: bool = True
     format: int = SHARD_FORMAT
 
+    def bits(self, column: str) -> type[np.uint16] | type[np.uint8]:
+        """Return the unsigned integers that hold a binary column's values."""
+        return _BITS[self.dtypes.get(column, "bfloat16")]
+
     def bytes_of(self, column: str) -> int:
         """Return the bytes of one row of a binary column."""
-        return int(np.prod(self.shapes[column])) * 2
+        return int(np.prod(self.shapes[column])) * np.dtype(self.bits(column)).itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Return the bytes of one row's binary columns."""
+        return sum(map(self.bytes_of, self.shapes))
+
+    def empty(self, rows: int) -> dict[str, Array]:
+        """Return arrays for the binary columns of some rows."""
+        return {name: np.empty((rows, *shape), self.bits(name)) for name, shape in self.shapes.items()}
 
 
 def latent_row(key: str, latent: Array) -> LatentRow:
@@ -59,74 +75,85 @@ def latent_row(key: str, latent: Array) -> LatentRow:
     return LatentRow(key=key, latent=data, checksum=UInt64(checksum(data)))
 
 
-def text_row(key: str, prompt: str, embed: Array, pooled: Array | None, num_tokens: int) -> TextRow:
-    """Make a row of one encoded prompt, its checksum included."""
+def text_row(
+    key: str, prompt: str, embed: Array, pooled: Array | None, num_tokens: int,
+    lossy: tuple[float, float] | tuple[None, None] = (None, None),
+) -> TextRow:  # fmt: skip
+    """Make a row of one encoded prompt, its checksum included; `lossy` is the scale and error of a float8 embed."""
     data, extra = embed.tobytes(), pooled.tobytes() if pooled is not None else None
+    scale, error = lossy
     total = UInt64(checksum(data + (extra or b"")))
-    return TextRow(key=key, prompt=prompt, embed=data, pooled=extra, num_tokens=num_tokens, checksum=total)
+    return TextRow(key, prompt, data, extra, num_tokens, scale, error, total)
 
 
-def write_shard(folder: Path, header: ShardHeader, rows: Sequence[LatentRow] | Sequence[TextRow]) -> Path:
-    """Write rows of one shape as one shard, named by the keys it holds; returns its path.
+def group_rows(row_bytes: int) -> int:
+    """Return how many rows go into one row group."""
+    return max(1, min(GROUP_ROWS, GROUP_BYTES // max(1, row_bytes)))
+
+
+def write_shard(folder: Store | Path, header: ShardHeader, rows: Sequence[LatentRow] | Sequence[TextRow]) -> str:
+    """Write rows of one shape as one shard, named by the keys it holds; returns its name in the folder.
 
     Payload columns are fixed-size binary, plain and uncompressed, one page per row group, and row groups are small: a
     row lies at a known place, and any Parquet reader fetches it cheaply.
     """
-    keys = [row.key for row in rows]
-    path = folder / f"{_name(keys)}.parquet"
-    table = as_columns(list(rows), type(rows[0]))
-    for column in header.shapes:
-        position = table.schema.get_field_index(column)
-        field = table.schema.field(column).with_type(pa.binary(header.bytes_of(column)))
-        table = table.set_column(position, field, table.column(column).cast(field.type))
+    schema = arrow_schema(LatentRow if header.row == "LatentRow" else TextRow)
+    columns: dict[str, pa.Array] = {}
+    for one in schema:
+        values = [getattr(row, one.name) for row in rows]
+        columns[one.name] = (
+            pa.FixedSizeBinaryArray.from_buffers(
+                pa.binary(header.bytes_of(one.name)), len(rows), [None, pa.py_buffer(b"".join(values))]
+            )
+            if one.name in header.shapes
+            else pa.array(values, one.type)
+        )
+    shaped = pa.schema([one.with_type(columns[one.name].type) for one in schema])
+    return _write(store_at(folder), header, pa.table(columns, schema=shaped))
+
+
+def _write(store: Store, header: ShardHeader, table: pa.Table) -> str:
+    keys = table.column("key").to_pylist()
+    name = f"{_name(keys)}.parquet"
     said = {"pairline.shard": json.dumps(asdict(header), sort_keys=True), "pairline.keys": json.dumps(keys)}
-    row_bytes = sum(map(header.bytes_of, header.shapes))
-    with write_aside(path) as aside:
+    with store.write(name) as path:
         pq.write_table(
             table.replace_schema_metadata(said),
-            aside,
-            row_group_size=max(1, min(_GROUP_ROWS, _GROUP_BYTES // max(1, row_bytes))),
-            data_page_size=2 * _GROUP_BYTES + row_bytes,
+            path,
+            row_group_size=group_rows(header.row_bytes),
+            data_page_size=2 * GROUP_BYTES + header.row_bytes,
             compression="none",
             use_dictionary=False,
             write_statistics=False,
         )
-    return path
+    return name
 
 
 def _name(keys: Sequence[str]) -> str:
     return digest(list(keys))[:16]
 
 
-def write_rejects(folder: Path, rows: Sequence[RejectRow]) -> Path:
-    """Remember images that could not be encoded, beside the buckets of the store `folder`."""
-    path = folder / REJECTS / f"{digest([row.key for row in rows])[:16]}.parquet"
-    with write_aside(path) as aside:
-        pq.write_table(as_columns(list(rows), RejectRow), aside)
-    return path
+def write_rejects(store: Store | Path, rows: Sequence[RejectRow]) -> str:
+    """Remember images that could not be encoded, beside the buckets of a store; returns the name of the file."""
+    name = f"{REJECTS}/{digest([row.key for row in rows])[:16]}.parquet"
+    with store_at(store).write(name) as path:
+        pq.write_table(as_columns(list(rows), RejectRow), path)
+    return name
 
 
 class ShardIndex:
     """All rows below one encoder's folder, by key. Opening reads the ends of files; `read` fetches one row."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.headers: dict[Path, ShardHeader] = {}
+    def __init__(self, store: Store | Path) -> None:
+        self.store = store_at(store)
+        self.headers: dict[str, ShardHeader] = {}  # by name of the shard
         self.rejects: dict[str, str] = {}
-        self._paths: list[Path] = []
+        self._names: list[str] = []
         self._places: dict[str, int] = {}  # file × _MOST_ROWS + row
-        self._open: OrderedDict[Path, _Shard] = OrderedDict()
+        self._rejected: set[str] = set()  # names of files
+        self._open: OrderedDict[str, _Shard] = OrderedDict()
         self._lock = Lock()
-        for path in sorted(folder.glob("**/*.parquet")) if folder.exists() else []:
-            if is_aside(path):
-                continue
-            if path.parent.name == REJECTS:
-                self.rejects |= {record["key"]: record["reject"] for record in _records(path, ["key", "reject"])}
-                continue
-            self.headers[path], keys = _header(path)
-            first = len(self._paths) * _MOST_ROWS
-            self._paths.append(path)
-            self._places.update(zip(keys, range(first, first + len(keys)), strict=True))
+        self.refresh()
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -134,58 +161,131 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self._places)
 
+    def refresh(self, below: str = "") -> None:
+        """Look for what was written or removed since, everywhere or in one folder; raises UserError if damaged."""
+        found = self.store.files(below)
+        known = {name for name in (*self.headers, *self._rejected) if not below or name.startswith(f"{below}/")}
+        self._take_in([name for name in found if name not in known])
+        if gone := known - found.keys():
+            self.forget(gone)
+
+    def _take_in(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name.split("/")[-2:-1] == [REJECTS]:
+                self.rejects |= {record["key"]: record["reject"] for record in _records(self.store, name)}
+                self._rejected.add(name)
+        shards = [name for name in names if name not in self._rejected]
+        for name, footer in self.store.footers(shards):
+            header, keys = _header(self.store, name, footer)
+            self.headers[name] = header
+            first = len(self._names) * _MOST_ROWS
+            self._names.append(name)
+            self._places.update(zip(keys, range(first, first + len(keys)), strict=True))
+
+    def add(self, name: str) -> None:
+        """Take in a shard that was just written."""
+        if name not in self.headers:
+            self._take_in([name])
+
+    def forget(self, names: Collection[str]) -> None:
+        """Drop shards that are no more; rows that another shard holds too stay."""
+        numbers = {number for number, name in enumerate(self._names) if name in names and name in self.headers}
+        for name in names:
+            self.headers.pop(name, None)
+            with self._lock:
+                self._open.pop(name, None)
+        lost = [key for key, place in self._places.items() if place // _MOST_ROWS in numbers]
+        if lost or self._rejected & set(names):
+            again = [*self.headers, *(self._rejected - set(names))]
+            self.headers, self.rejects, self._names, self._places, self._rejected = {}, {}, [], {}, set()
+            with self._lock:
+                self._open.clear()
+            self._take_in(again)
+
+    def keys_of(self, name: str) -> list[str]:
+        """Return the keys of one shard, in the order of its rows."""
+        [(_, footer)] = self.store.footers([name])
+        return _header(self.store, name, footer)[1]
+
+    def place_of(self, key: str) -> tuple[str, int]:
+        """Return (shard, row) of a key; raises KeyError."""
+        number, row = divmod(self._places[key], _MOST_ROWS)
+        return self._names[number], row
+
     def header_of(self, key: str) -> ShardHeader:
         """Return the header of the shard that holds `key`; raises KeyError."""
-        return self.headers[self._paths[self._places[key] // _MOST_ROWS]]
+        return self.headers[self.place_of(key)[0]]
 
     def read(self, key: str) -> dict[str, Any]:
-        """Fetch one row: binary columns as bfloat16 bit patterns in their shape; raises UserError if damaged.
+        """Fetch one row: binary columns as bit patterns in their shape; raises KeyError, and UserError if damaged.
 
         Several threads may read at once.
         """
-        number, row = divmod(self._places[key], _MOST_ROWS)
-        path = self._paths[number]
-        header = self.headers[path]
-        arrays = {column: np.empty(shape, np.uint16) for column, shape in header.shapes.items()}
-        shard = self._shard(path)
-        shard.read_into(row, arrays)
-        rest = {name: values[row] for name, values in shard.rest.items()}
-        if _sum(list(arrays.values())) != rest["checksum"]:
-            raise UserError(
-                f"{path}: row {row} ({key}) is damaged, its checksum differs; delete this file and run prep cache again"
-            )
+        header = self.header_of(key)
+        arrays = header.empty(1)
+        [rest] = self.fill([key], arrays)
         absent = {"pooled": None} if header.row == "TextRow" and "pooled" not in header.shapes else {}
-        return {"key": key, **rest, **absent, **arrays}
+        return {"key": key, **rest, **absent, **{name: array[0] for name, array in arrays.items()}}
 
-    def _shard(self, path: Path) -> "_Shard":
+    def fill(self, keys: Sequence[str], arrays: Mapping[str, Array]) -> list[dict[str, Any]]:
+        """Read rows of one shape into the rows of arrays, which may be reused; returns their other columns.
+
+        `arrays` are as `ShardHeader.empty` makes them, contiguous; they may be views of pinned memory. Raises as `read`
+        does. Several threads may read at once, into arrays of their own.
+        """
+        return [
+            self._fill(key, {name: array[place] for name, array in arrays.items()}) for place, key in enumerate(keys)
+        ]
+
+    def _fill(self, key: str, arrays: Mapping[str, Array]) -> dict[str, Any]:
+        try:
+            name, row = self.place_of(key)
+            shard = self._shard(name)
+        except FileNotFoundError:  # somebody merged it with others
+            self.refresh()
+            name, row = self.place_of(key)
+            shard = self._shard(name)
+        shard.read_into(row, arrays)
+        rest = {column: values[row] for column, values in shard.rest.items()}
+        if _sum(arrays.values()) != rest["checksum"]:
+            raise UserError(
+                f"{self.store.where(name)}: row {row} ({key}) is damaged, its checksum differs; "
+                "prep cache --verify --repair takes it out and encodes it again"
+            )
+        return rest
+
+    def _shard(self, name: str) -> "_Shard":
         """Return an opened shard; the ones used last stay open."""
         with self._lock:
-            shard = self._open.get(path)
+            shard = self._open.get(name)
             if shard is None:
-                shard = self._open[path] = _Shard(path, self.headers[path])
+                shard = self._open[name] = _Shard(self.store, name, self.headers[name])
                 if len(self._open) > _OPEN_FILES:
                     self._open.popitem(last=False)
             else:
-                self._open.move_to_end(path)
+                self._open.move_to_end(name)
             return shard
 
 
 class _Shard:
     """One file, opened: where each row's payload lies in it, and its other columns."""
 
-    def __init__(self, path: Path, header: ShardHeader) -> None:
-        self._path, self._header = path, header
+    def __init__(self, store: Store, name: str, header: ShardHeader) -> None:
+        self._where, self._header = store.where(name), header
         try:
-            self._file = os.open(path, os.O_RDONLY)
+            self._path = store.local(name)
+            self._file = os.open(self._path, os.O_RDONLY)
             finalize(self, os.close, self._file)
-            parquet = pq.ParquetFile(path)
+            parquet = pq.ParquetFile(self._path)
             metadata = parquet.metadata
             names = [metadata.schema.column(place).name for place in range(metadata.num_columns)]
-            others = [name for name in names if name not in (*header.shapes, "key", "pooled")]
+            others = [one for one in names if one not in (*header.shapes, "key", "pooled")]
             self.rest: dict[str, list[Any]] = parquet.read(others).to_pydict()
+        except FileNotFoundError:
+            raise
         except (pa.ArrowException, OSError, UnicodeDecodeError) as fault:
-            raise _damaged(path, fault) from fault
-        self._starts = {name: _starts(metadata, names.index(name), header.bytes_of(name)) for name in header.shapes}
+            raise _damaged(self._where, fault) from fault
+        self._starts = {one: _starts(metadata, names.index(one), header.bytes_of(one)) for one in header.shapes}
 
     def read_into(self, row: int, arrays: Mapping[str, Array]) -> None:
         """Fill arrays with a row's payload."""
@@ -194,15 +294,15 @@ class _Shard:
             if start is None:
                 array[...] = self._by_arrow(row, name).reshape(array.shape)
             elif os.preadv(self._file, [array.data.cast("B")], start[row]) != array.nbytes:
-                raise _damaged(self._path, OSError("cut short"))
+                raise _damaged(self._where, OSError("cut short"))
 
     def _by_arrow(self, row: int, name: str) -> Array:
         """Read a row of a file that somebody wrote otherwise."""
         try:
             [value] = pq.ParquetFile(self._path).read([name]).column(name).slice(row, 1).to_pylist()
         except (pa.ArrowException, OSError, ValueError) as fault:
-            raise _damaged(self._path, fault) from fault
-        return np.frombuffer(value, np.uint16)
+            raise _damaged(self._where, fault) from fault
+        return np.frombuffer(value, self._header.bits(name))
 
 
 def _starts(metadata: Any, column: int, row_bytes: int) -> list[int] | None:
@@ -222,7 +322,7 @@ def _starts(metadata: Any, column: int, row_bytes: int) -> list[int] | None:
     return starts
 
 
-def _sum(arrays: Sequence[Array]) -> int:
+def _sum(arrays: Collection[Array]) -> int:
     """Sum payloads as if they were one."""
     state = xxhash.xxh3_64()
     for array in arrays:
@@ -230,70 +330,110 @@ def _sum(arrays: Sequence[Array]) -> int:
     return state.intdigest()
 
 
-def faults_of(path: Path) -> dict[str | None, str]:
+def faults_of(store: Store | Path, name: str) -> dict[str | None, str]:
     """Return what is wrong with the rows of a shard, by key; of a file that cannot be read at all, under None."""
+    store = store_at(store)
     try:
-        header, keys = _header(path)
-        shard = _Shard(path, header)
+        [(_, footer)] = store.footers([name])
+        header, keys = _header(store, name, footer)
+        shard = _Shard(store, name, header)
         faults: dict[str | None, str] = {}
         for row, key in enumerate(keys):
-            arrays = {column: np.empty(shape, np.uint16) for column, shape in header.shapes.items()}
+            arrays = {column: array[0] for column, array in header.empty(1).items()}
             shard.read_into(row, arrays)
-            if _sum(list(arrays.values())) != shard.rest["checksum"][row]:
+            if _sum(arrays.values()) != shard.rest["checksum"][row]:
                 faults[key] = "damaged: its checksum differs"
             elif not all(map(_finite, arrays.values())):
                 faults[key] = "not finite"
         return faults
     except UserError as fault:
         return {None: str(fault).partition(": ")[2]}
+    except FileNotFoundError:
+        return {}  # merged with others meanwhile
 
 
-def drop_rows(path: Path, keys: Collection[str]) -> Path | None:
-    """Write a shard anew without some of its rows; returns its new path, None if no row is left."""
-    header, _ = _header(path)
-    row_type = LatentRow if header.row == "LatentRow" else TextRow
-    table = pq.ParquetFile(path).read()
-    plain = table.cast(arrow_schema(row_type).with_metadata(table.schema.metadata))
-    every: list[Any] = from_columns(plain, row_type)
-    rows = [row for row in every if row.key not in keys]
-    kept = write_shard(path.parent, header, rows) if rows else None
-    path.unlink()
-    return kept
+def rewrite(store: Store | Path, names: Sequence[str], drop: Collection[str] = ()) -> list[str]:
+    """Write the rows of some shards of one folder anew, each key once and in order, without those to drop.
+
+    All have one header. Returns the names of what was written; the old files are removed once the new are there.
+    """
+    store = store_at(store)
+    [folder] = {name.rpartition("/")[0] for name in names}
+    tables, header = [], None
+    for name in names:
+        [(_, footer)] = store.footers([name])
+        header, _ = _header(store, name, footer)
+        try:
+            tables.append(pq.ParquetFile(store.local(name)).read().replace_schema_metadata(None))
+        except (pa.ArrowException, OSError) as fault:
+            raise _damaged(store.where(name), fault) from fault
+    assert header is not None, "there are shards"
+    table = pa.concat_tables([one.cast(tables[0].schema) for one in tables])
+    keys = np.asarray(table.column("key").to_pylist(), object)
+    _, first = np.unique(keys, return_index=True)
+    kept = np.asarray([place for place in first if keys[place] not in drop], np.int64)
+    size = max(1, SHARD_BYTES // max(1, header.row_bytes))
+    within = store / folder if folder else store
+    written = [
+        _write(within, header, table.take(pa.array(kept[start : start + size])).combine_chunks())
+        for start in range(0, len(kept), size)
+    ]
+    written = [f"{folder}/{name}" if folder else name for name in written]
+    for name in names:
+        if name not in written:
+            store.remove(name)
+    return written
+
+
+def headers_of(store: Store, names: Sequence[str]) -> Iterator[tuple[str, ShardHeader, int]]:
+    """Yield (name, header, rows) of shards; raises UserError if one is damaged."""
+    for name, footer in store.footers(names):
+        header, keys = _header(store, name, footer)
+        yield name, header, len(keys)
 
 
 def _finite(bits: Array) -> bool:
-    """Tell bfloat16 bit patterns that are numbers: the eight bits of the exponent are not all ones."""
+    """Tell bit patterns that are numbers: of bfloat16 not all bits of the exponent are ones, of float8 not all but the
+    sign."""
+    if bits.dtype == np.uint8:
+        return not (bits & 0x7F == 0x7F).any()
     return not (bits & np.uint16(0x7F80) == 0x7F80).any()
 
 
-def _header(path: Path) -> tuple[ShardHeader, list[str]]:
+def _header(store: Store, name: str, footer: Footer | Exception) -> tuple[ShardHeader, list[str]]:
     """Read what a shard says of itself, and its keys; raises UserError if it is damaged or of another format."""
+    where = store.where(name)
     try:
-        metadata = pq.read_metadata(path).metadata or {}
+        if isinstance(footer, Exception):
+            raise footer
+        metadata = footer.metadata or {}
         values = json.loads(metadata[b"pairline.shard"])
-        shapes = {column: tuple(shape) for column, shape in values["shapes"].items()}
-        header = ShardHeader(**{field.name: values[field.name] for field in fields(ShardHeader)} | {"shapes": shapes})
-        if header.format == SHARD_FORMAT:
+        if values["format"] == SHARD_FORMAT:
+            shapes = {column: tuple(shape) for column, shape in values["shapes"].items()}
+            known = {one.name: values[one.name] for one in fields(ShardHeader)}
+            header = ShardHeader(**known | {"shapes": shapes})
             keys = json.loads(metadata[b"pairline.keys"])
-            if _name(keys) != path.stem:
+            if _name(keys) != name.rpartition("/")[2].removesuffix(".parquet"):
                 raise ValueError("its keys are not those it is named by")
             return header, keys
     except (pa.ArrowException, OSError, KeyError, ValueError) as fault:
-        raise _damaged(path, fault) from fault
+        raise _damaged(where, fault) from fault
     raise UserError(
-        f"{path}: shard format {header.format}, this version reads {SHARD_FORMAT}; "
-        f"delete {path.parent} and run prep cache again"
+        f"{where}: shard format {values['format']}, this version reads {SHARD_FORMAT}; "
+        f"delete {where.rpartition('/')[0]} and run prep cache again"
     )
 
 
-def _records(path: Path, columns: list[str]) -> list[dict[str, Any]]:
+def _records(store: Store, name: str) -> list[dict[str, Any]]:
     try:
-        records: list[dict[str, Any]] = pq.ParquetFile(path).read(columns).to_pylist()
+        records: list[dict[str, Any]] = pq.ParquetFile(store.local(name)).read(["key", "reject"]).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as fault:
-        raise _damaged(path, fault) from fault
+        raise _damaged(store.where(name), fault) from fault
     return records
 
 
-def _damaged(path: Path, fault: Exception) -> UserError:
+def _damaged(where: str, fault: Exception) -> UserError:
     first = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-    return UserError(f"{path}: damaged ({first}); delete this file and run prep cache again")
+    return UserError(
+        f"{where}: damaged ({first}); prep cache --verify --repair takes it out, and what it held is encoded again"
+    )

@@ -49,7 +49,7 @@ TRAINER_KEYS: Mapping[str, str] = (
         """,
     )
     | _same(
-        "ignored: text encoders are loaded in bf16, one after the other, and freed",
+        "ignored: no family here has so many text encoders",
         "text_encoder_3_precision text_encoder_4_precision",
     )
     | _same(
@@ -100,7 +100,6 @@ TRAINER_KEYS: Mapping[str, str] = (
         "enable_chunked_feed_forward feed_forward_chunk_size",
     )
     | {
-        "offload_during_startup": "ignored: encoding happens in prep cache, apart from training",
         "set_grads_to_none": "ignored: gradients are always released between steps",
         "accelerator_cache_clear_interval": "ignored: PyTorch alone manages its accelerator memory",
     }
@@ -261,10 +260,7 @@ TRAINER_KEYS: Mapping[str, str] = (
         "aspect_bucket_disable_rebuild": "ignored: buckets are not rebuilt between epochs",
         "metadata_update_interval": "ignored: manifests are not saved at timed intervals",
     }
-    | _same(
-        "not in this version: the VAE encodes each image whole",
-        "vae_enable_slicing vae_enable_tiling vae_enable_patch_conv",
-    )
+    | {"vae_enable_patch_conv": "not in this version: vae_enable_tiling saves memory, at the price of other latents"}
     # Which images and captions are used
     | _same(
         "ignored: pairline never deletes a user's files; unusable images are left out",
@@ -300,7 +296,7 @@ TRAINER_KEYS: Mapping[str, str] = (
         "ignored: pairline sizes its own workers and batches",
         """
         max_workers aspect_bucket_worker_count enable_multiprocessing torch_num_threads image_processing_batch_size
-        read_batch_size write_batch_size dataloader_prefetch dataloader_prefetch_qlen
+        read_batch_size dataloader_prefetch dataloader_prefetch_qlen
         dataloader_prefetch_device_threshold_mb
         """,
     )

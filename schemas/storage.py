@@ -15,7 +15,7 @@ from uuid import uuid4
 from schemas.errors import UserError
 
 _MARK = ".tmp."
-_HOST = re.sub(r"\W", "-", platform.node()) or "host"
+HOST = re.sub(r"\W", "-", platform.node()) or "host"
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def write_aside(path: Path, *, tidy: bool = True) -> Iterator[Path]:
     Raises UserError if it cannot be written: a full disk, no permission, a file where a folder should be. What killed
     writers of `path` left is removed too, unless not `tidy`: that lists its folder, which for many files is done once.
     """
-    aside = path.with_name(f"{path.name}{_MARK}{_HOST}.{os.getpid()}.{uuid4().hex[:8]}")
+    aside = path.with_name(f"{path.name}{_MARK}{HOST}.{os.getpid()}.{uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if tidy:
@@ -43,13 +43,14 @@ def write_aside(path: Path, *, tidy: bool = True) -> Iterator[Path]:
 
 def sweep(folder: Path, name: str | None = None) -> None:
     """Remove what writers of a file, or of any in the folder, left behind that were killed on this machine."""
-    for leftover in folder.glob(f"{'*' if name is None else glob.escape(name)}{_MARK}{_HOST}.*"):
+    for leftover in folder.glob(f"{'*' if name is None else glob.escape(name)}{_MARK}{HOST}.*"):
         writer = leftover.name.rpartition(_MARK)[2].split(".")[1]
-        if writer.isdigit() and int(writer) != os.getpid() and not _runs(int(writer)):
+        if writer.isdigit() and int(writer) != os.getpid() and not runs(int(writer)):
             leftover.unlink(missing_ok=True)
 
 
-def _runs(process: int) -> bool:
+def runs(process: int) -> bool:
+    """Tell whether a process of this machine is there."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

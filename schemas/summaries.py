@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from schemas.imported import ImportSummary
-from schemas.planned import PlanSummary
+from schemas.planned import PlanSummary, sized
+
+_CUT_TOLD = 5  # prompts that were cut, told one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,12 +204,32 @@ class StoreSummary:
 
     kind: str
     folder: str
-    needed: int
+    asked: int  # places that ask for a row, in all pair tables
+    needed: int  # rows: what is asked for twice is encoded once
+    bytes: int  # of all rows needed, reckoned
     reused: int
     encoded: int
     rejected: Mapping[str, str]  # path -> reason
-    truncated: int  # prompts longer than the encoder takes, of those encoded now
+    cut: tuple[str, ...]  # prompts longer than the encoder takes, of those encoded now, with their tokens
     bytes_written: int
+
+    def lines(self, dry_run: bool) -> Iterator[str]:
+        """Yield the closing report."""
+        known = f"{self.kind}: {self.needed} needed, {self.reused} reused"
+        if dry_run:
+            yield f"{known}, {self.needed - self.reused - len(self.rejected)} to encode into {self.folder}"
+        else:
+            yield f"{known}, {self.encoded} encoded, {sized(self.bytes_written)} written to {self.folder}"
+        saved = (self.asked - self.needed) * (self.bytes // max(1, self.needed))
+        if saved > 0:
+            yield f"  {sized(self.bytes)}; asked for {self.asked} times: storing each once saves {sized(saved)}"
+        for name, reason in self.rejected.items():
+            yield f"  rejected {name}: {reason}"
+        if self.rejected:
+            yield f"  they are not tried again; delete {self.folder}/rejects to have them tried"
+        if self.cut:
+            yield f"  {counted(len(self.cut), 'prompt')} longer than the encoder takes, what is beyond was cut off:"
+            yield from (f"    {one}" for one in self.cut[:_CUT_TOLD])
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,18 +245,7 @@ class CacheSummary:
     def lines(self) -> Iterator[str]:
         """Yield the closing report."""
         for store in self.stores:
-            known = f"{store.kind}: {store.needed} needed, {store.reused} reused"
-            if self.dry_run:
-                yield f"{known}, {store.needed - store.reused - len(store.rejected)} to encode into {store.folder}"
-            else:
-                size = f"{store.bytes_written / 2**20:.1f} MiB"
-                yield f"{known}, {store.encoded} encoded, {size} written to {store.folder}"
-            for name, reason in store.rejected.items():
-                yield f"  rejected {name}: {reason}"
-            if store.rejected:
-                yield f"  they are not tried again; delete {store.folder}/rejects to have them tried"
-            if store.truncated:
-                yield f"  {store.truncated} prompts are longer than the encoder takes: what is beyond was cut off"
+            yield from store.lines(self.dry_run)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from pydantic import BeforeValidator, model_validator
 from schemas.options import Options, option
 
 Precision: TypeAlias = Literal["no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto"]
+Posterior: TypeAlias = Literal["mode", "sample", "moments"]
+Interpolation: TypeAlias = Literal["lanczos", "opencv-linear"]
 ResolutionType: TypeAlias = Literal["pixel", "area", "pixel_area"]
 CaptionStrategy: TypeAlias = Literal["textfile", "filename", "instanceprompt", "parquet", "csv", "huggingface"]
 ALIGNMENTS = (8, 16, 24, 32, 64)
@@ -17,7 +19,6 @@ ALIGNMENTS = (8, 16, 24, 32, 64)
 DEFAULT_STEPS = 1000  # of a run that is given neither steps nor epochs
 
 _SAMPLING = "no pictures are sampled inside the run; sample with diffusers from the saved LoRA"
-_TEXT_PRECISION = "text encoders are loaded in bf16, one after the other, and freed"
 
 
 class Route(Options):
@@ -70,10 +71,10 @@ class TrainerConfig(Options):
         no_effect="q, k and v stay apart, so that the LoRA file loads into every pipeline",
     )
     text_encoder_1_precision: Precision = option(
-        "no_change", "quantisation of the first text encoder", no_effect=_TEXT_PRECISION
+        "no_change", "quantisation of the first text encoder (optimum-quanto)", stages="cache train"
     )
     text_encoder_2_precision: Precision = option(
-        "no_change", "quantisation of the second text encoder", no_effect=_TEXT_PRECISION
+        "no_change", "quantisation of the second text encoder (optimum-quanto)", stages="cache train"
     )
 
     # LoRA
@@ -132,11 +133,34 @@ class TrainerConfig(Options):
     vae_dtype: Literal["bf16", "fp32"] = option(
         "bf16", "dtype the VAE computes in; latents are stored as bfloat16", stages="cache train"
     )
+    posterior: Posterior = option(
+        "mode",
+        "what is stored of the VAE's posterior of a target: `mode` its mean, `sample` one draw, seeded by content, "
+        "`moments` mean and deviation, twice the bytes, of which training draws anew each showing; references keep the "
+        "mode, as pipelines encode them",
+        stages="cache train",
+    )
+    vae_enable_tiling: bool = option(
+        False,
+        "encode pictures larger than the VAE's `sample_size` in tiles that overlap: less memory, other latents",
+        stages="cache train",
+    )
+    vae_enable_slicing: bool = option(
+        False, "encode the pictures of a batch one after the other: less memory, the same latents", stages="cache"
+    )
     vae_batch_size: int = option(
         4, "images per VAE batch on an accelerator; a CPU takes one at a time", stages="cache", ge=1
     )
     text_encoder_batch_size: int = option(
         1, "prompts per text-encoder batch on an accelerator; a CPU takes one at a time", stages="cache", ge=1
+    )
+    text_cache_dtype: Literal["bf16", "float8"] = option(
+        "bf16", "dtype that text embeds are stored in; `float8` halves their bytes", stages="cache train"
+    )
+    offload_during_startup: bool = option(
+        False,
+        "text encoders share the accelerator one at a time: each is moved there when its turn comes",
+        stages="cache",
     )
     prep_seed: int = option(
         42,
@@ -149,6 +173,7 @@ class TrainerConfig(Options):
     # Defaults for datasets
     resolution: float = option(1024, "default for datasets", stages="scan", gt=0)
     resolution_type: ResolutionType = option("pixel_area", "default for datasets", stages="scan")
+    interpolation: Interpolation = option("lanczos", "default for datasets", stages="pairs cache")
     minimum_image_size: ImageSize = option(None, "default for datasets", stages="scan", gt=0)
     maximum_image_size: ImageSize = option(None, "default for datasets", stages="scan", gt=0)
     target_downsample_size: ImageSize = option(None, "default for datasets", stages="scan", gt=0)
@@ -157,6 +182,8 @@ class TrainerConfig(Options):
         None, "pixels that target sides are multiples of; null is the family's own", stages="scan"
     )
     aspect_bucket_rounding: int = option(2, "decimals of an aspect ratio", stages="scan", ge=1, le=9)
+
+    write_batch_size: int = option(128, "default for datasets", stages="cache", ge=1)
 
     # Validation
     user_prompt_library: str | None = option(

@@ -4,8 +4,9 @@ The order is a function of (seed, epoch) alone. Opening a `Shelf` checks before 
 embed is there; `batches` plans; `Shelf.load` reads.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class Image:
     """A latent's key and the store that holds it."""
 
     store: str  # dataset whose store it is
+    encoder: str  # key: targets and references may have been encoded otherwise
     key: str
 
 
@@ -38,6 +40,7 @@ class Shown:
     target: Image
     references: tuple[Image, ...]
     prompt: str
+    seed: int  # of the draw of the target's latent, where moments are stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +71,15 @@ class Shelf:
     """The stores of a project, opened, and the samples that can be read from them."""
 
     def __init__(self, project: Project, keys: EncoderKeys) -> None:
-        self._image_encoder, self._text_encoder = keys.image, keys.text
-        folders = {dataset.id: project.latent_store(dataset) / keys.image for dataset in project.datasets}
+        self._keys, self._text_encoder = keys, keys.text
+        folders = {
+            (dataset.id, key): project.latent_store(dataset) / key
+            for dataset in project.datasets
+            for key in {keys.target, keys.reference}
+        }
         opened = {folder: ShardIndex(folder) for folder in set(folders.values())}
-        self._latents = {dataset_id: opened[folder] for dataset_id, folder in folders.items()}
+        self._latents = {place: opened[folder] for place, folder in folders.items()}  # by dataset and encoder
+        self._moments = keys.target if project.trainer.posterior == "moments" else None  # their encoder
         self._text = ShardIndex(project.text_store / keys.text)
         self.samples: list[Sample] = []
         self.skipped = 0  # samples whose image could not be encoded
@@ -90,12 +98,13 @@ class Shelf:
 
     def _place(self, row: PairRow, missing: set[str]) -> None:
         """Take a row in, or note what it lacks."""
-        target = Image(row.dataset_id, row.target_key(self._image_encoder))
+        ours, theirs = self._keys.target, self._keys.reference
+        target = Image(row.dataset_id, ours, row.target_key(ours))
         references = tuple(
-            (Image(row.store_of(one), one.key(self._image_encoder)), tuple(one.prompts)) for one in row.references
+            (Image(row.store_of(one), theirs, one.key(theirs)), tuple(one.prompts)) for one in row.references
         )
         images = [target, *(image for image, _ in references)]
-        if any(image.key in self._latents[image.store].rejects for image in images):
+        if any(image.key in self._of(image).rejects for image in images):
             self.skipped += 1
             return
         prompts = tuple(row.prompts) or ("",)
@@ -103,7 +112,7 @@ class Shelf:
         missing |= {
             f"image {image.key} of {row.dataset_id}/{row.target_path}"
             for image in images
-            if image.key not in self._latents[image.store]
+            if image.key not in self._of(image)
         }
         missing |= {f"prompt {text!r}" for text in every if text_key(self._text_encoder, text) not in self._text}
         self.samples.append(
@@ -120,7 +129,8 @@ class Shelf:
 
     def shape(self, image: Image) -> tuple[int, ...]:
         """Return the shape C × H × W of a latent."""
-        return self._latents[image.store].header_of(image.key).shapes["latent"]
+        stored = self._of(image).header_of(image.key).shapes["latent"]
+        return (stored[0] // 2, *stored[1:]) if image.encoder == self._moments else stored
 
     def load(self, showings: Sequence[Shown], device: torch.device) -> Batch:
         """Read one batch; raises UserError if a shard is damaged."""
@@ -129,17 +139,29 @@ class Shelf:
         places = zip(*(one.references for one in showings), strict=True)
         return Batch(
             sample_ids=tuple(one.sample_id for one in showings),
-            latents=self._images([one.target for one in showings]).to(device),
+            latents=self._targets(showings).to(device),
             references=tuple(self._images(images).to(device) for images in places),
             text=TextEmbeds(
-                embed=_tensor([text["embed"] for text in texts]).to(device),
+                embed=torch.stack([_embed(text) for text in texts]).to(device),
                 pooled=torch.cat(pooled).to(device) if pooled else None,
                 num_tokens=tuple(text["num_tokens"] for text in texts),
             ),
         )
 
+    def _targets(self, showings: Sequence[Shown]) -> Tensor:
+        """Read the targets' latents; of moments draw them, by the seeds of the showings alone."""
+        stored = self._images([one.target for one in showings])
+        if self._moments is None:
+            return stored
+        means, deviations = stored.chunk(2, dim=1)
+        noise = [_noise(one.seed, means.shape[1:]) for one in showings]
+        return means + deviations * torch.stack(noise)
+
+    def _of(self, image: Image) -> ShardIndex:
+        return self._latents[image.store, image.encoder]
+
     def _images(self, images: Sequence[Image]) -> Tensor:
-        return _tensor([self._latents[image.store].read(image.key)["latent"] for image in images])
+        return _tensor([self._of(image).read(image.key)["latent"] for image in images])
 
 
 def training_sets(project: Project) -> tuple[DatasetConfig, ...]:
@@ -168,7 +190,8 @@ def epoch_batches(project: Project, shelf: Shelf, epoch: int) -> list[list[Shown
     turns.sort(key=lambda item: seed_of(seed, "order", epoch, item[0].sample_id, item[1]))
     alike: dict[tuple[tuple[int, ...], ...], list[Shown]] = {}
     for sample, turn in turns:
-        showing = _show(project, sample, (seed, "show", epoch, sample.sample_id, turn))
+        drawn = seed_of(seed, "posterior", sample.sample_id, epoch, turn)
+        showing = _show(project, sample, (seed, "show", epoch, sample.sample_id, turn), drawn)
         shapes = tuple(shelf.shape(image) for image in (showing.target, *showing.references))
         alike.setdefault(shapes, []).append(showing)
     planned = [group[first : first + size] for group in alike.values() for first in range(0, len(group), size)]
@@ -188,8 +211,8 @@ def _of_epoch(project: Project, samples: Sequence[Sample], epoch: int) -> list[S
     return shown
 
 
-def _show(project: Project, sample: Sample, name: tuple[object, ...]) -> Shown:
-    """Draw what one showing of a sample consists of: reference, prompt, dropout."""
+def _show(project: Project, sample: Sample, name: tuple[object, ...], seed: int) -> Shown:
+    """Draw what one showing of a sample consists of: reference, prompt, dropout; `seed` is of its latent's draw."""
     chosen = sample.references
     if len(chosen) > 1 and project.trainer.conditioning_multidataset_sampling == "random":
         chosen = (chosen[seed_of(*name, "reference") % len(chosen)],)
@@ -197,7 +220,19 @@ def _show(project: Project, sample: Sample, name: tuple[object, ...]) -> Shown:
     prompt = prompts[seed_of(*name, "prompt") % len(prompts)]
     if seed_of(*name, "dropout") / 2**63 < project.trainer.caption_dropout_probability:
         prompt = ""
-    return Shown(sample.sample_id, sample.target, tuple(image for image, _ in chosen), prompt)
+    return Shown(sample.sample_id, sample.target, tuple(image for image, _ in chosen), prompt, seed)
+
+
+def _noise(seed: int, shape: Sequence[int]) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+def _embed(text: Mapping[str, Any]) -> Tensor:
+    """Return a prompt's embed in float32, from bfloat16 or from float8 and its scale."""
+    if text["scale"] is None:
+        return _tensor([text["embed"]])[0]
+    exact: Tensor = torch.from_numpy(text["embed"]).view(torch.float8_e4m3fn).float() * text["scale"]
+    return exact
 
 
 def _tensor(rows: Sequence[Array]) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from families import Source, open_project
 from families.checkpoints import encoder_keys, fingerprint, here, locate
 from families.protocol import Family
+from families.quantize import quantize_weights
 from families.runtime import choose_attention, default_device, dtype_of, family_of
 from schemas.console import progress
 from schemas.errors import UserError
@@ -34,7 +35,6 @@ from train.interrupt import stops
 from train.lora import add_lora, lora_layers, lora_metadata
 from train.metrics import Metrics
 from train.optimizer import make_optimizer, make_schedule
-from train.quantize import quantize_base
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 
@@ -137,7 +137,7 @@ def _load(project: Project, folder: Path, device: torch.device, steps: int) -> c
     config = project.trainer
     choose_attention()
     denoiser = family_of(project).load_denoiser(folder, _base_dtype(config), device).requires_grad_(False)
-    quantize_base(denoiser, config.base_model_precision, project.family.unquantised)
+    quantize_weights(denoiser, config.base_model_precision, project.family.unquantised)
     parameters = add_lora(denoiser, project)
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()  # type: ignore[operator]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prep.geometry import Size
 from prep.pixels import Picture
+from schemas.stores import Store
 
 ABSENT = "not in this cache"
 
@@ -21,7 +22,7 @@ class Wanted:
     """One latent that the project needs."""
 
     key: str
-    folder: Path  # of the store, the encoder's key included
+    folder: Store  # the encoder's key included
     dataset_id: str
     picture: Picture
     file: Path | None  # of the image; None if it is not a file of a local folder

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prep.importing.found import Cache, Slot, Wanted
-from prep.importing.part import SHARD_BYTES, UNEQUAL, Checked, Part
+from prep.importing.part import UNEQUAL, Checked, Part
 from prep.importing.proof import disproved
 from prep.importing.storing import LATENTS, Needed, store_latents
 from prep.importing.trial import LatentTrial, bits
@@ -19,7 +19,7 @@ from schemas.console import progress
 from schemas.imported import Verification
 from schemas.keys import seed_of
 from schemas.project import Project
-from schemas.shards import Array
+from schemas.shards import SHARD_BYTES, Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Latents:
                 for rows in _pieces(self._rows(part, group)):
                     part.imported += len(rows)
                     if not dry_run:
-                        part.written += store_latents(self._needed.encoder, rows).stat().st_size
+                        part.written += store_latents(self._needed.encoder, rows)
                     bar.update(len(rows))
 
     def _rows(self, part: Part, candidates: Iterator[_Candidate]) -> Iterator[tuple[Wanted, Array]]:

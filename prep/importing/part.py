@@ -2,12 +2,11 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from prep.importing.trial import Judgement
 from schemas.imported import ImportedStore, Verification
+from schemas.stores import Store
 
-SHARD_BYTES = 64 << 20  # of payload
 UNEQUAL = "sample not equal"
 
 
@@ -16,7 +15,7 @@ class Part:
     """The latents of one dataset, or the text embeds, on their way."""
 
     name: str
-    folder: Path
+    folder: Store
     needed: int = 0
     present: int = 0
     found: int = 0
@@ -29,7 +28,7 @@ class Part:
         kinds = Counter(reason.partition(":")[0] for reason in self.reasons.values())
         return ImportedStore(
             name=self.name,
-            folder=str(self.folder),
+            folder=self.folder.where(),
             needed=self.needed,
             present=self.present,
             found=self.found,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from families import Source, open_project
 from families.checkpoints import encoder_keys, here, locate, record_keys
-from prep.cache import prompts_of
 from prep.importing.found import Cache
 from prep.importing.latents import Latents
 from prep.importing.musubi import Musubi
@@ -18,6 +17,7 @@ from prep.importing.sd_scripts import SdScripts
 from prep.importing.simpletuner import SimpleTuner
 from prep.importing.storing import needed_latents
 from prep.importing.texts import Texts
+from prep.needed import needed_of
 from schemas.errors import UserError
 from schemas.freshness import read_pairs
 from schemas.imported import ImportSummary
@@ -59,7 +59,7 @@ def import_cache(
     needed = needed_latents(project, rows, checkpoint, remember=not dry_run)
     latents = Latents(project, cache, checkpoint, needed, dataset)
     latents.run(sample, dry_run)
-    texts = Texts(project, cache, checkpoint, prompts_of(project, rows))
+    texts = Texts(project, cache, checkpoint, needed_of(project).prompts)
     texts.run(sample, dry_run)
     if not dry_run:
         record_keys(project, encoder_keys(project))

@@ -12,11 +12,13 @@ from families.checkpoints import image_encoder_key, text_encoder_key
 from prep.importing.found import Wanted
 from prep.pixels import Picture, reference_picture, target_picture
 from prep.places import Folder
+from schemas.errors import UserError
 from schemas.freshness import read_manifest
 from schemas.keys import text_key
 from schemas.project import Project
 from schemas.rows import PairRow
 from schemas.shards import Array, ShardHeader, ShardIndex, latent_row, text_row, write_shard
+from schemas.stores import Store
 
 # A latent of a project is the mode of the posterior: `prep.importing.trial` takes nothing else.
 LATENTS = frozenset({"mode"})
@@ -36,7 +38,12 @@ class Needed:
 
 def needed_latents(project: Project, rows: Sequence[PairRow], checkpoint: Path, *, remember: bool) -> Needed:
     """List the latents that pair tables need; raises UserError if a manifest is missing or stale."""
-    encoder = image_encoder_key(project, checkpoint, remember=remember)
+    encoder = image_encoder_key(project, checkpoint, "mode", remember=remember)
+    if project.trainer.posterior != "mode":
+        raise UserError(
+            f"posterior {project.trainer.posterior!r}: other trainers' caches can be shown to hold the mode alone, "
+            f"which such a project does not store; leave the option out, or run: {project.command('prep cache')}"
+        )
     facts = _Facts(project)
     wanted: dict[str, Wanted] = {}
     degraded: dict[str, str] = {}
@@ -99,12 +106,13 @@ def _odd(facts: Mapping[str, Any]) -> str | None:
     return "several pictures in the file" if facts["frames"] != 1 else None
 
 
-def store_latents(encoder: str, rows: Sequence[tuple[Wanted, Array]]) -> Path:
-    """Write latents of one dataset and bucket, as bfloat16 bit patterns, as one shard."""
+def store_latents(encoder: str, rows: Sequence[tuple[Wanted, Array]]) -> int:
+    """Write latents of one dataset and bucket, bfloat16 bit patterns, as one shard; returns the bytes of payload."""
     wanted, first = rows[0]
     folder = wanted.folder / wanted.picture.geometry.bucket
     header = ShardHeader("LatentRow", encoder, {"latent": first.shape})
-    return write_shard(folder, header, [latent_row(one.key, latent) for one, latent in rows])
+    write_shard(folder, header, [latent_row(one.key, latent) for one, latent in rows])
+    return header.row_bytes * len(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +130,15 @@ class TextStore:
     """The store of text embeds of a project."""
 
     encoder: str
-    folder: Path
+    folder: Store
 
     def missing(self, prompts: Iterable[str]) -> list[str]:
         """Return the prompts that are not there."""
         index = ShardIndex(self.folder)
         return [prompt for prompt in prompts if text_key(self.encoder, prompt) not in index]
 
-    def store(self, rows: Sequence[EncodedPrompt]) -> Path:
-        """Write prompts as one shard."""
+    def store(self, rows: Sequence[EncodedPrompt]) -> int:
+        """Write prompts as one shard; returns the bytes of payload."""
         shapes = {"embed": rows[0].embed.shape}
         if rows[0].pooled is not None:
             shapes["pooled"] = rows[0].pooled.shape
@@ -138,10 +146,14 @@ class TextStore:
             text_row(text_key(self.encoder, one.prompt), one.prompt, one.embed, one.pooled, one.num_tokens)
             for one in rows
         ]
-        return write_shard(self.folder, ShardHeader("TextRow", self.encoder, shapes), made)
+        header = ShardHeader("TextRow", self.encoder, shapes)
+        write_shard(self.folder, header, made)
+        return header.row_bytes * len(made)
 
 
 def text_store(project: Project, checkpoint: Path, *, remember: bool) -> TextStore:
-    """Return the store of a project's prompts."""
+    """Return the store of a project's prompts; raises UserError if it holds other numbers than the encoder's."""
+    if project.trainer.text_cache_dtype != "bf16":
+        raise UserError(f"text_cache_dtype {project.trainer.text_cache_dtype!r}: only bf16 is imported")
     encoder = text_encoder_key(project, checkpoint, remember=remember)
     return TextStore(encoder, project.text_store / encoder)

@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 
 from prep.importing.found import ABSENT, Cache, FoundText
-from prep.importing.part import SHARD_BYTES, UNEQUAL, Checked, Part
+from prep.importing.part import UNEQUAL, Checked, Part
 from prep.importing.storing import LATENTS, text_store
 from prep.importing.trial import TEXT_TOLERANCE, TextTrial
 from prep.planning.budget import sizes_of
 from schemas.imported import Verification
 from schemas.keys import seed_of
 from schemas.project import Project
+from schemas.shards import SHARD_BYTES
 
 
 class Texts:
@@ -80,10 +81,10 @@ class Texts:
             self.part.imported += 1
             rows.append(trial.encoded(prompt, found, length))
             if not dry_run and len(rows) * self._sizes.per_prompt >= SHARD_BYTES:
-                self.part.written += self._store.store(rows).stat().st_size
+                self.part.written += self._store.store(rows)
                 rows = []
         if rows and not dry_run:
-            self.part.written += self._store.store(rows).stat().st_size
+            self.part.written += self._store.store(rows)
 
     def _proven(self, found: FoundText | str) -> FoundText | str:
         """Check what a file holds, but for the encoder; a text says what is wrong."""

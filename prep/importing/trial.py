@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from families.checkpoints import text_precisions
 from families.runtime import default_device, dtype_of, family_of
 from prep.importing.found import FoundText, Wanted
 from prep.importing.storing import EncodedPrompt
@@ -57,15 +58,18 @@ class LatentTrial:
         self._family = family_of(project)
         dtype = dtype_of(project.trainer.vae_dtype)
         self.tolerance = LATENT_TOLERANCE[project.trainer.vae_dtype]
-        self._encoder = self._family.load_image_encoder(checkpoint, dtype, default_device())
+        trainer = project.trainer
+        self._encoder = self._family.load_image_encoder(
+            checkpoint, dtype, default_device(), tiling=trainer.vae_enable_tiling, slicing=trainer.vae_enable_slicing
+        )
 
     def judge(self, wanted: Wanted, values: Tensor) -> Judgement | str:
         """Compare a found latent with that of its image; a text says why there are no pixels."""
         pixels = pixels_of(wanted.picture)
         if isinstance(pixels, Refusal):
             return f"not encodable here: {pixels.reason}"
-        mode, deviation = self._family.encode_posterior(self._encoder, torch.from_numpy(pixels.copy())[None])
-        return compared(values, mode[0], None if deviation is None else deviation[0], self.tolerance)
+        posterior = self._family.encode_images(self._encoder, torch.from_numpy(pixels.copy())[None])
+        return compared(values, posterior.mean[0], posterior.std[0], self.tolerance)
 
 
 class TextTrial:
@@ -73,7 +77,13 @@ class TextTrial:
 
     def __init__(self, project: Project, checkpoint: Path) -> None:
         self._family, self._settings = family_of(project), project.family.text_settings[project.flavour]
-        self._encoders = self._family.load_text_encoders(checkpoint, torch.bfloat16, default_device())
+        self._encoders = self._family.load_text_encoders(
+            checkpoint,
+            torch.bfloat16,
+            default_device(),
+            precisions=text_precisions(project),
+            offload=project.trainer.offload_during_startup,
+        )
 
     def judge(self, prompt: str, found: FoundText) -> Judgement | str:
         """Compare a found embed with that of its prompt; a text says how their shapes differ."""

@@ -148,7 +148,7 @@ def _thumbnail(place: Place, dataset: DatasetConfig, row: ImageRow, most: tuple[
         data = read_bytes(place, row.path)
     except (OSError, UserError, ValueError) as fault:  # ValueError: a name that no file can have
         return Refused(f"cannot be read: {getattr(fault, 'strerror', None) or fault}")
-    picture = decode(data, dataset.view)
+    picture = decode(data, dataset.upright)
     if isinstance(picture, str):
         return Refused(picture)
     picture.thumbnail(most, Image.Resampling.LANCZOS, reducing_gap=3.0)

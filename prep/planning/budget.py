@@ -5,8 +5,7 @@ Sizes come from a family's facts, the numbers in them from the checkpoint where 
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +18,14 @@ from prep.matching import BOX, Mask, Numbers
 from prep.planning.sides import Match, Side, prompts_of
 from schemas.datasets import DatasetConfig
 from schemas.family import Width
-from schemas.keys import degrade_seed, latent_key, pixels_key, text_key
+from schemas.keys import degrade_seed, latent_keys, pixels_key, text_keys
 from schemas.project import Project
 from schemas.recipes import degraded_at_source
 from schemas.rows import Geometry
 from schemas.shards import ShardIndex
 from schemas.storage import is_aside
+from schemas.stores import Store
+from schemas.trainer import Posterior
 
 PICTURE_BYTES = 3.0  # per pixel of a noisy picture as PNG; what has no noise takes half, JPEG and WebP far less
 
@@ -56,6 +57,15 @@ class Need:
     bytes: int  # of all that is needed
     bytes_there: int
     exact: bool  # false: at most so many
+
+    def __add__(self, other: "Need") -> "Need":
+        return Need(
+            self.needed + other.needed,
+            self.there + other.there,
+            self.bytes + other.bytes,
+            self.bytes_there + other.bytes_there,
+            self.exact and other.exact,
+        )
 
 
 @dataclass(slots=True)
@@ -103,31 +113,48 @@ def _number(project: Project, width: Width | None) -> tuple[int, bool]:
 # Pictures
 
 
-def latents(project: Project, matches: Sequence[Match], sizes: Sizes, encoder: str | None) -> dict[Path, Need]:
-    """Count the latents of every store; without an encoder's key none is known to be there."""
-    stores: dict[Path, list[tuple[Match, Side]]] = {}
+def latents(
+    project: Project, matches: Sequence[Match], sizes: Sizes, encoders: tuple[str, str] | None
+) -> dict[Store, Need]:
+    """Count the latents of every store.
+
+    `encoders` are the keys of targets' and references' encoders; without them no latent is known to be there.
+    """
+    posterior = project.trainer.posterior
+    keys = dict(zip((posterior, "mode"), encoders, strict=True)) if encoders is not None else {}
+    stores: dict[tuple[Store, Posterior], list[tuple[Match, Side]]] = {}
     for pairs in matches:
-        for side in pairs.sides if pairs.count else ():
-            stores.setdefault(project.latent_store(project.dataset(side.store)), []).append((pairs, side))
-    needs = {}
-    for folder, sides in stores.items():
-        index = ShardIndex(folder / encoder) if encoder is not None and (folder / encoder).exists() else None
-        wanted = _gathered(project, sides, all_drawn=index is not None)
-        pictures = wanted.once()
-        boxes = _boxes(pictures)
-        there = np.zeros(len(boxes), np.bool_)
-        if index is not None and encoder is not None:
-            keys = _latent_keys(project, pictures, encoder)
-            there = np.fromiter((key in index or key in index.rejects for key in keys), np.bool_, len(boxes))
-        more = sum(sizes.latents(some) for some in wanted.undrawn_boxes)
-        needs[folder] = Need(
-            needed=len(boxes) + wanted.undrawn,
-            there=int(there.sum()),
-            bytes=sizes.latents(boxes) + more,
-            bytes_there=sizes.latents(boxes[there]),
-            exact=wanted.named and not wanted.undrawn,
-        )
+        for place, side in enumerate(pairs.sides if pairs.count else ()):
+            folder = project.latent_store(project.dataset(side.store))
+            kind: Posterior = "mode" if place else posterior
+            stores.setdefault((folder, kind), []).append((pairs, side))
+    needs: dict[Store, Need] = {}
+    for (folder, kind), sides in stores.items():
+        stored = replace(sizes, per_cell=sizes.per_cell * (2 if kind == "moments" else 1))
+        need = _latents(project, folder, sides, stored, keys.get(kind))
+        needs[folder] = needs[folder] + need if folder in needs else need
     return needs
+
+
+def _latents(
+    project: Project, folder: Store, sides: Sequence[tuple[Match, Side]], sizes: Sizes, encoder: str | None
+) -> Need:
+    """Count the latents of one encoder in a store."""
+    index = ShardIndex(folder / encoder) if encoder is not None and (folder / encoder).exists() else None
+    wanted = _gathered(project, sides, all_drawn=index is not None)
+    pictures = wanted.once()
+    boxes = _boxes(pictures)
+    there = np.zeros(len(boxes), np.bool_)
+    if index is not None and encoder is not None:
+        keys = latent_keys(encoder, _rows(project, pictures))
+        there = np.fromiter((key in index or key in index.rejects for key in keys), np.bool_, len(boxes))
+    return Need(
+        needed=len(boxes) + wanted.undrawn,
+        there=int(there.sum()),
+        bytes=sizes.latents(boxes) + sum(sizes.latents(some) for some in wanted.undrawn_boxes),
+        bytes_there=sizes.latents(boxes[there]),
+        exact=wanted.named and not wanted.undrawn,
+    )
 
 
 def pictures(project: Project, matches: Sequence[Match]) -> Need:
@@ -211,12 +238,6 @@ def _rows(project: Project, table: pa.Table) -> Iterator[tuple[str, tuple[int, .
         yield image_id, box, view, recipe or None, seed
 
 
-def _latent_keys(project: Project, table: pa.Table, encoder: str) -> Iterator[str]:
-    """Key pictures; one that is not identified gets a key that no store has."""
-    for image_id, box, view, recipe, seed in _rows(project, table):
-        yield latent_key(encoder, image_id, box, view, recipe, seed)
-
-
 def _pixel_keys(project: Project, table: pa.Table) -> Iterator[str]:
     for image_id, box, view, recipe, seed in _rows(project, table):
         assert recipe is not None and seed is not None, "only degraded pictures are kept"
@@ -233,7 +254,7 @@ def texts(project: Project, matches: Sequence[Match], sizes: Sizes, encoder: str
     there, folder = 0, project.text_store / encoder if encoder is not None else None
     if folder is not None and encoder is not None and folder.exists():
         index = ShardIndex(folder)
-        there = sum(text_key(encoder, prompt) in index for prompt in prompts.to_pylist())
+        there = sum(key in index for key in text_keys(encoder, prompts.to_pylist()))
     return Need(len(prompts), there, len(prompts) * sizes.per_prompt, there * sizes.per_prompt, True)
 
 

@@ -27,8 +27,12 @@ class Encoders:
         self.project: Project = open_project(folder)
         checkpoint = locate(self.project, self.project.family.denoiser)
         family = family_of(self.project)
-        self.vae = family.load_image_encoder(checkpoint, torch.float32, torch.device("cpu"))
-        self._text = family.load_text_encoders(checkpoint, torch.bfloat16, torch.device("cpu"))
+        self.vae = family.load_image_encoder(
+            checkpoint, torch.float32, torch.device("cpu"), tiling=False, slicing=False
+        )
+        self._text = family.load_text_encoders(
+            checkpoint, torch.bfloat16, torch.device("cpu"), precisions={}, offload=False
+        )
 
     @torch.no_grad()
     def latent(self, picture: Image.Image, *, drawn: bool = False) -> Tensor:

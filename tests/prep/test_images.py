@@ -2,6 +2,7 @@ import io
 import random
 import warnings
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
@@ -359,6 +360,23 @@ def test_a_resize_is_antialiased_and_keeps_flat_colours():
     assert np.abs(framed[:, 2:-2].astype(int) - 128).max() <= 2
     flat = frame(Image.new("RGB", (50, 40), (9, 99, 199)), Geometry(16, 8, 20, 16, 4, 2))
     assert flat.shape == (8, 16, 3) and (flat == (9, 99, 199)).all()
+
+
+LINEAR = '{"interpolation":"opencv-linear"}'
+
+
+@pytest.mark.parametrize("size", [(150, 100), (192, 128), (400, 300), (301, 50), (64, 201)])
+def test_opencv_linear_is_opencvs_own_resize_to_the_bit(size):
+    pixels = noise(201, 301)
+    whole = cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR)
+    framed = frame(Image.fromarray(pixels), Geometry(48, 40, *size, 5, 7), LINEAR)
+    assert np.array_equal(framed, whole[5:45, 7:55])
+    assert not np.array_equal(framed, frame(pixels, Geometry(48, 40, *size, 5, 7)))
+
+
+def test_how_a_picture_is_scaled_does_not_change_how_it_is_decoded():
+    for data in (encoded(noise(20, 30), "JPEG"), encoded(noise(20, 30), "PNG")):
+        assert np.array_equal(decode_pixels(data, LINEAR), decode_pixels(data))
 
 
 def test_the_crop_is_taken_from_the_resized_picture():

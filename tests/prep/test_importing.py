@@ -63,18 +63,12 @@ class Scene:
         for kind in ("latents", "text"):
             for encoder in (self.folder / "work" / "cache" / kind).glob("*"):
                 index = ShardIndex(encoder)
-                keys = [key for path in index.headers for key in _keys(path)]
+                keys = [key for name in index.headers for key in index.keys_of(name)]
                 found |= {key: index.read(key) for key in keys}
         return found
 
     def rescan(self) -> None:
         scan(self.folder), pairs(self.folder)
-
-
-def _keys(path: Path) -> list[str]:
-    import pyarrow.parquet as pq
-
-    return list(pq.read_table(path, columns=["key"])["key"].to_pylist())
 
 
 @pytest.fixture

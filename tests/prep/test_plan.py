@@ -89,13 +89,13 @@ def _as_it_happened(folder: Path) -> None:
     before = plan(project)
     paired, cached = _prepare(project)
     after = plan(project)
-    latents, text = cached.stores
+    *latents, text = cached.stores
     assert before.blocked is None
     assert before.pairs == after.pairs == sum(one.pairs for one in paired.datasets)
     assert [one.looked_at for one in before.datasets] == ["not scanned yet"] * len(before.datasets)
     assert [one.looked_at for one in after.datasets] == [None] * len(after.datasets)
     for summary in (before, after):
-        assert _stage(summary, "latents").needed == latents.needed
+        assert _stage(summary, "latents").needed == sum(one.needed for one in latents)
         assert _stage(summary, "text embeds").needed == text.needed
         assert _stage(summary, "latents").bytes == _payload(project.workspace / "cache" / "latents", "latent")
         assert _stage(summary, "text embeds").bytes == _payload(project.workspace / "cache" / "text", "embed", "pooled")
@@ -104,6 +104,14 @@ def _as_it_happened(folder: Path) -> None:
     assert [one.to_make for one in after.stages] == [0] * len(after.stages)
     assert after.bytes_to_write == 0
     assert not any(one.at_most for one in after.stages)
+
+
+@pytest.mark.parametrize("posterior", ["sample", "moments"])
+@pytest.mark.parametrize("name", ["edits", "deblur"])
+def test_latents_that_are_drawn_are_planned_with_their_bytes(
+    make_project: MakeProject, name: str, posterior: str
+) -> None:
+    _as_it_happened(make_project(name, posterior=posterior))
 
 
 @pytest.mark.parametrize("degrade_at", ["target", "source"])

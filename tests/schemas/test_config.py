@@ -11,6 +11,7 @@ from schemas.datasets import CompositeImage, DatasetConfig, Generator, HuggingFa
 from schemas.errors import ConfigError, UserError
 from schemas.options import facts_of
 from schemas.recipes import RECIPES
+from schemas.stores import LocalStore
 from schemas.trainer import Route, TrainerConfig, Tread
 
 STAGES = ("scan", "pairs", "cache", "train")
@@ -404,10 +405,10 @@ def test_simpletuner_keys_that_are_not_needed_are_warnings(tmp_path):
 
 
 def test_options_without_effect_are_warnings_that_say_what_happens_instead(tmp_path):
-    datasets = [{"id": "photos", "instance_data_dir": "photos", "write_batch_size": 64}]
-    trainer, dataset = open_project(written(tmp_path, {"validation_guidance": 2.5}, datasets)).warnings
-    assert trainer.startswith("config.json: validation_guidance has no effect: no pictures are sampled")
-    assert dataset.startswith('multidatabackend.json: [0] "photos" write_batch_size has no effect: shards are filled')
+    config = {"validation_guidance": 2.5, "fuse_qkv_projections": True}
+    first, second = open_project(written(tmp_path, config)).warnings
+    assert first.startswith("config.json: validation_guidance has no effect: no pictures are sampled")
+    assert second.startswith("config.json: fuse_qkv_projections has no effect: q, k and v stay apart")
 
 
 def test_a_generators_options_without_effect_are_warnings_too(tmp_path):
@@ -497,7 +498,7 @@ def test_absolute_paths_stay_as_they_are(tmp_path):
     project = open_project(written(tmp_path, {"output_dir": "/data/run"}, datasets), root=tmp_path / "x" / "..")
     [photos] = project.datasets
     assert project.folder_of(photos) == Path("/data/photos")
-    assert (project.latent_store(photos), project.run_folder) == (Path("/data/latents"), Path("/data/run"))
+    assert (project.latent_store(photos), project.run_folder) == (LocalStore(Path("/data/latents")), Path("/data/run"))
 
 
 def test_a_missing_folder_is_named_resolved_only_when_images_are_needed(tmp_path, monkeypatch):
@@ -561,9 +562,11 @@ def test_text_embeds_go_to_the_default_store(tmp_path):
         {"id": "first", "dataset_type": "text_embeds", "cache_dir": "one"},
         {"id": "second", "dataset_type": "text_embeds", "cache_dir": "two", "default": True},
     ]
-    assert open_project(written(tmp_path, datasets=datasets)).text_store == tmp_path / "two"
-    assert open_project(written(tmp_path, datasets=datasets[:2])).text_store == tmp_path / "one"
-    assert open_project(written(tmp_path, datasets=datasets[:1])).text_store == tmp_path / "work" / "cache" / "text"
+    assert open_project(written(tmp_path, datasets=datasets)).text_store == LocalStore(tmp_path / "two")
+    assert open_project(written(tmp_path, datasets=datasets[:2])).text_store == LocalStore(tmp_path / "one")
+    assert open_project(written(tmp_path, datasets=datasets[:1])).text_store == LocalStore(
+        tmp_path / "work" / "cache" / "text"
+    )
 
 
 def test_a_prompt_library_is_read_beside_the_config(tmp_path):
@@ -917,7 +920,9 @@ def test_a_change_is_noticed_by_the_stages_that_read_it_and_by_no_other(tmp_path
     assert changed(repeats=2) == (False, True)
     assert changed(["conditioning_multidataset_sampling=combined"]) == (False, False)
     assert changed(conditioning=[{"type": "jpeg"}]) == (False, True)
-    assert changed(write_batch_size=7) == (False, False)
+    assert changed(write_batch_size=7) == changed(["write_batch_size=7"]) == (False, False)
+    assert changed(interpolation="opencv-linear") == changed(["interpolation=opencv-linear"]) == (False, True)
+    assert changed(["posterior=moments"]) == changed(["vae_enable_tiling=true"]) == (False, False)
     assert changed(skip_file_discovery="metadata", metadata_backend="json") == (False, False)
     assert changed(vae_cache_clear_each_epoch=True) == changed(crop_variants=4) == (False, True)
     assert changed(caption_encoding="cp1252") == (True, True)
@@ -951,7 +956,7 @@ def test_options_without_effect_are_read_by_no_stage():
     facts = [(name, one) for model in models for name, one in facts_of(model) if one["no_effect"]]
     assert len(facts) >= 10
     assert all(list(one["stages"]) == [] for _, one in facts), facts
-    trainer = TrainerConfig(validation_guidance=1, text_encoder_1_precision="int8-quanto")
+    trainer = TrainerConfig(validation_guidance=1, fuse_qkv_projections=True)
     assert all(trainer.fingerprint(stage) == TrainerConfig().fingerprint(stage) for stage in STAGES)
 
 

@@ -292,7 +292,6 @@ INACTIVE = [
     ({**REFERENCES, "crop_variants": 2}, "crop_variants has no effect: it is not a set of targets"),
     ({**REFERENCES, "id": "other"}, "is no target set's conditioning_data: it is scanned, not used"),
     ({**REFERENCES, "crop": True, "resolution": 512}, 'resolution, crop has no effect: strict references take the crops of "targets"'),
-    ({**LOCAL, "write_batch_size": 7}, "write_batch_size has no effect: shards are filled to a fixed size in bytes"),
     ({**HUB, "huggingface": {"auto_load": True}}, "auto_load: ignored"),
     ({**HUB, "description_column": "a"}, "huggingface.description_column has no effect: captions come from caption_column"),
     ({**LOCAL, "caption_strategy": "parquet", "parquet": {**TABLE, "caption_column": "a", "bbox_column": "b"}}, "parquet.bbox_column has no effect: boxes are not used"),
@@ -440,7 +439,11 @@ def test_placeholders_are_filled_everywhere(tmp_path, monkeypatch):
 
 def test_the_run_folder_stands_in_for_an_output_dir_that_is_not_given(tmp_path):
     project, photos = opened(tmp_path, {**LOCAL, "cache_dir_vae": "{output_dir}/vae"}, tracker_run_name="first")
-    assert project.latent_store(photos) == project.run_folder / "vae" == tmp_path / "work" / "runs" / "first" / "vae"
+    assert (
+        project.latent_store(photos).folder
+        == project.run_folder / "vae"
+        == tmp_path / "work" / "runs" / "first" / "vae"
+    )
 
 
 def test_an_id_may_have_placeholders_too(tmp_path):

@@ -249,7 +249,16 @@ def test_shards_have_these_columns():
     binary, total = pa.binary(), pa.uint64()
     assert arrow_schema(LatentRow) == pa.schema(columns(key=STRING, latent=binary, checksum=total))
     assert arrow_schema(TextRow) == pa.schema(
-        columns(key=STRING, prompt=STRING, embed=binary, pooled=[binary], num_tokens=INT, checksum=total)
+        columns(
+            key=STRING,
+            prompt=STRING,
+            embed=binary,
+            pooled=[binary],
+            num_tokens=INT,
+            scale=[pa.float64()],
+            error=[pa.float64()],
+            checksum=total,
+        )
     )
     assert arrow_schema(RejectRow) == pa.schema(columns(key=STRING, reject=STRING))
 

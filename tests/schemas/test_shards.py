@@ -21,12 +21,16 @@ def numbers(*shape, seed=0):
 
 def test_latents_come_back_by_their_key_in_their_shape(tmp_path):
     latents = {f"key{number}": numbers(16, 3, 5, seed=number) for number in range(5)}
-    path = write_shard(tmp_path / "3x5", HEADER, [latent_row(key, latent) for key, latent in latents.items()])
+    path = (
+        tmp_path
+        / "3x5"
+        / write_shard(tmp_path / "3x5", HEADER, [latent_row(key, latent) for key, latent in latents.items()])
+    )
 
     index = ShardIndex(tmp_path)
 
     assert len(index) == 5 and "key3" in index and "key9" not in index
-    assert index.headers == {path: HEADER}
+    assert index.headers == {path.relative_to(tmp_path).as_posix(): HEADER}
     assert index.header_of("key3") == HEADER
     for key, latent in latents.items():
         row = index.read(key)
@@ -53,7 +57,7 @@ def test_prompts_come_back_with_and_without_a_pooled_embed(tmp_path):
 
 
 def test_what_is_read_can_be_written_to_without_touching_the_file(tmp_path):
-    path = write_shard(tmp_path, HEADER, [latent_row("key", numbers(16, 3, 5))])
+    path = tmp_path / write_shard(tmp_path, HEADER, [latent_row("key", numbers(16, 3, 5))])
     before = path.read_bytes()
     index = ShardIndex(tmp_path)
     index.read("key")["latent"][:] = 0
@@ -62,7 +66,9 @@ def test_what_is_read_can_be_written_to_without_touching_the_file(tmp_path):
 
 def test_any_parquet_reader_finds_fixed_size_columns_row_by_row_and_the_header(tmp_path):
     latents = [numbers(16, 3, 5, seed=number) for number in range(3)]
-    path = write_shard(tmp_path, HEADER, [latent_row(f"key{number}", one) for number, one in enumerate(latents)])
+    path = tmp_path / write_shard(
+        tmp_path, HEADER, [latent_row(f"key{number}", one) for number, one in enumerate(latents)]
+    )
 
     file = pq.ParquetFile(path)
 
@@ -74,9 +80,9 @@ def test_any_parquet_reader_finds_fixed_size_columns_row_by_row_and_the_header(t
         "row": "LatentRow",
         "encoder": "e1",
         "shapes": {"latent": [16, 3, 5]},
-        "dtype": "bfloat16",
+        "dtypes": {},
         "normalised": True,
-        "format": 2,
+        "format": 3,
     }
     assert {file.metadata.row_group(0).column(place).compression for place in range(3)} == {"UNCOMPRESSED"}
     second = file.read().to_pylist()[1]
@@ -86,7 +92,7 @@ def test_any_parquet_reader_finds_fixed_size_columns_row_by_row_and_the_header(t
 def test_a_text_shard_has_two_fixed_size_columns_and_one_sum_over_both(tmp_path):
     header = ShardHeader("TextRow", "e1", {"embed": (7, 4), "pooled": (6,)})
     embed, pooled = numbers(7, 4), numbers(6, seed=1)
-    path = write_shard(tmp_path, header, [text_row("k1", "a", embed, pooled, 3)])
+    path = tmp_path / write_shard(tmp_path, header, [text_row("k1", "a", embed, pooled, 3)])
     table = pq.read_table(path)
     assert (table.schema.field("embed").type, table.schema.field("pooled").type) == (pa.binary(56), pa.binary(12))
     assert table.column("checksum").to_pylist() == [checksum(embed.tobytes() + pooled.tobytes())]
@@ -100,7 +106,7 @@ def test_a_row_of_another_shape_is_not_written(tmp_path):
 
 def test_a_shard_is_named_by_its_keys(tmp_path):
     def shard(*keys):
-        return write_shard(tmp_path, HEADER, [latent_row(key, numbers(16, 3, 5)) for key in keys])
+        return tmp_path / write_shard(tmp_path, HEADER, [latent_row(key, numbers(16, 3, 5)) for key in keys])
 
     assert shard("a", "b") == shard("a", "b")
     assert len({shard("a", "b"), shard("b", "a"), shard("a")}) == 3
@@ -130,7 +136,7 @@ def test_rejected_images_are_remembered_apart_from_latents(tmp_path):
 
 
 def test_leftovers_of_an_interrupted_write_are_not_read(tmp_path):
-    path = write_shard(tmp_path, HEADER, [latent_row("key", numbers(16, 3, 5))])
+    path = tmp_path / write_shard(tmp_path, HEADER, [latent_row("key", numbers(16, 3, 5))])
     path.rename(tmp_path / f"{path.name}.tmp.123.abc.parquet")
     assert len(ShardIndex(tmp_path)) == 0
 
@@ -139,7 +145,7 @@ def test_leftovers_of_an_interrupted_write_are_not_read(tmp_path):
 @pytest.mark.parametrize("place", [0, 200, 479])
 def test_one_flipped_bit_of_a_latent_is_told_with_its_file_and_spares_the_other_rows(place, bit, tmp_path):
     latents = {f"key{number}": numbers(16, 3, 5, seed=number) for number in range(3)}
-    path = write_shard(tmp_path, HEADER, [latent_row(key, one) for key, one in latents.items()])
+    path = tmp_path / write_shard(tmp_path, HEADER, [latent_row(key, one) for key, one in latents.items()])
     data = bytearray(path.read_bytes())
     assert data.count(latents["key1"].tobytes()) == 1
     data[data.index(latents["key1"].tobytes()) + place] ^= 1 << bit
@@ -147,7 +153,9 @@ def test_one_flipped_bit_of_a_latent_is_told_with_its_file_and_spares_the_other_
 
     index = ShardIndex(tmp_path)
 
-    with pytest.raises(UserError, match="damaged, its checksum differs; delete this file and run prep cache") as caught:
+    with pytest.raises(
+        UserError, match="damaged, its checksum differs; prep cache --verify --repair takes it out"
+    ) as caught:
         index.read("key1")
     assert str(path) in str(caught.value) and "row 1 (key1)" in str(caught.value)
     assert np.array_equal(index.read("key0")["latent"], latents["key0"])
@@ -157,7 +165,7 @@ def test_one_flipped_bit_of_a_latent_is_told_with_its_file_and_spares_the_other_
 def test_one_flipped_bit_of_a_pooled_embed_is_noticed_too(tmp_path):
     header = ShardHeader("TextRow", "e1", {"embed": (7, 4), "pooled": (6,)})
     pooled = numbers(6, seed=1)
-    path = write_shard(tmp_path, header, [text_row("k1", "a", numbers(7, 4), pooled, 3)])
+    path = tmp_path / write_shard(tmp_path, header, [text_row("k1", "a", numbers(7, 4), pooled, 3)])
     data = bytearray(path.read_bytes())
     data[data.index(pooled.tobytes())] ^= 1
     path.write_bytes(bytes(data))
@@ -166,7 +174,7 @@ def test_one_flipped_bit_of_a_pooled_embed_is_noticed_too(tmp_path):
 
 
 def test_a_key_that_went_bad_on_disk_is_told_with_its_file(tmp_path):
-    path = write_shard(tmp_path, HEADER, [latent_row("0123456789abcdef", numbers(16, 3, 5))])
+    path = tmp_path / write_shard(tmp_path, HEADER, [latent_row("0123456789abcdef", numbers(16, 3, 5))])
     data = bytearray(path.read_bytes())
     for bit in (1, 0x80):  # another key; no text at all
         changed = bytearray(data)
@@ -178,7 +186,7 @@ def test_a_key_that_went_bad_on_disk_is_told_with_its_file(tmp_path):
 
 
 def test_a_shard_cut_off_anywhere_is_told_with_its_file(tmp_path):
-    path = write_shard(tmp_path, HEADER, [latent_row("key", numbers(16, 3, 5))])
+    path = tmp_path / write_shard(tmp_path, HEADER, [latent_row("key", numbers(16, 3, 5))])
     data = path.read_bytes()
     for size in range(0, len(data), 41):
         path.write_bytes(data[:size])
@@ -206,7 +214,7 @@ def test_a_parquet_file_of_somebody_elses_is_told_by_name(metadata, tmp_path):
 def test_a_shard_of_another_format_names_both_formats_and_what_to_delete(tmp_path):
     header = ShardHeader(row="LatentRow", encoder="e1", shapes={"latent": (16, 3, 5)}, format=9)
     write_shard(tmp_path / "3x5", header, [latent_row("key", numbers(16, 3, 5))])
-    with pytest.raises(UserError, match="shard format 9, this version reads 2") as caught:
+    with pytest.raises(UserError, match="shard format 9, this version reads 3") as caught:
         ShardIndex(tmp_path)
     assert f"delete {tmp_path / '3x5'} and run prep cache again" in str(caught.value)
 
@@ -218,7 +226,7 @@ def test_a_shard_of_another_format_names_both_formats_and_what_to_delete(tmp_pat
 def test_rows_are_read_where_they_lie_whatever_their_number(rows, tmp_path, monkeypatch):
     header = ShardHeader("TextRow", "e1", {"embed": (7, 4), "pooled": (6,)})
     texts = [text_row(f"k{n}", f"prompt {n}", numbers(7, 4, seed=n), numbers(6, seed=100 + n), n) for n in range(rows)]
-    path = write_shard(tmp_path, header, texts)
+    path = tmp_path / write_shard(tmp_path, header, texts)
     assert pq.ParquetFile(path).num_row_groups == -(-rows // 16)
     index = ShardIndex(tmp_path)
     monkeypatch.setattr(shards._Shard, "_by_arrow", None)  # it would be asked in vain
@@ -231,7 +239,9 @@ def test_rows_are_read_where_they_lie_whatever_their_number(rows, tmp_path, monk
 
 def test_large_rows_have_row_groups_of_their_own(tmp_path):
     header = ShardHeader("LatentRow", "e1", {"latent": (3, 1024, 1024)})
-    path = write_shard(tmp_path, header, [latent_row(f"k{n}", numbers(3, 1024, 1024, seed=n)) for n in range(3)])
+    path = tmp_path / write_shard(
+        tmp_path, header, [latent_row(f"k{n}", numbers(3, 1024, 1024, seed=n)) for n in range(3)]
+    )
     assert pq.ParquetFile(path).num_row_groups == 3
     index = ShardIndex(tmp_path)
     assert all(np.array_equal(index.read(f"k{n}")["latent"], numbers(3, 1024, 1024, seed=n)) for n in range(3))
@@ -248,7 +258,7 @@ def test_large_rows_have_row_groups_of_their_own(tmp_path):
 )
 def test_a_shard_that_was_written_anew_by_somebody_else_is_read_all_the_same(options, tmp_path):
     latents = {f"key{number}": numbers(16, 3, 5, seed=number) for number in range(20)}
-    path = write_shard(tmp_path, HEADER, [latent_row(key, latent) for key, latent in latents.items()])
+    path = tmp_path / write_shard(tmp_path, HEADER, [latent_row(key, latent) for key, latent in latents.items()])
     pq.write_table(pq.read_table(path), path, **options)
     index = ShardIndex(tmp_path)
     for key, latent in latents.items():
@@ -272,7 +282,9 @@ def test_pandas_and_datasets_read_shards(tmp_path):
     import pandas
 
     latents = [numbers(16, 3, 5, seed=number) for number in range(20)]
-    path = write_shard(tmp_path, HEADER, [latent_row(f"key{number}", one) for number, one in enumerate(latents)])
+    path = tmp_path / write_shard(
+        tmp_path, HEADER, [latent_row(f"key{number}", one) for number, one in enumerate(latents)]
+    )
     assert pandas.read_parquet(path)["latent"][7] == latents[7].tobytes()
     loaded = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "hf"))
     assert loaded[7]["latent"] == latents[7].tobytes() and loaded[7]["key"] == "key7"
