@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import prep.fetch
+import schemas.fetch
 from families import open_project
 from prep.listing import Asked, list_images
 from prep.pairs import pairs
@@ -29,6 +29,7 @@ from prep.places import open_bucket, place_of, read_bytes
 from prep.scan import scan
 from schemas.console import log
 from schemas.errors import UserError
+from schemas.fetch import open_url
 from schemas.freshness import read_pairs
 from schemas.rows import ImageRow
 from schemas.summaries import as_json
@@ -41,7 +42,7 @@ SECRET = "wJalrXUtnFEMI"
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Do not wait between attempts."""
-    monkeypatch.setattr(prep.fetch, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(schemas.fetch, "_PAUSE_S", 0.01)
 
 
 def project(folder, *datasets, **config):
@@ -659,7 +660,7 @@ def wire(service):
     """A wire to the service; the sessions over it are closed with it."""
     wire = Wire(service)
     yield wire
-    open_bucket.cache_clear()
+    open_url.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     wire.close()
 
