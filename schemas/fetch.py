@@ -30,7 +30,7 @@ _LASTING = (
     ValueError, UserError,
 )  # fmt: skip
 _LASTING_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound")
-_HERE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # faults of this machine's disk
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of this machine's disk
 _BUSY = (408, 409, 425, 429)  # HTTP: of the answers that blame the request, those that may be otherwise later
 
 
@@ -118,7 +118,11 @@ def fetch_all(
         answers = system.cat_ranges(*asked, on_error="return")
         got_now = dict(zip(left, answers, strict=True))
         for place, answer in got_now.items():
-            got[place] = as_os_error(answer) if isinstance(answer, BaseException) else bytes(answer)
+            if isinstance(answer, BaseException):
+                got[place] = as_os_error(answer)
+                got[place].__cause__ = answer  # type: ignore[union-attr]
+            else:
+                got[place] = bytes(answer)
         left = [place for place, answer in got_now.items()
                 if isinstance(answer, BaseException) and not _is_lasting(answer)]  # fmt: skip
         if not left:
@@ -160,6 +164,12 @@ def status_of(fault: BaseException) -> int | None:
     return None
 
 
+def codes_of(fault: BaseException) -> list[str]:
+    """Return what a service calls a fault, as far as its client tells."""
+    answers = [getattr(one, "response", None) for one in _causes(fault)]
+    return [str(one.get("Error", {}).get("Code")) for one in answers if isinstance(one, dict)]
+
+
 def _causes(fault: BaseException) -> Iterator[BaseException]:
     """Yield a fault and what caused it."""
     cause: BaseException | None = fault
@@ -173,5 +183,5 @@ def _is_lasting(fault: BaseException) -> bool:
     status = status_of(fault)
     if status is not None and status >= 400:
         return (status < 500 and status not in _BUSY) or status == 501
-    here = isinstance(fault, OSError) and fault.errno in _HERE
+    here = isinstance(fault, OSError) and fault.errno in FULL
     return here or isinstance(fault, _LASTING) or type(fault).__name__ in _LASTING_NAMES

@@ -302,7 +302,7 @@ def _inactive_inside(dataset: DatasetConfig) -> Iterator[str]:
 
 def _inactive_sources(project: Project, dataset: DatasetConfig) -> Iterator[str]:
     given = dataset.model_fields_set
-    remote = (project.url_of(dataset) or "").startswith("s3")
+    remote = any(url.startswith("s3") for url in (project.url_of(dataset) or "", dataset.cache_dir_vae or ""))
     for name in sorted(one for one in given if getattr(dataset, one) is not None):
         wanted = name.partition("_")[0]
         if wanted in ("csv", "aws") and wanted != dataset.type and not (wanted == "aws" and remote):
