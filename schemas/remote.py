@@ -27,9 +27,8 @@ from schemas.stores import Footer, LocalStore, Store
 
 ResultT = TypeVar("ResultT")
 
-_WHOLE = frozenset(
-    ["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "obs", "hf", "memory"]
-)  # a file appears when it is whole
+# File systems in which a file appears when it is whole.
+_WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "obs", "hf", "memory"}
 _ATTEMPTS = 5
 _AT_ONCE = 128  # footers
 _TAIL = 64 << 10  # bytes of a file's end that are asked for; most footers are shorter
