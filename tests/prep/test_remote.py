@@ -169,20 +169,23 @@ def test_a_damaged_object_is_found_and_mended_though_the_mirror_is_whole(make_pr
     put(wire, "/damaged")
     opened = open_project(as_remote(folder, "s3://damaged/cache", **options(wire)))
     store = opened.latent_store(opened.targets[0]) / ENCODER
-    flipped, cut, sound = (f"32x32/{name}" for name in written(store, 3))
-    assert [verify(folder).faults, len(ShardIndex(store))] == [0, 12]
+    flipped, cut, emptied, sound = (f"32x32/{name}" for name in written(store, 4))
+    assert [verify(folder).faults, len(ShardIndex(store))] == [0, 16]
     body = bytearray(store.local(flipped).read_bytes())
     body[len(body) // 10] ^= 1
     at = f"/damaged/cache/latents/{ENCODER}"
     put(wire, f"{at}/{flipped}", bytes(body))
     put(wire, f"{at}/{cut}", store.local(cut).read_bytes()[:-9])
+    put(wire, f"{at}/{emptied}", b"")
+    with pytest.raises(UserError, match=r"^s3://damaged/cache/latents/.*: damaged .*; prep cache --verify --repair"):
+        ShardIndex(store)
 
     found = verify(folder)
-    assert found.faults == 2 and verify(folder).stores == found.stores
-    assert verify(folder, repair=True).faults == 2
+    assert found.faults == 3 and verify(folder).stores == found.stores
+    assert verify(folder, repair=True).faults == 3
     assert verify(folder).faults == 0
     left = ShardIndex(store)
-    assert sound in left.headers and flipped not in left.headers and cut not in left.headers and len(left) == 7
+    assert sound in left.headers and len(left) == 7 and left.headers.keys().isdisjoint([flipped, cut, emptied])
 
 
 def test_verifying_takes_no_outage_for_damage(tmp_path, wire, monkeypatch):
