@@ -138,6 +138,7 @@ def test_a_project_is_cached_and_trained_on_from_a_bucket_as_from_a_folder(make_
     assert {one.kind: one.encoded for one in made.stores} == {kind: one.encoded for kind, one in near.items()}
     assert {one.folder.partition("/cache/")[0] for one in made.stores} == {"s3://pipeline"}
     opened = open_project(folder)
+    assert not [one for one in opened.warnings if "aws" in one]
     stores = [opened.text_store, opened.latent_store(opened.targets[0])]
     shards = {name.rpartition("/")[2]: store.local(name).read_bytes() for store in stores for name in store.files()}
     assert shards == local, "the very bytes of the local store"
