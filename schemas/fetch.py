@@ -31,7 +31,7 @@ _LASTING = (
 )  # fmt: skip
 _LASTING_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of this machine's disk
-_BUSY = (408, 409, 425, 429)  # HTTP: of the answers that blame the request, those that may be otherwise later
+BUSY = (408, 409, 425, 429)  # HTTP: of the answers that blame the request, those that may be otherwise later
 
 
 @lru_cache(maxsize=64)
@@ -182,6 +182,6 @@ def _is_lasting(fault: BaseException) -> bool:
     """Tell a fault that another attempt would not change."""
     status = status_of(fault)
     if status is not None and status >= 400:
-        return (status < 500 and status not in _BUSY) or status == 501
+        return (status < 500 and status not in BUSY) or status == 501
     here = isinstance(fault, OSError) and fault.errno in FULL
     return here or isinstance(fault, _LASTING) or type(fault).__name__ in _LASTING_NAMES

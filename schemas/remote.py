@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import Unreachable, UserError
-from schemas.fetch import FULL, codes_of, fetch_all, masked, open_url, status_of, stubborn
+from schemas.fetch import BUSY, FULL, codes_of, fetch_all, masked, open_url, status_of, stubborn
 from schemas.keys import digest
 from schemas.storage import is_aside, name_aside
 from schemas.stores import Footer, LocalStore, Store
@@ -92,11 +92,11 @@ class RemoteStore:
 
     def _unreachable(self, done: str, name: str, fault: OSError) -> Unreachable:
         status = status_of(fault)
-        if isinstance(fault, PermissionError) or status in (401, 403):
+        if isinstance(fault, PermissionError) or status in (401, 403) or "Credentials" in str(fault):
             advice = "check the keys and what they may do: aws_* options of the dataset, or the environment"
         elif isinstance(fault, FileNotFoundError):
             advice = "check its name, or make it"
-        elif status is not None and 400 <= status < 500:
+        elif status is not None and 400 <= status < 500 and status not in BUSY:
             advice = "check the URL and the options of the dataset"
         else:
             advice = f"tried {_ATTEMPTS} times; run the command again when the service answers"

@@ -378,6 +378,18 @@ def test_a_service_that_refuses_is_one_error_that_says_what_to_do(tmp_path, wire
     assert 1000 - wire.busy == attempts and SECRET not in str(told.value) and "\n" not in str(told.value)
 
 
+def test_missing_keys_are_one_error_at_once(tmp_path, wire, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    without = json.dumps({"client_kwargs": {"endpoint_url": wire.url, "region_name": "us-east-1"}})
+    with pytest.raises(UserError, match=r"^s3://keys/latents: cannot be listed: .*credentials; check the keys and"):
+        store_behind("s3://keys/latents", without, tmp_path).files()
+    assert asked(wire) == {}
+
+
 def test_writing_to_a_bucket_that_is_not_there_is_an_error(tmp_path, wire):
     store = far(tmp_path, wire, "present")
     absent = RemoteStore("s3://no-such-bucket/latents", store.options, store.mirror)
