@@ -158,12 +158,14 @@ cache/latents/<encoder key>/<W>x<H>/*.parquet   LatentRow   one bucket per shard
 cache/latents/<encoder key>/rejects/*.parquet   RejectRow   images that cannot be encoded, and why
 cache/text/<encoder key>/*.parquet              TextRow     one per distinct prompt
 cache/encoders.json                             which encoder keys belong to which checkpoint
+mirror/                                         what was read from caches behind URLs; may be deleted at any time
 models/                                         built-in tiny checkpoints; remembered hashes of weight files
 runs/<run name>/                                what train writes: checkpoints, metrics.jsonl, the LoRA
 ```
 
 A dataset's `cache_dir_vae` replaces `cache/latents`, the text set's `cache_dir` replaces `cache/text`; several datasets
-and projects may share one. No table or shard holds an absolute path: they can be moved or copied as they are.
+and projects may share one, and either may be a URL ([remote caches](remote.md)). No table or shard holds an absolute
+path: they can be moved or copied as they are.
 """
 
 _READING = """```python

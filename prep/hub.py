@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from prep.fetch import masked, stubborn
 from schemas.errors import UserError
+from schemas.fetch import masked, stubborn
 from schemas.paths import is_url
 
 if TYPE_CHECKING:

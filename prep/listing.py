@@ -18,7 +18,6 @@ import numpy.typing as npt
 import xxhash
 
 from prep.captions import beside, texts_of
-from prep.fetch import fetch_all, masked, stubborn
 from prep.hub import Rows, open_table
 from prep.images import EXTENSIONS
 from prep.metadata import note_row, read_table_beside, wanted_columns
@@ -27,6 +26,7 @@ from prep.walk import NOT_THERE, walk
 from schemas.console import log, progress
 from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
+from schemas.fetch import fetch_all, masked, stubborn
 from schemas.keys import content_id
 from schemas.paths import is_url, resolved
 from schemas.project import Project

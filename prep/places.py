@@ -4,18 +4,14 @@ A new kind is a frozen class here, a branch of `place_of` and one of `read_bytes
 other processes; what is opened for them is kept per process.
 """
 
-import json
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from prep.fetch import fetch_all, masked
 from prep.hub import Rows, is_saved, open_rows, row_bytes, row_number
-from schemas.errors import UserError
-from schemas.keys import canonical
+from schemas.fetch import fetch_all, masked, open_url, url_options
 from schemas.paths import resolved
 
 if TYPE_CHECKING:  # workers of the pool start in half the time without what checks options
@@ -74,7 +70,7 @@ def place_of(project: "Project", dataset: "DatasetConfig") -> Place:
     if dataset.type == "huggingface":
         return _rows(project, dataset)
     url = project.url_of(dataset)
-    return Bucket(url, _bucket_options(url, dataset)) if url is not None else Folder(str(project.folder_of(dataset)))
+    return Bucket(url, url_options(url, dataset)) if url is not None else Folder(str(project.folder_of(dataset)))
 
 
 def _rows(project: "Project", dataset: "DatasetConfig") -> Rows:
@@ -91,27 +87,6 @@ def _rows(project: "Project", dataset: "DatasetConfig") -> Rows:
         num_proc=table.num_proc,
         streaming=table.streaming and not is_saved(here),
     )
-
-
-def _bucket_options(url: str, dataset: "DatasetConfig") -> str:
-    """Spell what fsspec needs to know besides the URL; only S3 needs anything."""
-    if not url.startswith(("s3:", "s3a:")):
-        return "{}"
-    client = {"region_name": dataset.aws_region_name, "endpoint_url": dataset.aws_endpoint_url}
-    options: dict[str, object] = {
-        "key": dataset.aws_access_key_id,
-        "secret": dataset.aws_secret_access_key,
-        "token": dataset.aws_session_token,
-        "client_kwargs": {name: value for name, value in client.items() if value},
-        "config_kwargs": {
-            "max_pool_connections": dataset.aws_max_pool_connections,
-            "connect_timeout": 10,
-            "read_timeout": 60,
-            "retries": {"mode": "standard", "total_max_attempts": 1},  # who opens it asks again
-        },
-        "max_concurrency": 1,  # of one file: without, s3fs asks for each file's size first
-    }
-    return canonical({name: value for name, value in options.items() if value})
 
 
 def read_bytes(place: Place, path: str) -> bytes:
@@ -154,15 +129,6 @@ def read_parts(place: Bucket, parts: Sequence[tuple[str, int, int]]) -> list[byt
     return fetch_all(system, [f"{root}/{path}" for path, _, _ in parts], starts, ends)
 
 
-@lru_cache(maxsize=16)
 def open_bucket(place: Bucket) -> tuple[Any, str]:
     """Return (fsspec file system, path in it); raises UserError if nothing reads such URLs."""
-    import fsspec  # noqa: PLC0415 - most projects need none
-
-    try:
-        system, root = fsspec.core.url_to_fs(place.url, **json.loads(place.options))
-    except (ImportError, ValueError) as fault:
-        raise UserError(f"{masked(place.url)}: cannot be opened: {masked(str(fault))}") from fault
-    if hasattr(system, "retries"):  # s3fs would ask 25 times, we three times more
-        system.retries = 2
-    return system, root.rstrip("/")
+    return open_url(place.url, place.options)

@@ -24,6 +24,7 @@ from prep.statistics import counts_of, kinds_of
 from schemas.datasets import DatasetConfig
 from schemas.errors import UserError
 from schemas.freshness import pairs_provenance
+from schemas.paths import is_url
 from schemas.planned import DatasetPlan, Disk, PlanSummary, StagePlan, sized
 from schemas.project import Project
 from schemas.rows import ImageRow, PairRow
@@ -191,9 +192,10 @@ def _stage(stage: str, folder: Path | Store, need: Need, *, assumed: bool) -> St
 
 
 def _disks(workspace: Path, stages: Sequence[StagePlan]) -> Iterator[Disk]:
-    """Yield the file systems that would be written to."""
+    """Yield the file systems of this machine that would be written to."""
     needed: dict[int, tuple[Path, int]] = {}
-    for place, size in [(str(workspace), 0), *((stage.folder, stage.bytes_to_write) for stage in stages)]:
+    here = [stage for stage in stages if not is_url(stage.folder)]
+    for place, size in [(str(workspace), 0), *((stage.folder, stage.bytes_to_write) for stage in here)]:
         folder = next(one for one in (Path(place), *Path(place).parents) if one.exists())
         first, before = needed.get(folder.stat().st_dev, (folder, 0))
         needed[folder.stat().st_dev] = first, before + size

@@ -53,13 +53,14 @@ def _check(kind: str, store: Store, *, repair: bool) -> StoreCheck:
     told: dict[str, str] = {}
     with progress(f"verify {kind}", len(shards), "shard") as bar:
         for name in shards:
-            faults = faults_of(store, name)
-            rows += 0 if None in faults else next(headers_of(store, [name]))[2]
-            told |= {name if key is None else f"{name} {key}": fault for key, fault in faults.items()}
-            bad = [key for key in faults if key is not None]
-            if repair and None in faults:
-                store.remove(name)
-            elif repair and bad:
-                rewrite(store, [name], drop=bad)
+            with store.anew(name):
+                faults = faults_of(store, name)
+                rows += 0 if None in faults else next(headers_of(store, [name]))[2]
+                told |= {name if key is None else f"{name} {key}": fault for key, fault in faults.items()}
+                bad = [key for key in faults if key is not None]
+                if repair and None in faults:
+                    store.remove(name)
+                elif repair and bad:
+                    rewrite(store, [name], drop=bad)
             bar.update()
     return StoreCheck(kind, store.where(), len(shards), rows, sum(shards.values()), told, repair and bool(told))

@@ -258,9 +258,14 @@ class DatasetConfig(Options):
         stages="scan",
         alias="instance_data_root",
     )
-    cache_dir: str | None = option(None, "text_embeds: where text shards lie", stages="cache train")
+    cache_dir: str | None = option(
+        None, "text_embeds: where text shards lie; a folder, or a URL that fsspec writes to", stages="cache train"
+    )
     cache_dir_vae: str | None = option(
-        None, "where its latent shards lie; several datasets may share one", stages="cache train"
+        None,
+        "where its latent shards lie: a folder, or a URL that fsspec writes to (s3://, gs://, hf://); several datasets "
+        "may share one",
+        stages="cache train",
     )
     dataset_name: Text | None = option(None, "`type: huggingface`: hub name, or path of a dataset", stages="scan")
     huggingface: HuggingFace = option(HuggingFace(), "`type: huggingface`: columns, split, filters", stages="scan")

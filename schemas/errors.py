@@ -16,6 +16,10 @@ class DamagedTable(UserError):
     """A table that cannot be read: a damaged file, or of another kind or format."""
 
 
+class Unreachable(UserError):
+    """A service that does not answer, or refuses: nothing is known of what it holds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One thing wrong in a configuration file."""

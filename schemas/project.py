@@ -10,8 +10,10 @@ from pathlib import Path
 
 from schemas.datasets import DatasetConfig
 from schemas.family import FamilySpec
+from schemas.fetch import url_options
 from schemas.keys import digest
 from schemas.paths import is_url, resolved
+from schemas.remote import store_behind
 from schemas.stores import LocalStore, Store
 from schemas.trainer import TrainerConfig
 
@@ -122,10 +124,13 @@ class Project:
 
     def latent_store(self, dataset: DatasetConfig) -> Store:
         """Return the store of a dataset's latents, above the encoder keys."""
-        return self._store(dataset.cache_dir_vae, "latents")
+        return self._store(dataset.cache_dir_vae, dataset) or LocalStore(self.workspace / "cache" / "latents")
 
-    def _store(self, place: str | None, name: str) -> Store:
-        return LocalStore(self.workspace / "cache" / name if place is None else resolved(self.root, place))
+    def _store(self, place: str | None, dataset: DatasetConfig) -> Store | None:
+        """Return the store at a place that a dataset names, None if it names none."""
+        if place is not None and is_url(place):
+            return store_behind(place, url_options(place, dataset), self.workspace / "mirror")
+        return LocalStore(resolved(self.root, place)) if place is not None else None
 
     @property
     def text_dataset(self) -> str | None:
@@ -138,7 +143,8 @@ class Project:
     def text_store(self) -> Store:
         """Return the store of text embeds, above the encoder keys."""
         chosen = self.dataset(self.text_dataset) if self.text_dataset is not None else None
-        return self._store(chosen.cache_dir if chosen is not None else None, "text")
+        named = self._store(chosen.cache_dir, chosen) if chosen is not None else None
+        return named or LocalStore(self.workspace / "cache" / "text")
 
     @property
     def pixel_store(self) -> Path:

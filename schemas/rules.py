@@ -302,10 +302,11 @@ def _inactive_inside(dataset: DatasetConfig) -> Iterator[str]:
 
 def _inactive_sources(project: Project, dataset: DatasetConfig) -> Iterator[str]:
     given = dataset.model_fields_set
-    remote = (project.url_of(dataset) or "").startswith("s3")
+    remote, cached = ((url or "").startswith("s3") for url in (project.url_of(dataset), dataset.cache_dir_vae))
     for name in sorted(one for one in given if getattr(dataset, one) is not None):
         wanted = name.partition("_")[0]
-        if wanted in ("csv", "aws") and wanted != dataset.type and not (wanted == "aws" and remote):
+        reached = wanted == "aws" and (remote or (cached and name not in ("aws_bucket_name", "aws_data_prefix")))
+        if wanted in ("csv", "aws") and wanted != dataset.type and not reached:
             yield f"{name} has no effect: it is for type '{wanted}'"
     if dataset.type != "huggingface":
         inner = dataset.huggingface.model_fields_set if "huggingface" in given else set()

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from schemas.errors import UserError
+from schemas.errors import Unreachable, UserError
 from schemas.keys import checksum, digest
 from schemas.rows import LatentRow, RejectRow, TextRow, UInt64, arrow_schema, as_columns
 from schemas.stores import Footer, Store, store_at
@@ -258,12 +258,12 @@ class ShardIndex:
         """Return an opened shard; the ones used last stay open."""
         with self._lock:
             shard = self._open.get(name)
-            if shard is None:
-                shard = self._open[name] = _Shard(self.store, name, self.headers[name])
-                if len(self._open) > _OPEN_FILES:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(name)
+        made = shard or _Shard(self.store, name, self.headers[name])  # may fetch it: others read meanwhile
+        with self._lock:
+            shard = self._open.setdefault(name, made)
+            self._open.move_to_end(name)
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
             return shard
 
 
@@ -346,6 +346,8 @@ def faults_of(store: Store | Path, name: str) -> dict[str | None, str]:
             elif not all(map(_finite, arrays.values())):
                 faults[key] = "not finite"
         return faults
+    except Unreachable:
+        raise
     except UserError as fault:
         return {None: str(fault).partition(": ")[2]}
     except FileNotFoundError:

@@ -25,7 +25,7 @@ def write_aside(path: Path, *, tidy: bool = True) -> Iterator[Path]:
     Raises UserError if it cannot be written: a full disk, no permission, a file where a folder should be. What killed
     writers of `path` left is removed too, unless not `tidy`: that lists its folder, which for many files is done once.
     """
-    aside = path.with_name(f"{path.name}{_MARK}{HOST}.{os.getpid()}.{uuid4().hex[:8]}")
+    aside = name_aside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if tidy:
@@ -39,6 +39,11 @@ def write_aside(path: Path, *, tidy: bool = True) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def name_aside(path: Path) -> Path:
+    """Return a name beside `path` that nobody else uses; what has it is no product."""
+    return path.with_name(f"{path.name}{_MARK}{HOST}.{os.getpid()}.{uuid4().hex[:8]}")
 
 
 def sweep(folder: Path, name: str | None = None) -> None:

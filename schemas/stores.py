@@ -1,12 +1,13 @@
 """Where shards lie: a folder of this machine, or one behind a URL.
 
 A `Store` is a folder as the cache needs it: files that appear whole or not at all, listed by name. Names are relative
-and POSIX. `store_at` opens one; a new kind of place is a class beside `LocalStore`.
+and POSIX. `store_at` opens one; a new kind of place is a class like `LocalStore`; schemas/remote.py has the
+one for URLs.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,13 +37,16 @@ class Store(Protocol):
         """List its Parquet files, or those of a folder in it: names in order, with their bytes."""
 
     def footers(self, names: Sequence[str]) -> Iterator[tuple[str, "Footer | Exception"]]:
-        """Yield what each file says of itself at its end; of one that cannot be read the fault."""
+        """Yield what each file says of itself at its end; of one that is gone or damaged the fault."""
 
     def local(self, name: str) -> Path:
-        """Return a file of this machine with the content of `name`; raises OSError."""
+        """Return a file of this machine with the content of `name`; raises OSError, or Unreachable."""
 
     def write(self, name: str) -> AbstractContextManager[Path]:
         """Yield a path to write to; what is there at the end becomes `name`. Raises UserError if it cannot be kept."""
+
+    def anew(self, name: str) -> AbstractContextManager[None]:
+        """Read a file in this context as it is there now, whatever this machine keeps of it."""
 
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""
@@ -95,6 +99,9 @@ class LocalStore:
 
     def write(self, name: str) -> AbstractContextManager[Path]:
         return write_aside(self.folder / name)
+
+    def anew(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)

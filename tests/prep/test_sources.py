@@ -1,14 +1,11 @@
 """Images that lie elsewhere than in a folder, read with the real libraries; services run on 127.0.0.1."""
 
 import csv
-import http.client
 import io
 import json
-import re
 import socket
 import threading
 from collections import Counter
-from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
@@ -19,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from wires import Wire, put
 
-import prep.fetch
+import schemas.fetch
 from families import open_project
 from prep.listing import Asked, list_images
 from prep.pairs import pairs
@@ -29,6 +27,7 @@ from prep.places import open_bucket, place_of, read_bytes
 from prep.scan import scan
 from schemas.console import log
 from schemas.errors import UserError
+from schemas.fetch import open_url
 from schemas.freshness import read_pairs
 from schemas.rows import ImageRow
 from schemas.summaries import as_json
@@ -41,7 +40,7 @@ SECRET = "wJalrXUtnFEMI"
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Do not wait between attempts."""
-    monkeypatch.setattr(prep.fetch, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(schemas.fetch, "_PAUSE_S", 0.01)
 
 
 def project(folder, *datasets, **config):
@@ -586,95 +585,14 @@ def service():
     server.stop()
 
 
-class Wire:
-    """A wire to a service that counts what is asked over it, and can be cut."""
-
-    def __init__(self, port):
-        self.port, self.asked = port, Counter()
-        self.refusals = 0  # connections that are cut at once
-        self.breaks = 0  # answers that are cut in their middle
-        self.down = False
-        self._open = set()
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self):
-        while True:
-            try:
-                caller = self._server.accept()[0]
-            except OSError:
-                return
-            if self.down or self.refusals > 0:
-                self.refusals -= 1
-                caller.close()
-                continue
-            there = socket.create_connection(("127.0.0.1", self.port))
-            self._open |= {caller, there}
-            for pair in ((caller, there, True), (there, caller, False)):
-                self._threads.append(threading.Thread(target=self._pass, args=pair))
-                self._threads[-1].start()
-
-    def _pass(self, source, sink, asks):
-        try:
-            while data := source.recv(1 << 20):
-                if self.down:
-                    break
-                if asks:
-                    self.asked.update(f"{verb.decode()} {path.decode()}" for verb, path in
-                                      re.findall(rb"(GET|HEAD|PUT) /(\S*) HTTP", data))  # fmt: skip
-                elif self.breaks > 0 and b"IEND" in data:
-                    self.breaks -= 1
-                    sink.sendall(data[:-20])
-                    break
-                sink.sendall(data)
-        except OSError:
-            pass
-        for one in (source, sink):
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-
-    def bodies(self):
-        """Return how often each object was transferred since the last call."""
-        got = Counter({path: count for path, count in self.asked.items()
-                       if path.startswith("GET ") and "list-type" not in path})  # fmt: skip
-        self.asked.clear()
-        return got
-
-    def close(self):
-        self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
-        for one in self._open:
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for one in self._open:
-            one.close()
-
-
 @pytest.fixture
 def wire(service):
     """A wire to the service; the sessions over it are closed with it."""
     wire = Wire(service)
     yield wire
-    open_bucket.cache_clear()
+    open_url.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     wire.close()
-
-
-def put(wire, path, body=b""):
-    """Upload an object, or make a bucket."""
-    connection = http.client.HTTPConnection("127.0.0.1", wire.port)
-    connection.request(
-        "PUT",
-        quote(path),
-        body,
-        {"Authorization": "AWS4-HMAC-SHA256 Credential=AKIAEXAMPLE/20260101/us-east-1/s3/aws4"},
-    )
-    assert connection.getresponse().status == 200
-    connection.close()
 
 
 def remote(folder, wire, bucket, files, **options):

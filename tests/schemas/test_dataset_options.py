@@ -258,6 +258,7 @@ INACTIVE = [
     ({**LOCAL, "csv_file": "a.csv"}, "csv_file has no effect: it is for type 'csv'"),
     ({**LOCAL, "csv_url_column": "link"}, "csv_url_column has no effect: it is for type 'csv'"),
     ({**HUB, "aws_bucket_name": "a"}, "aws_bucket_name has no effect: it is for type 'aws'"),
+    ({**LOCAL, "cache_dir_vae": "s3://a/b", "aws_bucket_name": "a"}, "aws_bucket_name has no effect: it is for type 'aws'"),
     ({**LOCAL, "dataset_name": "a/b"}, "dataset_name has no effect: it is for type 'huggingface'"),
     ({**LOCAL, "split": "train"}, "split has no effect: it is for type 'huggingface'"),
     ({**LIST, "huggingface": {"image_column": "a"}}, "image_column has no effect: it is for type 'huggingface'"),
