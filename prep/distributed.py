@@ -75,7 +75,8 @@ class Encoder:
             ray.wait(list(pixels), num_returns=len(pixels), timeout=0)  # has those of other nodes sent here
         made = [map(_fetched, pixels)] if pixels else []
         try:
-            yield from self._encoder.work(unit, *made)
+            for part in self._encoder.work(unit, *made):  # noqa: UP028 - Ray sends values in, which lists do not take
+                yield part
         except UserError as fault:
             raise UserError(f"node {self._node}: {fault}") from None
 
