@@ -6,9 +6,11 @@ counts; an actor that dies costs its unit, which another does again. Ray is load
 
 import importlib.util
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -123,7 +125,7 @@ class OnRay:
         if (address or os.environ.get("RAY_ADDRESS", "")).startswith("ray://"):
             raise UserError("ray:// is not supported; run the command on a node of the cluster, with --address auto")
         self._project, self._address = project, address
-        self._mine = False  # the connection to the cluster
+        self._open = ExitStack()  # holds the connection to the cluster, if it is ours
         self._members: list[_Member] = []
         self._since = self._staffed = 0.0  # when the first actors were asked for, and when it was looked last
         self._told = False  # that none has started yet
@@ -137,9 +139,7 @@ class OnRay:
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
         self.release()
-        if self._mine:
-            _ray().shutdown()
-            self._mine = False
+        self._open.close()
 
     def latents(self, checkpoint: Path, units: Iterator[Unit]) -> Iterator[Part]:
         """Encode units of pictures."""
@@ -177,6 +177,7 @@ class OnRay:
             yield from self._listen(waiting)
 
     def _connect(self) -> None:
+        _check_reachable(self._address or os.environ.get("RAY_ADDRESS", ""))
         ray = _ray()
         if ray.is_initialized():
             return
@@ -189,11 +190,11 @@ class OnRay:
                 runtime_env={"env_vars": _THREADS},
             )
         except (ConnectionError, TimeoutError, ValueError, RuntimeError) as fault:
-            where = self._address or os.environ.get("RAY_ADDRESS") or "this machine"
-            raise UserError(
-                f"no Ray cluster at {where}: {_first_line(fault)}; start one with ray start --head"
-            ) from None
-        self._mine = True
+            raise _no_cluster(self._address or "this machine", fault) from None
+        # Whatever it is told, Ray prints on stdout that a process died; the closing report must be alone there.
+        nothing = self._open.enter_context(Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - the stack closes it
+        self._open.enter_context(redirect_stdout(nothing))
+        self._open.callback(ray.shutdown)
 
     def _prepared(self, task: _Task) -> _Task:
         """Have the pictures of a unit decoded."""
@@ -298,6 +299,20 @@ class OnRay:
         if late and not self._told and not any(member.task for member in self._members):
             log.info("waiting for the Ray cluster to start an encoder; ray status shows what it is busy with")
             self._told = True
+
+
+def _check_reachable(address: str) -> None:
+    """Raise UserError if nobody listens at host:port: Ray would wait a minute, then end the process by itself."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as fault:
+            raise _no_cluster(address, fault) from None
+
+
+def _no_cluster(address: str, fault: Exception) -> UserError:
+    return UserError(f"no Ray cluster at {address}: {_first_line(fault)}; start one there with: ray start --head")
 
 
 def _ray() -> Any:
