@@ -25,11 +25,14 @@ def family_of(project: Project) -> Family:
 
 
 def default_device() -> torch.device:
-    """Return the accelerator where there is one, of several processes of torchrun each its own, else the CPU."""
+    """Return this process's accelerator where there is one, else the CPU.
+
+    Of several processes on one machine each has its own if torchrun, or another starter, tells it its LOCAL_RANK.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    rank = os.environ.get("LOCAL_RANK")
-    return torch.device("cuda" if rank is None else f"cuda:{rank}")
+    rank = os.environ.get("LOCAL_RANK", "")
+    return torch.device("cuda", int(rank) % torch.cuda.device_count()) if rank.isdecimal() else torch.device("cuda")
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -27,7 +27,7 @@ from schemas.console import Progress, log, progress
 from schemas.errors import UserError
 from schemas.keys import text_keys
 from schemas.project import Project
-from schemas.shards import ShardIndex
+from schemas.shards import REJECTS, ShardIndex
 from schemas.stores import Store
 from schemas.summaries import CacheSummary, StoreSummary
 
@@ -52,10 +52,22 @@ def share_of(index: int | None, count: int | None) -> Share:
     if (index is None) != (count is None):
         raise UserError("--num-shards and --shard-index go together")
     if index is None or count is None:
-        count, index = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        count, index = _numbered("WORLD_SIZE", 1), _numbered("RANK", 0)
+        if ("WORLD_SIZE" in os.environ) != ("RANK" in os.environ):
+            raise UserError(
+                "of the variables WORLD_SIZE and RANK, which torchrun sets, only one is there; "
+                "unset it, or say --num-shards and --shard-index"
+            )
     if not 0 <= index < count:
         raise UserError(f"--shard-index {index} is not one of {count} shards, which count from 0")
     return Share(index, count)
+
+
+def _numbered(variable: str, default: int) -> int:
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal():
+        raise UserError(f"the variable {variable}={value!r} is no number; --num-shards and --shard-index go before it")
+    return int(value)
 
 
 class Engine(Protocol):
@@ -317,6 +329,8 @@ class _Left:
         for span in list(self.pending.values()):
             if span.name in self._mine or not self._leases.take(store, span.name):
                 continue
+            if span.folder:
+                self.work.index.refresh(REJECTS)
             self.work.index.refresh(span.folder)
             rows = [int(n) for n in span.rows if int(n) in self._wanted]
             todo = [n for n in rows if not self._there(n)]

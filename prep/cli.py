@@ -4,13 +4,18 @@ Stages are imported inside their commands, so that `prep --help` answers at once
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from schemas.console import report, reporting, warn
+
+if TYPE_CHECKING:
+    from prep.cache import Engine
+    from schemas.project import Project
 
 app = typer.Typer(
     name="prep",
@@ -151,7 +156,13 @@ def pairs(
         report(summary, json)
 
 
-@app.command(short_help="Encode images and prompts.", epilog="Example:  prep cache my-project --dry-run")
+@app.command(
+    short_help="Encode images and prompts.",
+    epilog="Examples:  prep cache my-project --dry-run;  "
+    "torchrun --nproc-per-node 8 --no-python prep cache my-project;  "
+    "prep cache my-project --num-shards 16 --shard-index $SLURM_ARRAY_TASK_ID;  "
+    "prep cache my-project --engine ray --address auto",
+)
 def cache(
     project: ProjectPath,
     workspace: Workspace = None,
@@ -167,26 +178,75 @@ def cache(
     repair: Annotated[
         bool, typer.Option("--repair", help="With --verify: take out what is bad, and encode it again.")
     ] = False,
+    num_shards: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Cut the work into N shares, the same in every process, and do one.  [default: WORLD_SIZE, or 1]",
+        ),
+    ] = None,
+    shard_index: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="I", help="Which of the shares, counted from 0.  [default: RANK, or 0]"),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="Who encodes: local, this machine; ray, the nodes of a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Of the Ray cluster.  [default: RAY_ADDRESS, or the one that runs here, or one is started]",
+        ),
+    ] = None,
 ) -> None:
-    """Encode images and prompts into shards: WORKSPACE/cache/latents and WORKSPACE/cache/text."""
+    """Encode images and prompts into shards: WORKSPACE/cache/latents and WORKSPACE/cache/text.
+
+    Several such commands, here or on machines that share the workspace, divide the work between them.
+    """
     with reporting():
         from families import open_project
         from prep.cache import cache as run
+        from prep.cache import share_of
         from prep.upkeep import verify as check
 
         if repair and not verify:
             raise typer.BadParameter("--repair goes with --verify")
+        _check_engine(engine, address, workers)
+        share = share_of(shard_index, num_shards)
         opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=not verify)
         warn(opened.warnings)
         if verify:
             found = check(opened, repair=repair)
             if repair:
-                found = replace(found, encoded=run(opened, workers=workers))
+                with _engine(opened, engine, address) as made:
+                    found = replace(found, encoded=run(opened, workers=workers, share=share, engine=made))
             report(found, json)
             if found.faults and not repair:
                 raise SystemExit(1)
         else:
-            report(run(opened, limit=limit, workers=workers, dry_run=dry_run), json)
+            with _engine(opened, engine, address) as made:
+                summary = run(opened, limit=limit, workers=workers, dry_run=dry_run, share=share, engine=made)
+            report(summary, json)
+
+
+def _check_engine(engine: str, address: str | None, workers: int | None) -> None:
+    if engine not in ("local", "ray"):
+        raise typer.BadParameter(f"--engine {engine} is neither local nor ray")
+    if engine == "local" and address is not None:
+        raise typer.BadParameter("--address is that of a Ray cluster; say --engine ray too")
+    if engine == "ray" and workers is not None:
+        raise typer.BadParameter("--workers is of --engine local; a Ray cluster decodes on all its cores")
+
+
+def _engine(project: "Project", engine: str, address: str | None) -> "AbstractContextManager[Engine | None]":
+    """Return the engine that was asked for; None is the one that `cache` has by itself."""
+    if engine == "local":
+        return nullcontext()
+    from prep.distributed import OnRay
+
+    return OnRay(project, address)
 
 
 @app.command(

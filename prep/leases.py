@@ -10,6 +10,8 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from threading import Event, Lock, Thread
 from types import TracebackType
 from uuid import uuid4
@@ -20,6 +22,7 @@ from schemas.stores import Store
 
 EXPIRY_S = 60.0
 _BEAT_S = 10.0  # between signs of life
+_SETTLE_S = 0.2  # between taking over a dead lease and looking whether another did at the same moment
 _FOLDER = "leases"
 
 
@@ -43,8 +46,7 @@ class Leases:
         if self._thread is not None:
             self._thread.join()
         for store, unit in list(self._held):
-            with suppress(UserError):
-                self.release(store, unit)
+            self.release(store, unit)
 
     def take(self, store: Store, unit: str) -> bool:
         """Take a unit unless another holds it; tell whether it is ours now."""
@@ -61,12 +63,15 @@ class Leases:
         if not _is_gone(said) and self._clock() - before[1] < self._expiry_s:
             return False
         store.replace(name, self._says())
+        time.sleep(_SETTLE_S)
+        if not self._is_mine(store.read(name)):
+            return False
         self._hold(store, unit)
         return True
 
     def release(self, store: Store, unit: str) -> None:
-        """Give a unit back: it is done, or left."""
-        with self._lock:
+        """Give a unit back: it is done, or left. One that cannot be given back dies for want of signs of life."""
+        with self._lock, suppress(UserError, OSError):
             self._held.pop((store, unit), None)
             name = f"{_FOLDER}/{unit}"
             if self._is_mine(store.read(name)):
@@ -83,15 +88,16 @@ class Leases:
     def _beat(self) -> None:
         """Keep what is held alive; what another took over is left to it."""
         while not self._done.wait(min(_BEAT_S, self._expiry_s / 3)):
-            with self._lock, suppress(UserError, OSError):
-                self._beats += 1
-                for store, unit in list(self._held):
+            self._beats += 1
+            for store, unit in list(self._held):
+                with self._lock, suppress(UserError, OSError):
                     name = f"{_FOLDER}/{unit}"
-                    if self._is_mine(store.read(name)):
+                    if (store, unit) in self._held and self._is_mine(store.read(name)):
                         store.replace(name, self._says())
 
     def _says(self) -> bytes:
-        return json.dumps({"holder": self._me, "host": HOST, "process": os.getpid(), "beat": self._beats}).encode()
+        mine = {"holder": self._me, "machine": _machine(), "process": os.getpid(), "beat": self._beats}
+        return json.dumps(mine).encode()
 
     def _is_mine(self, said: bytes | None) -> bool:
         return said is not None and self._me.encode() in said
@@ -101,6 +107,19 @@ def _is_gone(said: bytes) -> bool:
     """Tell a lease whose process ended on this machine without giving it back."""
     try:
         holder = json.loads(said)
-        return bool(holder["host"] == HOST and not runs(int(holder["process"])))
+        return bool(holder["machine"] == _machine() and not runs(int(holder["process"])))
     except (ValueError, KeyError, TypeError):
         return False  # half written: it changes, or dies
+
+
+@cache
+def _machine() -> str:
+    """Name what a process's number counts in: this machine since its start, or a container of it.
+
+    Its name alone will not do: containers and freshly installed machines are often called alike.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{HOST} {boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return HOST

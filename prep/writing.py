@@ -5,6 +5,7 @@ A killed run loses the open group; what was written is whole, and found again by
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -66,7 +67,8 @@ class Writer:
         self._send()
         landed += self._land()
         if len(self._names) > 1:
-            rewrite(self._folder, self._names)
+            with suppress(FileNotFoundError):  # another encodes the same unit, and merged them first
+                rewrite(self._folder, self._names)
         if rejected:
             write_rejects(self._unit.store, [RejectRow(key, reason) for key, reason in sorted(rejected.items())])
         return [*landed, Part(self._unit.name, rejected=rejected, unsettled=unsettled, last=True)]

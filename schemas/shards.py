@@ -163,24 +163,35 @@ class ShardIndex:
 
     def refresh(self, below: str = "") -> None:
         """Look for what was written or removed since, everywhere or in one folder; raises UserError if damaged."""
-        found = self.store.files(below)
-        known = {name for name in (*self.headers, *self._rejected) if not below or name.startswith(f"{below}/")}
-        self._take_in([name for name in found if name not in known])
-        if gone := known - found.keys():
-            self.forget(gone)
+        whole = False
+        while not whole:  # what vanished after it was listed was merged with others, into a file to be found
+            found = self.store.files(below)
+            known = {name for name in (*self.headers, *self._rejected) if not below or name.startswith(f"{below}/")}
+            whole = self._take_in([name for name in found if name not in known])
+            if gone := known - found.keys():
+                self.forget(gone)
 
-    def _take_in(self, names: Sequence[str]) -> None:
-        for name in names:
-            if name.split("/")[-2:-1] == [REJECTS]:
+    def _take_in(self, names: Sequence[str]) -> bool:
+        """Read what files hold; tell whether all of them were still there."""
+        whole = True
+        rejects = [name for name in names if name.split("/")[-2:-1] == [REJECTS]]
+        for name in rejects:
+            try:
                 self.rejects |= {record["key"]: record["reject"] for record in _records(self.store, name)}
                 self._rejected.add(name)
-        shards = [name for name in names if name not in self._rejected]
-        for name, footer in self.store.footers(shards):
-            header, keys = _header(self.store, name, footer)
+            except FileNotFoundError:
+                whole = False
+        for name, footer in self.store.footers([name for name in names if name not in rejects]):
+            try:
+                header, keys = _header(self.store, name, footer)
+            except FileNotFoundError:
+                whole = False
+                continue
             self.headers[name] = header
             first = len(self._names) * _MOST_ROWS
             self._names.append(name)
             self._places.update(zip(keys, range(first, first + len(keys)), strict=True))
+        return whole
 
     def add(self, name: str) -> None:
         """Take in a shard that was just written."""
@@ -358,6 +369,7 @@ def rewrite(store: Store | Path, names: Sequence[str], drop: Collection[str] = (
     """Write the rows of some shards of one folder anew, each key once and in order, without those to drop.
 
     All have one header. Returns the names of what was written; the old files are removed once the new are there.
+    Raises FileNotFoundError, nothing done, if somebody else merged one of them meanwhile.
     """
     store = store_at(store)
     [folder] = {name.rpartition("/")[0] for name in names}
@@ -367,6 +379,8 @@ def rewrite(store: Store | Path, names: Sequence[str], drop: Collection[str] = (
         header, _ = _header(store, name, footer)
         try:
             tables.append(pq.ParquetFile(store.local(name)).read().replace_schema_metadata(None))
+        except FileNotFoundError:
+            raise
         except (pa.ArrowException, OSError) as fault:
             raise _damaged(store.where(name), fault) from fault
     assert header is not None, "there are shards"
@@ -403,7 +417,10 @@ def _finite(bits: Array) -> bool:
 
 
 def _header(store: Store, name: str, footer: Footer | Exception) -> tuple[ShardHeader, list[str]]:
-    """Read what a shard says of itself, and its keys; raises UserError if it is damaged or of another format."""
+    """Read what a shard says of itself, and its keys.
+
+    Raises UserError if it is damaged or of another format, FileNotFoundError if it is no more.
+    """
     where = store.where(name)
     try:
         if isinstance(footer, Exception):
@@ -418,6 +435,8 @@ def _header(store: Store, name: str, footer: Footer | Exception) -> tuple[ShardH
             if _name(keys) != name.rpartition("/")[2].removesuffix(".parquet"):
                 raise ValueError("its keys are not those it is named by")
             return header, keys
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError, KeyError, ValueError) as fault:
         raise _damaged(where, fault) from fault
     raise UserError(
@@ -429,6 +448,8 @@ def _header(store: Store, name: str, footer: Footer | Exception) -> tuple[ShardH
 def _records(store: Store, name: str) -> list[dict[str, Any]]:
     try:
         records: list[dict[str, Any]] = pq.ParquetFile(store.local(name)).read(["key", "reject"]).to_pylist()
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as fault:
         raise _damaged(store.where(name), fault) from fault
     return records
