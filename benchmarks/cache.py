@@ -335,10 +335,9 @@ def complete(folder):
     needed, images, rows = needed_of(opened), opened.family.image_encoder, 0
     key = image_encoder_key(opened, locate(opened, images))
     for pictures in needed.pictures(opened, {TARGETS: key, REFERENCES: key}):
-        sides = pictures.sizes()
-        for width, height in np.unique(sides, axis=0):
-            own = np.flatnonzero((sides == (width, height)).all(axis=1))
-            keys = sorted(pictures.keys[number] for number in own)
+        sides, which = pictures.sizes()
+        for number, (width, height) in enumerate(sides):
+            keys = sorted(pictures.keys[own] for own in np.flatnonzero(which == number))
             many_rows(pictures.store.folder, f"{width}x{height}", keys, {"latent": (16, 1, 1)})
         rows += len(pictures)
     key = text_encoder_key(opened, locate(opened, opened.family.text_encoders))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from families import Source, open_project
 from families.checkpoints import encoder_keys, here, image_encoder_key, locate, record_keys, text_encoder_key
@@ -127,7 +128,7 @@ class _Work:
     encoder: str
     keys: list[str]
     folders: Sequence[str]  # of each key
-    row_bytes: Sequence[int]  # of each key, before it is encoded
+    row_bytes: Sequence[int] | npt.NDArray[np.int64]  # of each key, before it is encoded
     item: Callable[[int], Picture | str]
     asked: int
     wanted: list[int] = field(default_factory=list)  # numbers of keys that are to be encoded
@@ -138,11 +139,8 @@ class _Work:
 
     def look(self, limit: int | None) -> None:
         """Find what is missing."""
-        index = self.index
-        missing = [n for n, key in enumerate(self.keys) if key not in index and key not in index.rejects]
-        self.reused = (
-            len(self.keys) - len(missing) - sum(key in index.rejects for key in self.keys) * bool(index.rejects)
-        )
+        missing, rejected = self.index.missing(self.keys)
+        self.reused = len(self.keys) - len(missing) - rejected
         self.wanted = missing[:limit]
 
     def take_in(self, part: Part) -> None:
@@ -224,12 +222,12 @@ class _Run:
         return works
 
     def _latent_work(self, pictures: Pictures) -> _Work:
-        sides = pictures.sizes()
-        folders = np.char.add(np.char.add(sides[:, 0].astype(str), "x"), sides[:, 1].astype(str))
+        sides, which = pictures.sizes()
+        folders = np.array([f"{width}x{height}" for width, height in sides], object)
         cells = (sides[:, 0] // self._sizes.scale) * (sides[:, 1] // self._sizes.scale)
         return _Work(
-            "latents", ShardIndex(pictures.store), pictures.encoder, pictures.keys, folders.tolist(),
-            (cells * self._sizes.per_cell).tolist(), pictures.picture, pictures.asked,
+            "latents", ShardIndex(pictures.store), pictures.encoder, pictures.keys, folders[which].tolist(),
+            (cells * self._sizes.per_cell)[which], pictures.picture, pictures.asked,
         )  # fmt: skip
 
     def text(self, needed: Needed) -> _Work:
