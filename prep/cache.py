@@ -21,7 +21,7 @@ from prep.leases import Leases
 from prep.needed import REFERENCES, TARGETS, Needed, Pictures, needed_of
 from prep.pixels import Picture, pixels_of
 from prep.planning.budget import Sizes, sizes_of
-from prep.pool import Crew, default_workers
+from prep.pool import Crew, ahead, default_workers
 from prep.units import Span, Unit, spans
 from prep.writing import Part
 from schemas.console import Progress, log, progress
@@ -33,6 +33,7 @@ from schemas.stores import Store
 from schemas.summaries import CacheSummary, StoreSummary
 
 _NOT_HERE = "(encoder not known yet)"  # in place of an encoder's key, in a dry run without a checkpoint
+_AHEAD = 8  # pictures per worker that wait for the encoder
 _POLL_S = 2.0  # between looks at what others encode
 
 
@@ -92,7 +93,7 @@ class Here:
                     yield picture
 
         self._crew = self._crew or Crew(self._workers, pixels_of)
-        made = (pixels for _, pixels in self._crew.each(pixels_of, pictures()))
+        made = ahead((pixels for _, pixels in self._crew.each(pixels_of, pictures())), _AHEAD * self._workers)
         for first in made:
             encoder = self._loaded("Latents", checkpoint)
             unit = taken.pop(0)

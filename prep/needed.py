@@ -92,7 +92,8 @@ def needed_of(project: Project) -> Needed:
     tables = {}
     for target in project.targets:
         rows = read_pair_columns(project, target, _PAIR)
-        tables[target.id] = rows.filter(pc.is_null(rows["reject"])).combine_chunks()
+        kept = rows["reject"].null_count == rows.num_rows  # of all: a copy less
+        tables[target.id] = rows if kept else rows.filter(pc.is_null(rows["reject"]))
     asked = list(chain.from_iterable(map(_prompts, tables.values())))
     distinct = pc.unique(pa.chunked_array(asked, pa.string())).to_pylist() if asked else []
     prompts = sorted({*distinct, *project.prompt_library.values(), ""})

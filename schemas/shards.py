@@ -246,14 +246,11 @@ class ShardIndex:
         does. Several threads may read at once, into arrays of their own. What is in memory is read first, while the
         disk brings the rest.
         """
-        found: dict[int, dict[str, Any]] = {}
-        for wait in (False, True):
-            for place, key in enumerate(keys):
-                own = {name: array[place] for name, array in arrays.items()}
-                row = None if place in found else self._fill(key, own, wait or len(keys) == 1)
-                if row is not None:
-                    found[place] = row
-        return [found[place] for place in range(len(keys))]
+        found = [self._fill(key, _at(place, arrays), len(keys) == 1) for place, key in enumerate(keys)]
+        for place, row in enumerate(found):
+            if row is None:
+                found[place] = self._fill(keys[place], _at(place, arrays), wait=True)
+        return [row for row in found if row is not None]
 
     def _fill(self, key: str, arrays: Mapping[str, Array], wait: bool) -> dict[str, Any] | None:
         """Read one row; None if the disk was asked for it instead, which happens unless told to wait."""
@@ -294,6 +291,10 @@ class ShardIndex:
         with self._lock:
             self._known.pop(name, None)
             self._open.pop(name, None)
+
+
+def _at(place: int, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: array[place] for name, array in arrays.items()}
 
 
 def _keep(kept: OrderedDict[str, Any], name: str, value: object, most: int) -> None:
