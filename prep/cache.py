@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from families import Source, open_project
 from families.checkpoints import encoder_keys, here, image_encoder_keys, locate, record_keys, text_encoder_key
@@ -20,7 +21,7 @@ from prep.leases import Leases
 from prep.needed import REFERENCES, TARGETS, Needed, Pictures, needed_of
 from prep.pixels import Picture, pixels_of
 from prep.planning.budget import Sizes, sizes_of
-from prep.pool import Crew, default_workers
+from prep.pool import Crew, ahead, default_workers
 from prep.units import Span, Unit, spans
 from prep.writing import Part
 from schemas.console import Progress, log, progress
@@ -32,6 +33,7 @@ from schemas.stores import Store
 from schemas.summaries import CacheSummary, StoreSummary
 
 _NOT_HERE = "(encoder not known yet)"  # in place of an encoder's key, in a dry run without a checkpoint
+_AHEAD = 8  # pictures per worker that wait for the encoder
 _POLL_S = 2.0  # between looks at what others encode
 
 
@@ -103,7 +105,7 @@ class Here:
                     yield picture
 
         self._crew = self._crew or Crew(self._workers, pixels_of)
-        made = (pixels for _, pixels in self._crew.each(pixels_of, pictures()))
+        made = ahead((pixels for _, pixels in self._crew.each(pixels_of, pictures())), _AHEAD * self._workers)
         for first in made:
             encoder = self._loaded("Latents", checkpoint)
             unit = taken.pop(0)
@@ -139,7 +141,7 @@ class _Work:
     encoder: str
     keys: list[str]
     folders: Sequence[str]  # of each key
-    row_bytes: Sequence[int]  # of each key, before it is encoded
+    row_bytes: Sequence[int] | npt.NDArray[np.int64]  # of each key, before it is encoded
     item: Callable[[int], Picture | str]
     asked: int
     most_rows: int  # of one write
@@ -151,11 +153,8 @@ class _Work:
 
     def look(self, limit: int | None) -> None:
         """Find what is missing."""
-        index = self.index
-        missing = [n for n, key in enumerate(self.keys) if key not in index and key not in index.rejects]
-        self.reused = (
-            len(self.keys) - len(missing) - sum(key in index.rejects for key in self.keys) * bool(index.rejects)
-        )
+        missing, rejected = self.index.missing(self.keys)
+        self.reused = len(self.keys) - len(missing) - rejected
         self.wanted = missing[:limit]
 
     def take_in(self, part: Part) -> None:
@@ -242,12 +241,12 @@ class _Run:
 
     def _latent_work(self, pictures: Pictures, parts: int) -> _Work:
         """Describe a store's need; a row has the mean alone, or two parts, mean and deviation."""
-        sides = pictures.sizes()
-        folders = np.char.add(np.char.add(sides[:, 0].astype(str), "x"), sides[:, 1].astype(str))
+        sides, which = pictures.sizes()
+        folders = np.array([f"{width}x{height}" for width, height in sides], object)
         cells = (sides[:, 0] // self._sizes.scale) * (sides[:, 1] // self._sizes.scale)
         return _Work(
-            "latents", ShardIndex(pictures.store), pictures.encoder, pictures.keys, folders.tolist(),
-            (cells * self._sizes.per_cell * parts).tolist(), pictures.picture, pictures.asked,
+            "latents", ShardIndex(pictures.store), pictures.encoder, pictures.keys, folders[which].tolist(),
+            (cells * self._sizes.per_cell * parts)[which], pictures.picture, pictures.asked,
             min(self._project.dataset(name).write_batch_size for name in pictures.dataset_ids),
         )  # fmt: skip
 

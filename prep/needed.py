@@ -34,12 +34,14 @@ class Pictures:
     def __init__(self, project: Project, store: Store, encoder: str, rows: pa.Table) -> None:
         """`store` is that of the encoder; `rows` has the columns of `_PICTURE`."""
         self.store, self.encoder = store, encoder
-        first: dict[str, int] = {}
-        for number, key in enumerate(latent_keys(encoder, _ingredients(rows))):
-            first.setdefault(key, number)
-        self.keys = list(first)
         self.asked = rows.num_rows  # places in the pair tables that ask for one of them
-        self.rows = rows if len(first) == rows.num_rows else rows.take(pa.array(first.values(), pa.int64()))
+        keys = list(latent_keys(encoder, _ingredients(rows)))
+        distinct = dict.fromkeys(keys)
+        if len(distinct) < len(keys):
+            first = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True))
+            rows = rows.take(pa.array([first[key] for key in distinct], pa.int64()))
+            keys = list(distinct)
+        self.keys, self.rows = keys, rows
         self._project = project
         self._place = cache(self._place_of)
 
@@ -61,10 +63,11 @@ class Pictures:
     def _place_of(self, dataset_id: str) -> Place:
         return place_of(self._project, self._project.dataset(dataset_id))
 
-    def sizes(self) -> npt.NDArray[np.int64]:
-        """Return width and height of each in pixels, one row each."""
-        columns = (self.rows["target_width"], self.rows["target_height"])
-        return np.stack([column.to_numpy() for column in columns], axis=1).astype(np.int64)
+    def sizes(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the sizes there are, a row of width and height in pixels each, and which of them each picture has."""
+        width, height = (self.rows[name].to_numpy().astype(np.int64) for name in ("target_width", "target_height"))
+        distinct, which = np.unique(width << 32 | height, return_inverse=True)
+        return np.stack([distinct >> 32, distinct & 0xFFFFFFFF], axis=1), which
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,8 @@ def needed_of(project: Project) -> Needed:
     tables = {}
     for target in project.targets:
         rows = read_pair_columns(project, target, _PAIR)
-        tables[target.id] = rows.filter(pc.is_null(rows["reject"])).combine_chunks()
+        kept = rows["reject"].null_count == rows.num_rows  # of all: a copy less
+        tables[target.id] = rows if kept else rows.filter(pc.is_null(rows["reject"]))
     asked = list(chain.from_iterable(map(_prompts, tables.values())))
     distinct = pc.unique(pa.chunked_array(asked, pa.string())).to_pylist() if asked else []
     prompts = sorted({*distinct, *project.prompt_library.values(), ""})

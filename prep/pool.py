@@ -10,11 +10,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import multiprocess
 from multiprocess import resource_tracker
@@ -53,6 +55,26 @@ def each(
     """Yield (item, result) in the order of `items`, worked on ahead by a crew of its own: see `Crew.each`."""
     with Crew(workers, task) as crew:
         yield from crew.each(task, items, limit_s)
+
+
+def ahead(items: Generator[ItemT, None, None], most: int) -> Iterator[ItemT]:
+    """Yield items that a thread asks for, up to `most` of them before they are wanted here.
+
+    So a crew is kept at work by a caller that is busy with what it got.
+    """
+    end = object()
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            asked = deque(thread.submit(next, items, end) for _ in range(most))
+            try:
+                while (item := asked.popleft().result()) is not end:
+                    asked.append(thread.submit(next, items, end))
+                    yield cast(ItemT, item)
+            finally:
+                for one in asked:
+                    one.cancel()
+    finally:
+        items.close()
 
 
 class Crew:

@@ -6,7 +6,7 @@ A new key is a function here that names its ingredients; change what goes in and
 import json
 import json.encoder
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import xxhash
@@ -20,6 +20,7 @@ CACHE_VERSION = 3
 PIXEL_POLICY = "exif-oriented/icc-to-srgb/alpha-on-white/rgb8/vips-lanczos3"
 
 _CHUNK = 1 << 20
+_FRAMINGS = 1 << 16  # ways to frame and degrade an image that are spelled once
 
 
 def content_id(data: bytes) -> str:
@@ -98,11 +99,15 @@ def latent_keys(
 ) -> Iterator[str]:
     """Yield `latent_key` of many images (id, geometry, view, recipe, seed), at a fraction of the time."""
     head = canonical(["latent", CACHE_VERSION, encoder])[:-1]
-    policy, spelled = canonical(PIXEL_POLICY), cache(canonical)  # views and recipes are few
+    policy, hashed = canonical(PIXEL_POLICY), xxhash.xxh3_128_hexdigest
+
+    @lru_cache(_FRAMINGS)
+    def framed(geometry: tuple[int, ...], view: str, recipe: str | None) -> str:
+        return f"{policy},{canonical(view)},{canonical(geometry)},{canonical(recipe)}"
+
     for image_id, geometry, view, recipe, seed in images:
-        box = ",".join(map(str, geometry))
-        made = f"{spelled(recipe)},{'null' if seed is None else seed}"
-        yield content_id(f'{head},"{image_id}",{policy},{spelled(view)},[{box}],{made}]'.encode())
+        drawn = "null" if seed is None else seed
+        yield hashed(f'{head},"{image_id}",{framed(geometry, view, recipe)},{drawn}]'.encode())
 
 
 def text_key(encoder: str, prompt: str) -> str:

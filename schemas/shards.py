@@ -34,6 +34,8 @@ GROUP_ROWS, GROUP_BYTES = 16, 8 << 20  # most of a row group: what a generic rea
 _LONGEST_HEADER = 128  # bytes of a page before its values
 _MOST_ROWS = 1 << 24  # of a shard
 _OPEN_FILES = 128
+_KNOWN_SHARDS = 1 << 14  # of which it is remembered where their rows lie: a few KB each
+_AT_ONCE = getattr(os, "RWF_NOWAIT", 0)  # read what is in memory, and no more
 
 Array = npt.NDArray[Any]  # unsigned bit patterns: NumPy has neither bfloat16 nor float8
 
@@ -151,7 +153,8 @@ class ShardIndex:
         self._names: list[str] = []
         self._places: dict[str, int] = {}  # file × _MOST_ROWS + row
         self._rejected: set[str] = set()  # names of files
-        self._open: OrderedDict[str, _Shard] = OrderedDict()
+        self._known: OrderedDict[str, _Shard] = OrderedDict()
+        self._open: OrderedDict[str, _File] = OrderedDict()
         self._lock = Lock()
         self.refresh()
 
@@ -203,13 +206,13 @@ class ShardIndex:
         numbers = {number for number, name in enumerate(self._names) if name in names and name in self.headers}
         for name in names:
             self.headers.pop(name, None)
-            with self._lock:
-                self._open.pop(name, None)
+            self._look_anew(name)
         lost = [key for key, place in self._places.items() if place // _MOST_ROWS in numbers]
         if lost or self._rejected & set(names):
             again = [*self.headers, *(self._rejected - set(names))]
             self.headers, self.rejects, self._names, self._places, self._rejected = {}, {}, [], {}, set()
             with self._lock:
+                self._known.clear()
                 self._open.clear()
             self._take_in(again)
 
@@ -227,6 +230,15 @@ class ShardIndex:
         """Return the header of the shard that holds `key`; raises KeyError."""
         return self.headers[self.place_of(key)[0]]
 
+    def missing(self, keys: Sequence[str]) -> tuple[list[int], int]:
+        """Return the numbers of keys that are neither here nor rejected, and how many are rejected."""
+        places, rejects = self._places, self.rejects
+        absent = [number for number, key in enumerate(keys) if key not in places]
+        if not rejects:
+            return absent, 0
+        missing = [number for number in absent if keys[number] not in rejects]
+        return missing, sum(key in rejects for key in keys)
+
     def read(self, key: str) -> dict[str, Any]:
         """Fetch one row: binary columns as bit patterns in their shape; raises KeyError, and UserError if damaged.
 
@@ -242,22 +254,31 @@ class ShardIndex:
         """Read rows of one shape into the rows of arrays, which may be reused; returns their other columns.
 
         `arrays` are as `ShardHeader.empty` makes them, contiguous; they may be views of pinned memory. Raises as `read`
-        does. Several threads may read at once, into arrays of their own.
+        does. Several threads may read at once, into arrays of their own. What is in memory is read first, while the
+        disk brings the rest.
         """
-        return [
-            self._fill(key, {name: array[place] for name, array in arrays.items()}) for place, key in enumerate(keys)
-        ]
+        found = [self._fill(key, _at(place, arrays), len(keys) == 1) for place, key in enumerate(keys)]
+        for place, row in enumerate(found):
+            if row is None:
+                found[place] = self._fill(keys[place], _at(place, arrays), wait=True)
+        return [row for row in found if row is not None]
 
-    def _fill(self, key: str, arrays: Mapping[str, Array]) -> dict[str, Any]:
+    def _fill(self, key: str, arrays: Mapping[str, Array], wait: bool) -> dict[str, Any] | None:
+        """Read one row; None if the disk was asked for it instead, which happens unless told to wait."""
+        name, _ = self.place_of(key)
         try:
-            name, row = self.place_of(key)
-            shard = self._shard(name)
-        except FileNotFoundError:  # somebody merged it with others
+            return self._row(key, arrays, wait)
+        except (FileNotFoundError, UserError):  # somebody merged it with others, or wrote it anew
+            self._look_anew(name)
             self.refresh()
-            name, row = self.place_of(key)
-            shard = self._shard(name)
-        shard.read_into(row, arrays)
-        rest = {column: values[row] for column, values in shard.rest.items()}
+            return self._row(key, arrays, wait)
+
+    def _row(self, key: str, arrays: Mapping[str, Array], wait: bool) -> dict[str, Any] | None:
+        name, row = self.place_of(key)
+        shard, file = self._shard(name)
+        if not shard.read_into(row, arrays, file, wait):
+            return None
+        rest = {column: values[row].as_py() for column, values in shard.rest.items()}
         if _sum(arrays.values()) != rest["checksum"]:
             raise UserError(
                 f"{self.store.where(name)}: row {row} ({key}) is damaged, its checksum differs; "
@@ -265,58 +286,98 @@ class ShardIndex:
             )
         return rest
 
-    def _shard(self, name: str) -> "_Shard":
-        """Return an opened shard; the ones used last stay open."""
+    def _shard(self, name: str) -> "tuple[_Shard, _File]":
+        """Return where rows of a shard lie, and its file; the ones used last stay known, and fewer of them open."""
         with self._lock:
-            shard = self._open.get(name)
-        made = shard or _Shard(self.store, name, self.headers[name])  # may fetch it: others read meanwhile
+            shard, file = self._known.get(name), self._open.get(name)
+        shard = shard or _Shard(self.store, name, self.headers[name])  # others read meanwhile
+        file = file or _File(shard.path)
         with self._lock:
-            shard = self._open.setdefault(name, made)
-            self._open.move_to_end(name)
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
-            return shard
+            _keep(self._known, name, shard, _KNOWN_SHARDS)
+            _keep(self._open, name, file, _OPEN_FILES)
+        return shard, file
+
+    def _look_anew(self, name: str) -> None:
+        """Forget where rows of a shard lie."""
+        with self._lock:
+            self._known.pop(name, None)
+            self._open.pop(name, None)
+
+
+def _at(place: int, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: array[place] for name, array in arrays.items()}
+
+
+def _keep(kept: OrderedDict[str, Any], name: str, value: object, most: int) -> None:
+    kept[name] = value
+    kept.move_to_end(name)
+    if len(kept) > most:
+        kept.popitem(last=False)
+
+
+class _File:
+    """A file that is open for as long as somebody has it."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+        finalize(self, os.close, self.number)
+
+    def read_into(self, buffer: memoryview, start: int, wait: bool) -> int:
+        """Fill a buffer from a place in the file; returns the bytes, fewer if the disk was only asked for them."""
+        if wait or not _AT_ONCE:
+            return os.preadv(self.number, [buffer], start)
+        try:
+            read = os.preadv(self.number, [buffer], start, _AT_ONCE)
+        except BlockingIOError:
+            read = 0
+        except OSError:  # the file system does not know the question
+            return os.preadv(self.number, [buffer], start)
+        if read < buffer.nbytes:
+            os.posix_fadvise(self.number, start, buffer.nbytes, os.POSIX_FADV_WILLNEED)
+        return read
 
 
 class _Shard:
-    """One file, opened: where each row's payload lies in it, and its other columns."""
+    """One file, looked into: where each row's payload lies in it, and its other columns."""
 
     def __init__(self, store: Store, name: str, header: ShardHeader) -> None:
         self._where, self._header = store.where(name), header
         try:
-            self._path = store.local(name)
-            self._file = os.open(self._path, os.O_RDONLY)
-            finalize(self, os.close, self._file)
-            parquet = pq.ParquetFile(self._path)
+            self.path = store.local(name)
+            parquet = pq.ParquetFile(self.path)
             metadata = parquet.metadata
             names = [metadata.schema.column(place).name for place in range(metadata.num_columns)]
             others = [one for one in names if one not in (*header.shapes, "key", "pooled")]
-            self.rest: dict[str, list[Any]] = parquet.read(others).to_pydict()
+            table = parquet.read(others, use_threads=False)
+            self.rest = {one: table[one].combine_chunks() for one in others}
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError, UnicodeDecodeError) as fault:
             raise _damaged(self._where, fault) from fault
         self._starts = {one: _starts(metadata, names.index(one), header.bytes_of(one)) for one in header.shapes}
 
-    def read_into(self, row: int, arrays: Mapping[str, Array]) -> None:
-        """Fill arrays with a row's payload."""
+    def read_into(self, row: int, arrays: Mapping[str, Array], file: _File, wait: bool = True) -> bool:
+        """Fill arrays with a row's payload; tell whether all of it was there, which it is if told to wait."""
         for name, array in arrays.items():
-            start = self._starts[name]
-            if start is None:
+            starts = self._starts[name]
+            if starts is None:
                 array[...] = self._by_arrow(row, name).reshape(array.shape)
-            elif os.preadv(self._file, [array.data.cast("B")], start[row]) != array.nbytes:
+            elif file.read_into(array.data.cast("B"), int(starts[row]), wait) != array.nbytes:
+                if not wait:
+                    return False
                 raise _damaged(self._where, OSError("cut short"))
+        return True
 
     def _by_arrow(self, row: int, name: str) -> Array:
         """Read a row of a file that somebody wrote otherwise."""
         try:
-            [value] = pq.ParquetFile(self._path).read([name]).column(name).slice(row, 1).to_pylist()
+            [value] = pq.ParquetFile(self.path).read([name]).column(name).slice(row, 1).to_pylist()
         except (pa.ArrowException, OSError, ValueError) as fault:
             raise _damaged(self._where, fault) from fault
         return np.frombuffer(value, self._header.bits(name))
 
 
-def _starts(metadata: Any, column: int, row_bytes: int) -> list[int] | None:
+def _starts(metadata: Any, column: int, row_bytes: int) -> npt.NDArray[np.int64] | None:
     """Return where each row of a payload column lies; None if that cannot be told from the file's footer.
 
     A page is a header, perhaps levels that say which values are null, and the values: they end where their column does.
@@ -330,7 +391,7 @@ def _starts(metadata: Any, column: int, row_bytes: int) -> list[int] | None:
             return None
         first = chunk.data_page_offset + before
         starts += range(first, first + rows * row_bytes, row_bytes)
-    return starts
+    return np.array(starts, np.int64)
 
 
 def _sum(arrays: Collection[Array]) -> int:
@@ -348,11 +409,12 @@ def faults_of(store: Store | Path, name: str) -> dict[str | None, str]:
         [(_, footer)] = store.footers([name])
         header, keys = _header(store, name, footer)
         shard = _Shard(store, name, header)
+        file = _File(shard.path)
         faults: dict[str | None, str] = {}
         for row, key in enumerate(keys):
             arrays = {column: array[0] for column, array in header.empty(1).items()}
-            shard.read_into(row, arrays)
-            if _sum(arrays.values()) != shard.rest["checksum"][row]:
+            shard.read_into(row, arrays, file)
+            if _sum(arrays.values()) != shard.rest["checksum"][row].as_py():
                 faults[key] = "damaged: its checksum differs"
             elif not all(map(_finite, arrays.values())):
                 faults[key] = "not finite"

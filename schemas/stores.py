@@ -90,7 +90,8 @@ class LocalStore:
     def footers(self, names: Sequence[str]) -> Iterator[tuple[str, Footer | Exception]]:
         for name in names:
             try:
-                yield name, pq.read_metadata(self.folder / name)
+                with pa.OSFile(str(self.folder / name)) as file:  # opened by name it takes twice the time
+                    yield name, pq.read_metadata(file)
             except (pa.ArrowException, OSError) as fault:
                 yield name, fault
 

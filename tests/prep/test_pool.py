@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prep.pool import Crash, each
+from prep.pool import Crash, ahead, each
 from schemas.errors import UserError
 
 
@@ -123,3 +123,42 @@ def test_arrays_come_through_shared_memory_whole_and_leave_nothing_there(tasks, 
                 assert (result["strided"] == range(0, 60000, 2)).all() and result["n"] == number
                 result["pixels"][0] = 1  # its own, and writable
     assert not (set(shared.iterdir()) - before if shared.is_dir() else set())
+
+
+def test_what_is_asked_for_ahead_comes_in_order_and_no_more_than_so_many_are_taken():
+    taken = []
+
+    def numbers():
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    stream = ahead(numbers(), 5)
+    assert next(stream) == 0
+    deadline = time.monotonic() + 10
+    while len(taken) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(taken) == 6  # the one that was yielded, and five that wait
+    assert list(stream) == list(range(1, 20))
+
+
+def test_a_fault_ahead_is_raised_in_its_place_and_a_caller_that_stops_ends_the_work():
+    closed = []
+
+    def failing():
+        try:
+            yield 1
+            yield 2
+            raise UserError("the third")
+        finally:
+            closed.append(True)
+
+    stream = ahead(failing(), 4)
+    assert [next(stream), next(stream)] == [1, 2]
+    with pytest.raises(UserError, match="the third"):
+        next(stream)
+    stream = ahead(failing(), 1)
+    next(stream)
+    stream.close()
+    assert closed == [True, True]

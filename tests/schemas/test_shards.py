@@ -1,4 +1,5 @@
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -288,3 +289,60 @@ def test_pandas_and_datasets_read_shards(tmp_path):
     assert pandas.read_parquet(path)["latent"][7] == latents[7].tobytes()
     loaded = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "hf"))
     assert loaded[7]["latent"] == latents[7].tobytes() and loaded[7]["key"] == "key7"
+
+
+def test_of_many_keys_the_missing_are_told_and_the_rejected_counted(tmp_path):
+    write_shard(tmp_path, HEADER, [latent_row(f"key{number}", numbers(16, 3, 5)) for number in range(3)])
+    assert ShardIndex(tmp_path).missing(["key0", "other", "key2"]) == ([1], 0)
+    write_rejects(tmp_path, [RejectRow("bad", "too large")])
+    index = ShardIndex(tmp_path)
+    assert index.missing(["bad", "key0", "other", "bad", "more"]) == ([2, 4], 2)
+
+
+def test_more_shards_are_read_than_may_stay_open_or_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_OPEN_FILES", 2)
+    monkeypatch.setattr(shards, "_KNOWN_SHARDS", 4)
+    latents = {f"key{number}": numbers(16, 3, 5, seed=number) for number in range(8)}
+    for key, latent in latents.items():
+        write_shard(tmp_path, HEADER, [latent_row(key, latent)])
+    index = ShardIndex(tmp_path)
+    arrays = HEADER.empty(8)
+    for _ in range(2):
+        index.fill(list(latents), arrays)
+        assert np.array_equal(arrays["latent"], np.stack(list(latents.values())))
+    assert (len(index._open), len(index._known)) == (2, 4)
+
+
+def test_a_shard_that_somebody_wrote_anew_is_read_as_it_is_now(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_OPEN_FILES", 1)
+    write_shard(tmp_path, HEADER, [latent_row("key", numbers(16, 3, 5))])
+    write_shard(tmp_path, HEADER, [latent_row("other", numbers(16, 3, 5, seed=1))])
+    index = ShardIndex(tmp_path)
+    index.read("key")
+    index.read("other")  # closes the first
+    write_shard(tmp_path, HEADER, [latent_row("key", numbers(16, 3, 5, seed=2))])
+    assert np.array_equal(index.read("key")["latent"], numbers(16, 3, 5, seed=2))
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="reads always wait")
+@pytest.mark.parametrize("answer", ["some", "none", "unknown"])
+def test_rows_that_are_not_in_memory_are_waited_for_after_those_that_are(tmp_path, monkeypatch, answer):
+    latents = {f"key{number}": numbers(16, 3, 5, seed=number) for number in range(3)}
+    write_shard(tmp_path, HEADER, [latent_row(key, latent) for key, latent in latents.items()])
+    preadv, asked, read = os.preadv, [], []
+
+    def cold(file, buffers, start, flags=0):
+        if flags == os.RWF_NOWAIT:
+            asked.append(start)
+            if answer == "some":
+                return preadv(file, [buffers[0][:10]], start)
+            raise BlockingIOError if answer == "none" else OSError(95, "not supported")
+        read.append(start)
+        return preadv(file, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", cold)
+    arrays = HEADER.empty(3)
+    rest = ShardIndex(tmp_path).fill(list(latents), arrays)
+    assert np.array_equal(arrays["latent"], np.stack(list(latents.values())))
+    assert [one["checksum"] for one in rest] == [checksum(latent.tobytes()) for latent in latents.values()]
+    assert len(asked) == len(read) == 3
