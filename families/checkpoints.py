@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -82,17 +83,39 @@ def _weights(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.glob("*.safetensors")) if not _VARIANT.search(file.name)]
 
 
-def image_encoder_key(project: Project, checkpoint: Path, *, remember: bool = True) -> str:
-    """Key the image encoder: its weights, the dtype it computes in, and that it stores the posterior's mode."""
+Description = dict[str, Any]  # what an encoder's numbers depend on, by name
+
+
+def describe_image_encoder(project: Project, checkpoint: Path, *, remember: bool = True) -> Description:
+    """Say what latents depend on besides the image: weights, dtype, and that the posterior's mode is stored."""
     weights = fingerprint(project, checkpoint, project.family.image_encoder, remember=remember)
-    return digest("image encoder", CACHE_VERSION, weights, project.trainer.vae_dtype, "mode")[:16]
+    return _described("image") | {"weights": weights, "dtype": project.trainer.vae_dtype, "posterior": "mode"}
+
+
+def describe_text_encoder(project: Project, checkpoint: Path, *, remember: bool = True) -> Description:
+    """Say what text embeds depend on besides the prompt: weights and tokenizers, lengths, dtype."""
+    weights = fingerprint(project, checkpoint, project.family.text_encoders, remember=remember)
+    settings = project.family.text_settings[project.flavour]
+    return _described("text") | {"weights": weights, "dtype": "bf16", **settings}
+
+
+def _described(kind: str) -> Description:
+    return {"encoder": kind, "cache_version": CACHE_VERSION}
+
+
+def key_of(description: Description) -> str:
+    """Key an encoder by its description."""
+    return digest(description)[:16]
+
+
+def image_encoder_key(project: Project, checkpoint: Path, *, remember: bool = True) -> str:
+    """Key the image encoder."""
+    return key_of(describe_image_encoder(project, checkpoint, remember=remember))
 
 
 def text_encoder_key(project: Project, checkpoint: Path, *, remember: bool = True) -> str:
-    """Key the text encoders: weights, tokenizers, lengths, and the dtype they compute in."""
-    weights = fingerprint(project, checkpoint, project.family.text_encoders, remember=remember)
-    settings = project.family.text_settings[project.flavour]
-    return digest("text encoder", CACHE_VERSION, weights, settings, "bf16")[:16]
+    """Key the text encoders."""
+    return key_of(describe_text_encoder(project, checkpoint, remember=remember))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from families import Source, open_project
-from families.checkpoints import encoder_keys, here, image_encoder_key, locate, record_keys, text_encoder_key
+from families.checkpoints import (
+    Description,
+    describe_image_encoder,
+    describe_text_encoder,
+    encoder_keys,
+    here,
+    key_of,
+    locate,
+    record_keys,
+)
 from prep.leases import Leases
 from prep.needed import REFERENCES, TARGETS, Needed, Pictures, needed_of
+from prep.noted import TEXT, announce, note
 from prep.pixels import Picture, pixels_of
 from prep.planning.budget import Sizes, sizes_of
 from prep.pool import Crew, default_workers
@@ -145,6 +155,12 @@ class _Work:
         )
         self.wanted = missing[:limit]
 
+    def is_whole(self) -> bool:
+        """Tell whether all is there by now, whoever made it."""
+        if self.wanted:
+            self.index.refresh()
+        return all(key in self.index or key in self.index.rejects for key in self.keys)
+
     def take_in(self, part: Part) -> None:
         """Note what reached the disk."""
         self.encoded += len(part.keys)
@@ -201,6 +217,8 @@ def cache(
             f"{len(run.unsettled)} images could not be used, all else is encoded; mend them and run prep scan, "
             f"prep pairs and prep cache again:\n{listed}"
         )
+    if not dry_run and limit is None and all(work.is_whole() for work in works):
+        note(project, run.said)
     summaries = tuple(work.summary() for work in works)
     return CacheSummary(summaries, project.warnings, time.monotonic() - start, dry_run)
 
@@ -212,13 +230,18 @@ class _Run:
         self._project, self._engine, self._share = project, engine, share
         self._limit, self._dry_run = limit, dry_run
         self._sizes: Sizes = sizes_of(project)
+        self.said: dict[str, Description] = {}  # of the encoders, by what they encode
         self.unsettled: dict[str, str] = {}  # files that may work another time, and why they did not
 
     def latents(self, needed: Needed) -> list[_Work]:
         """Encode what the latent stores lack."""
         project = self._project
         checkpoint = self._checkpoint(project.family.image_encoder)
-        key = image_encoder_key(project, checkpoint, remember=not self._dry_run) if checkpoint else _NOT_HERE
+        key = _NOT_HERE
+        if checkpoint is not None:
+            said = describe_image_encoder(project, checkpoint, remember=not self._dry_run)
+            self.said |= {TARGETS: said, REFERENCES: said}
+            key = key_of(said)
         works = [self._latent_work(one) for one in needed.pictures(project, {TARGETS: key, REFERENCES: key})]
         self._encode("encode images", "image", works, checkpoint, self._engine.latents)
         return works
@@ -236,7 +259,10 @@ class _Run:
         """Encode the prompts that the text store lacks."""
         project, prompts = self._project, needed.prompts
         checkpoint = self._checkpoint(project.family.text_encoders)
-        key = text_encoder_key(project, checkpoint, remember=not self._dry_run) if checkpoint else _NOT_HERE
+        key = _NOT_HERE
+        if checkpoint is not None:
+            self.said[TEXT] = describe_text_encoder(project, checkpoint, remember=not self._dry_run)
+            key = key_of(self.said[TEXT])
         sizes = [self._sizes.per_prompt] * len(prompts)
         index = ShardIndex(project.text_store / key)
         keys = list(text_keys(key, prompts))
@@ -259,7 +285,12 @@ class _Run:
         """Encode what stores lack, in turn."""
         for work in works:
             work.look(self._limit)
-        if self._dry_run or checkpoint is None or not any(work.wanted for work in works):
+        if self._dry_run or checkpoint is None:
+            return
+        said = {key_of(one): one for one in self.said.values()}
+        for work in works:
+            announce(self._project, work.index.store, said[work.encoder])
+        if not any(work.wanted for work in works):
             return
         try:
             for work in works:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from schemas.console import report, reporting, warn
+from schemas.summaries import VerifySummary
 
 app = typer.Typer(
     name="prep",
@@ -151,7 +152,11 @@ def pairs(
         report(summary, json)
 
 
-@app.command(short_help="Encode images and prompts.", epilog="Example:  prep cache my-project --dry-run")
+@app.command(
+    short_help="Encode images and prompts; look after what is encoded.",
+    epilog="Examples:  prep cache my-project --dry-run;  prep cache my-project --stats;  "
+    "prep cache my-project --explain photos/cat.jpg;  prep cache my-project --gc --also other-project --delete",
+)
 def cache(
     project: ProjectPath,
     workspace: Workspace = None,
@@ -161,32 +166,65 @@ def cache(
     dry_run: DryRun = False,
     limit: Limit = None,
     workers: Workers = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Check what is there instead: sums, shapes, finite numbers.")
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Instead, say what lies in the stores and how much of it is needed.")
     ] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SAMPLE",
+            help="Instead, say what is cached of one sample (its id, or its target's path), and what changed since.",
+        ),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Instead, check every row: sums, shapes, finite numbers; decode a few latents."),
+    ] = False,
+    decode: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="With --verify: how many.  [default: 4 if the checkpoint is here]"),
+    ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="With --verify: take out what is bad, and encode it again.")
     ] = False,
+    compact: Annotated[bool, typer.Option("--compact", help="Instead, merge many small shards into few.")] = False,
+    gc: Annotated[
+        bool, typer.Option("--gc", help="Instead, say which rows no pair table reaches; deletes nothing.")
+    ] = False,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PROJECT", help="With --gc: another project that uses these stores; repeatable."),
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="With --gc: delete those rows.")] = False,
 ) -> None:
     """Encode images and prompts into shards: WORKSPACE/cache/latents and WORKSPACE/cache/text."""
     with reporting():
         from families import open_project
         from prep.cache import cache as run
-        from prep.upkeep import verify as check
+        from prep.upkeep import modes
 
-        if repair and not verify:
-            raise typer.BadParameter("--repair goes with --verify")
-        opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=not verify)
+        limited = ["--limit"] if limit is not None else []
+        asked = modes.Asked(
+            verify, repair, decode, compact, stats, explain, gc, tuple(also or ()), delete, dry_run, limited
+        )
+        try:
+            mode = asked.mode
+        except ValueError as fault:
+            raise typer.BadParameter(str(fault)) from None
+        need_images = mode is None
+        opened = open_project(
+            project, root=root, workspace=workspace, overrides=settings or (), need_images=need_images
+        )
         warn(opened.warnings)
-        if verify:
-            found = check(opened, repair=repair)
-            if repair:
-                found = replace(found, encoded=run(opened, workers=workers))
-            report(found, json)
-            if found.faults and not repair:
-                raise SystemExit(1)
-        else:
+        if mode is None:
             report(run(opened, limit=limit, workers=workers, dry_run=dry_run), json)
+            return
+        found = modes.run(opened, asked)
+        if isinstance(found, VerifySummary) and repair:
+            found = replace(found, encoded=run(opened, workers=workers))
+        report(found, json)
+        if isinstance(found, VerifySummary) and found.faults and not repair:
+            raise SystemExit(1)
 
 
 @app.command(short_help="Say what is done, what is stale, what comes next.", epilog="Example:  prep status my-project")

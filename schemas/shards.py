@@ -9,6 +9,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from threading import Lock
@@ -91,6 +92,14 @@ def group_rows(row_bytes: int) -> int:
     return max(1, min(GROUP_ROWS, GROUP_BYTES // max(1, row_bytes)))
 
 
+def rebuilt(header: ShardHeader, read: Mapping[str, Any]) -> LatentRow | TextRow:
+    """Turn what `ShardIndex.read` gave back into a row."""
+    values: dict[str, Any] = {
+        name: value.tobytes() if isinstance(value, np.ndarray) else value for name, value in read.items()
+    }
+    return LatentRow(**values) if header.row == "LatentRow" else TextRow(**values)
+
+
 def write_shard(folder: Store | Path, header: ShardHeader, rows: Sequence[LatentRow] | Sequence[TextRow]) -> str:
     """Write rows of one shape as one shard, named by the keys it holds; returns its name in the folder.
 
@@ -114,7 +123,7 @@ def write_shard(folder: Store | Path, header: ShardHeader, rows: Sequence[Latent
 
 def _write(store: Store, header: ShardHeader, table: pa.Table) -> str:
     keys = table.column("key").to_pylist()
-    name = f"{_name(keys)}.parquet"
+    name = shard_name(keys)
     said = {"pairline.shard": json.dumps(asdict(header), sort_keys=True), "pairline.keys": json.dumps(keys)}
     with store.write(name) as path:
         pq.write_table(
@@ -129,8 +138,14 @@ def _write(store: Store, header: ShardHeader, table: pa.Table) -> str:
     return name
 
 
-def _name(keys: Sequence[str]) -> str:
-    return digest(list(keys))[:16]
+def shard_name(keys: Sequence[str]) -> str:
+    """Name the shard that holds these keys, in this order."""
+    return f"{digest(list(keys))[:16]}.parquet"
+
+
+def rows_of_shard(row_bytes: int) -> int:
+    """Return how many rows a full shard has."""
+    return max(1, SHARD_BYTES // max(1, row_bytes))
 
 
 def write_rejects(store: Store | Path, rows: Sequence[RejectRow]) -> str:
@@ -144,7 +159,8 @@ def write_rejects(store: Store | Path, rows: Sequence[RejectRow]) -> str:
 class ShardIndex:
     """All rows below one encoder's folder, by key. Opening reads the ends of files; `read` fetches one row."""
 
-    def __init__(self, store: Store | Path) -> None:
+    def __init__(self, store: Store | Path, names: Sequence[str] | None = None) -> None:
+        """Look at all that is there, or at some files alone."""
         self.store = store_at(store)
         self.headers: dict[str, ShardHeader] = {}  # by name of the shard
         self.rejects: dict[str, str] = {}
@@ -153,7 +169,10 @@ class ShardIndex:
         self._rejected: set[str] = set()  # names of files
         self._open: OrderedDict[str, _Shard] = OrderedDict()
         self._lock = Lock()
-        self.refresh()
+        if names is None:
+            self.refresh()
+        else:
+            self._take_in(names)
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -163,24 +182,36 @@ class ShardIndex:
 
     def refresh(self, below: str = "") -> None:
         """Look for what was written or removed since, everywhere or in one folder; raises UserError if damaged."""
+        while not self._looked(below):
+            pass
+
+    def _looked(self, below: str) -> bool:
+        """Look once; false if files went: what they held may lie in others that were not listed yet."""
         found = self.store.files(below)
         known = {name for name in (*self.headers, *self._rejected) if not below or name.startswith(f"{below}/")}
-        self._take_in([name for name in found if name not in known])
+        whole = self._take_in([name for name in found if name not in known])
         if gone := known - found.keys():
             self.forget(gone)
+        return whole and not gone
 
-    def _take_in(self, names: Sequence[str]) -> None:
+    def _take_in(self, names: Sequence[str]) -> bool:
+        whole = True
         for name in names:
             if name.split("/")[-2:-1] == [REJECTS]:
-                self.rejects |= {record["key"]: record["reject"] for record in _records(self.store, name)}
-                self._rejected.add(name)
+                with suppress(FileNotFoundError):  # told apart below
+                    self.rejects |= rejects_in(self.store, name)
+                    self._rejected.add(name)
         shards = [name for name in names if name not in self._rejected]
         for name, footer in self.store.footers(shards):
+            if isinstance(footer, FileNotFoundError):
+                whole = False
+                continue
             header, keys = _header(self.store, name, footer)
             self.headers[name] = header
             first = len(self._names) * _MOST_ROWS
             self._names.append(name)
             self._places.update(zip(keys, range(first, first + len(keys)), strict=True))
+        return whole
 
     def add(self, name: str) -> None:
         """Take in a shard that was just written."""
@@ -224,8 +255,13 @@ class ShardIndex:
         header = self.header_of(key)
         arrays = header.empty(1)
         [rest] = self.fill([key], arrays)
-        absent = {"pooled": None} if header.row == "TextRow" and "pooled" not in header.shapes else {}
-        return {"key": key, **rest, **absent, **{name: array[0] for name, array in arrays.items()}}
+        return _whole(header, key, rest, arrays)
+
+    def read_from(self, name: str, row: int, key: str) -> dict[str, Any]:
+        """Fetch a row, as `read` does, from a shard that is known to hold it, though others may hold it too."""
+        arrays = self.headers[name].empty(1)
+        rest = self._fill_from(name, row, key, {column: array[0] for column, array in arrays.items()})
+        return _whole(self.headers[name], key, rest, arrays)
 
     def fill(self, keys: Sequence[str], arrays: Mapping[str, Array]) -> list[dict[str, Any]]:
         """Read rows of one shape into the rows of arrays, which may be reused; returns their other columns.
@@ -239,12 +275,13 @@ class ShardIndex:
 
     def _fill(self, key: str, arrays: Mapping[str, Array]) -> dict[str, Any]:
         try:
-            name, row = self.place_of(key)
-            shard = self._shard(name)
+            return self._fill_from(*self.place_of(key), key, arrays)
         except FileNotFoundError:  # somebody merged it with others
             self.refresh()
-            name, row = self.place_of(key)
-            shard = self._shard(name)
+            return self._fill_from(*self.place_of(key), key, arrays)
+
+    def _fill_from(self, name: str, row: int, key: str, arrays: Mapping[str, Array]) -> dict[str, Any]:
+        shard = self._shard(name)
         shard.read_into(row, arrays)
         rest = {column: values[row] for column, values in shard.rest.items()}
         if _sum(arrays.values()) != rest["checksum"]:
@@ -265,6 +302,11 @@ class ShardIndex:
             else:
                 self._open.move_to_end(name)
             return shard
+
+
+def _whole(header: ShardHeader, key: str, rest: dict[str, Any], arrays: Mapping[str, Array]) -> dict[str, Any]:
+    absent = {"pooled": None} if header.row == "TextRow" and "pooled" not in header.shapes else {}
+    return {"key": key, **rest, **absent, **{name: array[0] for name, array in arrays.items()}}
 
 
 class _Shard:
@@ -372,7 +414,7 @@ def rewrite(store: Store | Path, names: Sequence[str], drop: Collection[str] = (
     keys = np.asarray(table.column("key").to_pylist(), object)
     _, first = np.unique(keys, return_index=True)
     kept = np.asarray([place for place in first if keys[place] not in drop], np.int64)
-    size = max(1, SHARD_BYTES // max(1, header.row_bytes))
+    size = rows_of_shard(header.row_bytes)
     within = store / folder if folder else store
     written = [
         _write(within, header, table.take(pa.array(kept[start : start + size])).combine_chunks())
@@ -385,11 +427,11 @@ def rewrite(store: Store | Path, names: Sequence[str], drop: Collection[str] = (
     return written
 
 
-def headers_of(store: Store, names: Sequence[str]) -> Iterator[tuple[str, ShardHeader, int]]:
-    """Yield (name, header, rows) of shards; raises UserError if one is damaged."""
+def headers_of(store: Store, names: Sequence[str]) -> Iterator[tuple[str, ShardHeader, list[str]]]:
+    """Yield (name, header, keys) of shards; raises UserError if one is damaged. What is gone by now is left out."""
     for name, footer in store.footers(names):
-        header, keys = _header(store, name, footer)
-        yield name, header, len(keys)
+        if not isinstance(footer, FileNotFoundError):
+            yield name, *_header(store, name, footer)
 
 
 def _finite(bits: Array) -> bool:
@@ -413,7 +455,7 @@ def _header(store: Store, name: str, footer: Footer | Exception) -> tuple[ShardH
             known = {one.name: values[one.name] for one in fields(ShardHeader)}
             header = ShardHeader(**known | {"shapes": shapes})
             keys = json.loads(metadata[b"pairline.keys"])
-            if _name(keys) != name.rpartition("/")[2].removesuffix(".parquet"):
+            if shard_name(keys) != name.rpartition("/")[2]:
                 raise ValueError("its keys are not those it is named by")
             return header, keys
     except (pa.ArrowException, OSError, KeyError, ValueError) as fault:
@@ -424,9 +466,16 @@ def _header(store: Store, name: str, footer: Footer | Exception) -> tuple[ShardH
     )
 
 
+def rejects_in(store: Store, name: str) -> dict[str, str]:
+    """Read one file of rejects: key -> reason; raises UserError if it is damaged, FileNotFoundError if it is gone."""
+    return {record["key"]: record["reject"] for record in _records(store, name)}
+
+
 def _records(store: Store, name: str) -> list[dict[str, Any]]:
     try:
         records: list[dict[str, Any]] = pq.ParquetFile(store.local(name)).read(["key", "reject"]).to_pylist()
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as fault:
         raise _damaged(store.where(name), fault) from fault
     return records

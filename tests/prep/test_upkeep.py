@@ -12,7 +12,7 @@ from prep.cache import cache
 from prep.cli import app
 from prep.pairs import pairs
 from prep.scan import scan
-from prep.upkeep import verify
+from prep.upkeep.verify import verify
 from schemas.shards import ShardHeader, ShardIndex, latent_row, write_shard
 
 MakeProject = Callable[..., Path]
