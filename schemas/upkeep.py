@@ -70,7 +70,7 @@ class StoreStats:
     size_bytes: int
     buckets: Mapping[str, int]  # "WxH" -> rows
     shards: int
-    small: int  # shards that are less than half full
+    small: int  # shards that are less than half full, and not alone in their bucket
     spare: int  # shards that --compact would spare
     rejects: int
     needed: int | None  # rows that this project needs; null if that is not known

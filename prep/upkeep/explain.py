@@ -92,7 +92,12 @@ def _fitting(asked: str, named: Mapping[str, object], paths: Mapping[str, Sequen
     if asked in paths:
         return list(paths[asked])
     ids = [one for one in named if one.startswith(asked) or one.endswith(asked)]
-    by_path = [one for path, own in paths.items() if path.startswith(asked) or path.endswith(asked) for one in own]
+    by_path = [
+        one
+        for path, own in paths.items()
+        if path.startswith(asked) or path.endswith(asked) or asked.endswith(f"/{path}")
+        for one in own
+    ]
     return list(dict.fromkeys([*ids, *by_path]))
 
 

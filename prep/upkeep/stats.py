@@ -46,18 +46,19 @@ def _text_folder(project: Project) -> Store:
 def _counted(kept: Kept, needed: Mapping[Store, frozenset[str]] | None) -> StoreStats:
     store, shards = kept.store, shards_of(kept.store)
     own = frozenset() if needed is None else needed.get(store, frozenset())
-    rows, reached, small = 0, 0, 0
+    rows, reached = 0, 0
     buckets: dict[str, int] = {}
-    kinds: dict[tuple[str, int], int] = {}  # folder and bytes of a row -> rows
+    kinds: dict[tuple[str, int], list[int]] = {}  # folder and bytes of a row -> rows of each shard
     for name, header, keys in headers_of(store, list(shards)):
-        folder, full = folder_of(name), rows_of_shard(header.row_bytes)
+        folder = folder_of(name)
         rows += len(keys)
         reached += sum(key in own for key in keys)
-        small += 2 * len(keys) < full
-        kinds[folder, header.row_bytes] = kinds.get((folder, header.row_bytes), 0) + len(keys)
+        kinds.setdefault((folder, header.row_bytes), []).append(len(keys))
         if folder:
             buckets[folder] = buckets.get(folder, 0) + len(keys)
-    least = sum(-(-count // rows_of_shard(row_bytes)) for (_, row_bytes), count in kinds.items())
+    full = [(rows_of_shard(row_bytes), counts) for (_, row_bytes), counts in kinds.items()]
+    least = sum(-(-sum(counts) // most) for most, counts in full)
+    small = sum(2 * count < most for most, counts in full if len(counts) > 1 for count in counts)
     return StoreStats(
         kind=kept.kind, folder=kept.root.where(), encoder=kept.encoder, description=kept.description(),
         current=None if needed is None else store in needed, rows=rows, size_bytes=sum(shards.values()),
