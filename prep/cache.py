@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from families import Source, open_project
 from families.checkpoints import (
@@ -136,8 +137,8 @@ class _Work:
     index: ShardIndex
     encoder: str
     keys: list[str]
-    folders: Sequence[str]  # of each key
-    row_bytes: Sequence[int]  # of each key, before it is encoded
+    folders: Sequence[str] | npt.NDArray[np.str_]  # of each key
+    row_bytes: Sequence[int] | npt.NDArray[np.int64]  # of each key, before it is encoded
     item: Callable[[int], Picture | str]
     asked: int
     wanted: list[int] = field(default_factory=list)  # numbers of keys that are to be encoded
@@ -251,8 +252,8 @@ class _Run:
         folders = np.char.add(np.char.add(sides[:, 0].astype(str), "x"), sides[:, 1].astype(str))
         cells = (sides[:, 0] // self._sizes.scale) * (sides[:, 1] // self._sizes.scale)
         return _Work(
-            "latents", ShardIndex(pictures.store), pictures.encoder, pictures.keys, folders.tolist(),
-            (cells * self._sizes.per_cell).tolist(), pictures.picture, pictures.asked,
+            "latents", ShardIndex(pictures.store), pictures.encoder, pictures.keys, folders,
+            cells * self._sizes.per_cell, pictures.picture, pictures.asked,
         )  # fmt: skip
 
     def text(self, needed: Needed) -> _Work:

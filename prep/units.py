@@ -40,7 +40,10 @@ class Span:
 
 
 def spans(
-    keys: Sequence[str], folders: Sequence[str], row_bytes: Sequence[int], missing: Iterable[int]
+    keys: Sequence[str],
+    folders: Sequence[str] | npt.NDArray[np.str_],
+    row_bytes: Sequence[int] | npt.NDArray[np.int64],
+    missing: Iterable[int],
 ) -> Iterator[Span]:
     """Yield the units that have missing rows, in order of folder and key.
 
