@@ -63,7 +63,7 @@ def test_what_is_compact_is_left_as_it_is(project: Path, small_shards: None) -> 
     times = {path: path.stat().st_mtime_ns for path in store.rglob("*.parquet")}
     summary = compact(project)
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*.parquet")} == times
-    assert not any(one.written for one in summary.stores) and "compact" in list(summary.lines())[0]
+    assert not any(one.written for one in summary.stores) and "compact" in next(iter(summary.lines()))
 
 
 def test_shards_that_were_merged_otherwise_are_the_same_bytes(tmp_path: Path, small_shards: None) -> None:
@@ -160,7 +160,7 @@ def test_where_somebody_works_nothing_is_touched(
         name: data for name, data in before.items() if name.startswith("latents")
     }
     assert [one.busy for one in summary.stores] == [True, False]
-    assert "somebody works there" in list(summary.lines())[0]
+    assert "somebody works there" in next(iter(summary.lines()))
     (store / LATENTS / "leases" / "unit").write_text(
         json.dumps({"holder": "x", "host": "another", "process": 1, "beat": 7})
     )
