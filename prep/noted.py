@@ -55,7 +55,7 @@ def descriptions(project: Project) -> dict[str, Description] | None:
 
 def announce(project: Project, store: Store, description: Description) -> None:
     """Say in an encoder's folder what the encoder is, and that this project uses it."""
-    user = {"project": str(project.config_path), "host": HOST}
+    user = {"project": str(project.config_path), "host": HOST, "store": store.where()}
     for name, said in ((DESCRIPTION, description), (f"{USERS}/{user_id(project)}.json", user)):
         spelled = json.dumps(said, indent=1, sort_keys=True).encode()
         with suppress(UserError):  # whether a store can be written is for rows to tell

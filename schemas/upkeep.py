@@ -48,7 +48,7 @@ class CompactSummary:
                 yield f"{store.kind}: {rows} in {many(store.shards, 'shard')}, compact: {store.folder}"
             else:
                 would = "would become" if self.dry_run else "became"
-                sizes = "" if self.dry_run else f", {sized(store.size_bytes)} {sized(store.size_bytes_after)}"
+                sizes = "" if self.dry_run else f", {sized(store.size_bytes)} → {sized(store.size_bytes_after)}"
                 yield (
                     f"{store.kind}: {rows}, {many(store.shards, 'shard')} {would} {store.shards_after}{sizes}: "
                     f"{store.folder}"

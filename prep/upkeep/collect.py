@@ -6,7 +6,7 @@ it: a store that two projects reach by different paths loses nothing that either
 
 import json
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,11 +67,17 @@ def _reached(project: Project) -> Iterator[str]:
 
 
 def _unnamed(store: Store, named: Sequence[Project]) -> Iterator[tuple[str, str]]:
-    """Yield other projects that noted that they use a store, unless they are gone, and where they did."""
-    for name in set(store.names(USERS)) - {f"{user_id(one)}.json" for one in named}:
+    """Yield other projects that noted that they use a store, and where they did."""
+    for name in sorted(set(store.names(USERS)) - {f"{user_id(one)}.json" for one in named}):
         said = json.loads(store.read(f"{USERS}/{name}") or b"{}")
-        if said and (said["host"] != HOST or Path(said["project"]).exists()):
+        if said and (said["host"] != HOST or _uses(said, store)):
             yield said["project"], store.where(f"{USERS}/{name}")
+
+
+def _uses(said: Mapping[str, str], store: Store) -> bool:
+    """Tell a project of this machine that is there and means this store, not one that this is a copy of."""
+    same = Path(said["store"]).resolve() == Path(store.where()).resolve()
+    return same and Path(said["project"]).exists()
 
 
 @dataclass(slots=True)

@@ -57,10 +57,8 @@ def shared_once(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> 
 
 @pytest.fixture
 def sharing(shared_once: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Copies of them, that use no other's store."""
+    """Copies of them and of their store, which the originals do not use."""
     both = Path(shutil.copytree(shared_once, tmp_path / "both"))
-    for users in both.rglob("users"):
-        shutil.rmtree(users)
     for folder in (both / "first", both / "second"):
         scan(folder), pairs(folder), cache(folder)
     return both / "first", both / "second"
