@@ -154,7 +154,7 @@ def pairs(
 
 @app.command(
     short_help="Encode images and prompts; look after what is encoded.",
-    epilog="Examples:  prep cache my-project --dry-run;  prep cache my-project --stats;  "
+    epilog="Example:  prep cache my-project --dry-run.  Upkeep:  prep cache my-project --stats;  "
     "prep cache my-project --explain photos/cat.jpg;  prep cache my-project --gc --also other-project --delete",
 )
 def cache(
