@@ -127,6 +127,8 @@ def formats_page() -> str:
         ("Geometry", "a `geometry`", rows.Geometry),
         ("LatentRow", "&lt;store&gt;/&lt;encoder key&gt;/&lt;W&gt;x&lt;H&gt;/*.parquet", rows.LatentRow),
         ("TextRow", "&lt;store&gt;/&lt;encoder key&gt;/*.parquet", rows.TextRow),
+        ("NotedRow", "cache/noted/&lt;dataset id&gt;.parquet", rows.NotedRow),
+        ("NotedReference", "an element of its `references`", rows.NotedReference),
         ("RejectRow", "&lt;store&gt;/&lt;encoder key&gt;/rejects/*.parquet", rows.RejectRow),
     ]
     parts = [MADE, "# Files\n", _WORKSPACE, _READING]
@@ -157,6 +159,10 @@ references/<2 digits of key>/<key>.png          generated references (storage: f
 cache/latents/<encoder key>/<W>x<H>/*.parquet   LatentRow   one bucket per shard
 cache/latents/<encoder key>/rejects/*.parquet   RejectRow   images that cannot be encoded, and why
 cache/text/<encoder key>/*.parquet              TextRow     one per distinct prompt
+cache/<kind>/<encoder key>/encoder.json         what the encoder is: its key is the hash of what this says
+cache/<kind>/<encoder key>/users/*.json         projects that use it, for prep cache --gc
+cache/<kind>/<encoder key>/leases/*             who encodes what this moment
+cache/noted/<dataset id>.parquet                NotedRow    what each sample was last cached from, for --explain
 cache/encoders.json                             which encoder keys belong to which checkpoint
 mirror/                                         what was read from caches behind URLs; may be deleted at any time
 models/                                         built-in tiny checkpoints; remembered hashes of weight files
@@ -166,6 +172,7 @@ runs/<run name>/                                what train writes: checkpoints, 
 A dataset's `cache_dir_vae` replaces `cache/latents`, the text set's `cache_dir` replaces `cache/text`; several datasets
 and projects may share one, and either may be a URL ([remote caches](remote.md)). No table or shard holds an absolute
 path: they can be moved or copied as they are.
+[cache.md](cache.md) tells how the cache is looked after.
 """
 
 _READING = """```python
@@ -335,7 +342,7 @@ def _arrow(kind: Any) -> str:
     """Spell an Arrow type, with structs by name."""
     text = str(kind)
     if text.startswith("list<item: struct"):
-        return "list of Reference"
+        return "list of Reference" if "shift_x" in text else "list of NotedReference"
     return "Geometry" if text.startswith("struct") else text.replace("<item: ", " of ").replace(" not null>", "")
 
 

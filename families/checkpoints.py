@@ -129,10 +129,35 @@ def _weights(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.glob("*.safetensors")) if not _VARIANT.search(file.name)]
 
 
-def image_encoder_key(project: Project, checkpoint: Path, posterior: Posterior, *, remember: bool = True) -> str:
-    """Key the image encoder: its weights, how it computes, and what of the posterior it stores."""
+Description = dict[str, Any]  # what an encoder's numbers depend on, by name
+
+
+def describe_image_encoder(
+    project: Project, checkpoint: Path, posterior: Posterior, *, remember: bool = True
+) -> Description:
+    """Say what latents depend on besides the image: weights, how they are computed, what of the posterior is stored."""
     weights = fingerprint(project, checkpoint, project.family.image_encoder, remember=remember)
-    return digest("image encoder", CACHE_VERSION, weights, _image_settings(project), posterior)[:16]
+    return _described("image") | {"weights": weights, **_image_settings(project), "posterior": posterior}
+
+
+def describe_text_encoder(project: Project, checkpoint: Path, *, remember: bool = True) -> Description:
+    """Say what text embeds depend on besides the prompt: weights and tokenizers, lengths, dtypes."""
+    weights = fingerprint(project, checkpoint, project.family.text_encoders, remember=remember)
+    return _described("text") | {"weights": weights, **_text_settings(project)}
+
+
+def _described(kind: str) -> Description:
+    return {"encoder": kind, "cache_version": CACHE_VERSION}
+
+
+def key_of(description: Description) -> str:
+    """Key an encoder by its description."""
+    return digest(description)[:16]
+
+
+def image_encoder_key(project: Project, checkpoint: Path, posterior: Posterior, *, remember: bool = True) -> str:
+    """Key the image encoder."""
+    return key_of(describe_image_encoder(project, checkpoint, posterior, remember=remember))
 
 
 def image_encoder_keys(project: Project, checkpoint: Path, *, remember: bool = True) -> tuple[str, str]:
@@ -142,9 +167,8 @@ def image_encoder_keys(project: Project, checkpoint: Path, *, remember: bool = T
 
 
 def text_encoder_key(project: Project, checkpoint: Path, *, remember: bool = True) -> str:
-    """Key the text encoders: weights, tokenizers, lengths, how they compute, and the dtype of what is stored."""
-    weights = fingerprint(project, checkpoint, project.family.text_encoders, remember=remember)
-    return digest("text encoder", CACHE_VERSION, weights, _text_settings(project))[:16]
+    """Key the text encoders."""
+    return key_of(describe_text_encoder(project, checkpoint, remember=remember))
 
 
 def _image_settings(project: Project) -> dict[str, object]:

@@ -16,9 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from families import Source, open_project
-from families.checkpoints import encoder_keys, here, image_encoder_keys, locate, record_keys, text_encoder_key
+from families.checkpoints import (
+    Description,
+    describe_image_encoder,
+    describe_text_encoder,
+    encoder_keys,
+    here,
+    key_of,
+    locate,
+    record_keys,
+)
 from prep.leases import Leases
 from prep.needed import REFERENCES, TARGETS, Needed, Pictures, needed_of
+from prep.noted import TEXT, announce, note
 from prep.pixels import Picture, pixels_of
 from prep.planning.budget import Sizes, sizes_of
 from prep.pool import Crew, ahead, default_workers
@@ -31,6 +41,7 @@ from schemas.project import Project
 from schemas.shards import REJECTS, ShardIndex
 from schemas.stores import Store
 from schemas.summaries import CacheSummary, StoreSummary
+from schemas.trainer import Posterior
 
 _NOT_HERE = "(encoder not known yet)"  # in place of an encoder's key, in a dry run without a checkpoint
 _AHEAD = 8  # pictures per worker that wait for the encoder
@@ -140,7 +151,7 @@ class _Work:
     index: ShardIndex
     encoder: str
     keys: list[str]
-    folders: Sequence[str]  # of each key
+    folders: Sequence[str] | npt.NDArray[np.str_]  # of each key
     row_bytes: Sequence[int] | npt.NDArray[np.int64]  # of each key, before it is encoded
     item: Callable[[int], Picture | str]
     asked: int
@@ -156,6 +167,12 @@ class _Work:
         missing, rejected = self.index.missing(self.keys)
         self.reused = len(self.keys) - len(missing) - rejected
         self.wanted = missing[:limit]
+
+    def is_whole(self) -> bool:
+        """Tell whether all is there by now, whoever made it."""
+        if self.wanted:
+            self.index.refresh()
+        return all(key in self.index or key in self.index.rejects for key in self.keys)
 
     def take_in(self, part: Part) -> None:
         """Note what reached the disk."""
@@ -213,6 +230,8 @@ def cache(
             f"{len(run.unsettled)} images could not be used, all else is encoded; mend them and run prep scan, "
             f"prep pairs and prep cache again:\n{listed}"
         )
+    if not dry_run and limit is None and all(work.is_whole() for work in works):
+        note(project, run.said)
     summaries = tuple(work.summary() for work in works)
     return CacheSummary(summaries, project.warnings, time.monotonic() - start, dry_run)
 
@@ -224,17 +243,21 @@ class _Run:
         self._project, self._engine, self._share = project, engine, share
         self._limit, self._dry_run = limit, dry_run
         self._sizes: Sizes = sizes_of(project)
+        self.said: dict[str, Description] = {}  # of the encoders, by what they encode
         self.unsettled: dict[str, str] = {}  # files that may work another time, and why they did not
 
     def latents(self, needed: Needed) -> list[_Work]:
         """Encode what the latent stores lack."""
         project = self._project
         checkpoint = self._checkpoint(project.family.image_encoder)
-        keys = (_NOT_HERE, _NOT_HERE)
+        keys = {TARGETS: _NOT_HERE, REFERENCES: _NOT_HERE}
         if checkpoint is not None:
-            keys = image_encoder_keys(project, checkpoint, remember=not self._dry_run)
-        doubled = keys[0] if project.trainer.posterior == "moments" else None
-        pictures = needed.pictures(project, dict(zip((TARGETS, REFERENCES), keys, strict=True)))
+            roles: dict[str, Posterior] = {TARGETS: project.trainer.posterior, REFERENCES: "mode"}
+            for role, posterior in roles.items():
+                self.said[role] = describe_image_encoder(project, checkpoint, posterior, remember=not self._dry_run)
+                keys[role] = key_of(self.said[role])
+        doubled = keys[TARGETS] if project.trainer.posterior == "moments" else None
+        pictures = needed.pictures(project, keys)
         works = [self._latent_work(one, 2 if one.encoder == doubled else 1) for one in pictures]
         self._encode("encode images", "image", works, checkpoint, self._engine.latents)
         return works
@@ -242,10 +265,10 @@ class _Run:
     def _latent_work(self, pictures: Pictures, parts: int) -> _Work:
         """Describe a store's need; a row has the mean alone, or two parts, mean and deviation."""
         sides, which = pictures.sizes()
-        folders = np.array([f"{width}x{height}" for width, height in sides], object)
+        folders = np.array([f"{width}x{height}" for width, height in sides])
         cells = (sides[:, 0] // self._sizes.scale) * (sides[:, 1] // self._sizes.scale)
         return _Work(
-            "latents", ShardIndex(pictures.store), pictures.encoder, pictures.keys, folders[which].tolist(),
+            "latents", ShardIndex(pictures.store), pictures.encoder, pictures.keys, folders[which],
             (cells * self._sizes.per_cell * parts)[which], pictures.picture, pictures.asked,
             min(self._project.dataset(name).write_batch_size for name in pictures.dataset_ids),
         )  # fmt: skip
@@ -254,7 +277,10 @@ class _Run:
         """Encode the prompts that the text store lacks."""
         project, prompts = self._project, needed.prompts
         checkpoint = self._checkpoint(project.family.text_encoders)
-        key = text_encoder_key(project, checkpoint, remember=not self._dry_run) if checkpoint else _NOT_HERE
+        key = _NOT_HERE
+        if checkpoint is not None:
+            self.said[TEXT] = describe_text_encoder(project, checkpoint, remember=not self._dry_run)
+            key = key_of(self.said[TEXT])
         sizes = [self._sizes.per_prompt] * len(prompts)
         index = ShardIndex(project.text_store / key)
         keys = list(text_keys(key, prompts))
@@ -281,7 +307,12 @@ class _Run:
         """Encode what stores lack, in turn."""
         for work in works:
             work.look(self._limit)
-        if self._dry_run or checkpoint is None or not any(work.wanted for work in works):
+        if self._dry_run or checkpoint is None:
+            return
+        said = {key_of(one): one for one in self.said.values()}
+        for work in works:
+            announce(self._project, work.index.store, said[work.encoder])
+        if not any(work.wanted for work in works):
             return
         try:
             for work in works:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from schemas.console import report, reporting, warn
+from schemas.summaries import VerifySummary
 
 if TYPE_CHECKING:
     from prep.cache import Engine
@@ -157,11 +158,12 @@ def pairs(
 
 
 @app.command(
-    short_help="Encode images and prompts.",
+    short_help="Encode images and prompts; look after what is encoded.",
     epilog="Examples:  prep cache my-project --dry-run;  "
     "torchrun --nproc-per-node 8 --no-python prep cache my-project;  "
     "prep cache my-project --num-shards 16 --shard-index $SLURM_ARRAY_TASK_ID;  "
-    "prep cache my-project --engine ray --address auto",
+    "prep cache my-project --engine ray --address auto.  Upkeep:  prep cache my-project --stats;  "
+    "prep cache my-project --explain photos/cat.jpg;  prep cache my-project --gc --also other-project --delete",
 )
 def cache(
     project: ProjectPath,
@@ -172,9 +174,24 @@ def cache(
     dry_run: DryRun = False,
     limit: Limit = None,
     workers: Workers = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Check what is there instead: sums, shapes, finite numbers.")
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Instead, say what lies in the stores and how much of it is needed.")
     ] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SAMPLE",
+            help="Instead, say what is cached of one sample (its id, or its target's path), and what changed since.",
+        ),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Instead, check every row: sums, shapes, finite numbers; decode a few latents."),
+    ] = False,
+    decode: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="With --verify: how many.  [default: 4 if the checkpoint is here]"),
+    ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="With --verify: take out what is bad, and encode it again.")
     ] = False,
@@ -200,6 +217,15 @@ def cache(
             help="Of the Ray cluster.  [default: RAY_ADDRESS, or the one that runs here, or one is started]",
         ),
     ] = None,
+    compact: Annotated[bool, typer.Option("--compact", help="Instead, merge many small shards into few.")] = False,
+    gc: Annotated[
+        bool, typer.Option("--gc", help="Instead, say which rows no pair table reaches; deletes nothing.")
+    ] = False,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PROJECT", help="With --gc: another project that uses these stores; repeatable."),
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="With --gc: delete those rows.")] = False,
 ) -> None:
     """Encode images and prompts into shards: WORKSPACE/cache/latents and WORKSPACE/cache/text.
 
@@ -209,26 +235,36 @@ def cache(
         from families import open_project
         from prep.cache import cache as run
         from prep.cache import share_of
-        from prep.upkeep import verify as check
+        from prep.upkeep import modes
 
-        if repair and not verify:
-            raise typer.BadParameter("--repair goes with --verify")
         _check_engine(engine, address, workers)
+        of_encoding = {"--limit": limit, "--num-shards": num_shards, "--address": address}
+        others = [name for name, value in of_encoding.items() if value is not None]
+        asked = modes.Asked(
+            verify, repair, decode, compact, stats, explain, gc, tuple(also or ()), delete, dry_run, others
+        )
+        try:
+            mode = asked.mode
+        except ValueError as fault:
+            raise typer.BadParameter(str(fault)) from None
         share = share_of(shard_index, num_shards)
-        opened = open_project(project, root=root, workspace=workspace, overrides=settings or (), need_images=not verify)
+        need_images = mode is None
+        opened = open_project(
+            project, root=root, workspace=workspace, overrides=settings or (), need_images=need_images
+        )
         warn(opened.warnings)
-        if verify:
-            found = check(opened, repair=repair)
-            if repair:
-                with _engine(opened, engine, address) as made:
-                    found = replace(found, encoded=run(opened, workers=workers, share=share, engine=made))
-            report(found, json)
-            if found.faults and not repair:
-                raise SystemExit(1)
-        else:
+        if mode is None:
             with _engine(opened, engine, address) as made:
                 summary = run(opened, limit=limit, workers=workers, dry_run=dry_run, share=share, engine=made)
             report(summary, json)
+            return
+        found = modes.run(opened, asked)
+        if isinstance(found, VerifySummary) and repair:
+            with _engine(opened, engine, address) as made:
+                found = replace(found, encoded=run(opened, workers=workers, share=share, engine=made))
+        report(found, json)
+        if isinstance(found, VerifySummary) and found.faults and not repair:
+            raise SystemExit(1)
 
 
 def _check_engine(engine: str, address: str | None, workers: int | None) -> None:

@@ -23,6 +23,7 @@ from schemas.stores import Store
 EXPIRY_S = 60.0
 _BEAT_S = 10.0  # between signs of life
 _SETTLE_S = 0.2  # between taking over a dead lease and looking whether another did at the same moment
+_LOOK_S = 0.5  # between looks for one
 _FOLDER = "leases"
 
 
@@ -101,6 +102,24 @@ class Leases:
 
     def _is_mine(self, said: bytes | None) -> bool:
         return said is not None and self._me.encode() in said
+
+
+def held(store: Store) -> dict[str, bytes]:
+    """Return the units of a store on which somebody works, or died on another machine, and what their leases say."""
+    found = {unit: store.read(f"{_FOLDER}/{unit}") for unit in store.names(_FOLDER)}
+    return {unit: said for unit, said in found.items() if said is not None and not _is_gone(said)}
+
+
+def is_busy(store: Store) -> bool:
+    """Tell whether somebody works on a store; of leases that show no sign of life, after `EXPIRY_S`."""
+    first, until = held(store), time.monotonic() + EXPIRY_S
+    while first and time.monotonic() < until:
+        time.sleep(_LOOK_S)
+        now = held(store)
+        if any(first.get(unit) != said for unit, said in now.items()):
+            return True
+        first = now
+    return False
 
 
 def _is_gone(said: bytes) -> bool:

@@ -42,7 +42,7 @@ class Span:
 
 def spans(
     keys: Sequence[str],
-    folders: Sequence[str],
+    folders: Sequence[str] | npt.NDArray[np.str_],
     row_bytes: Sequence[int] | npt.NDArray[np.int64],
     missing: Iterable[int],
 ) -> Iterator[Span]:

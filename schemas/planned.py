@@ -130,7 +130,8 @@ class PlanSummary:
             yield from textwrap.wrap(f"nothing would be trained on: {self.blocked}", _WIDTH, subsequent_indent="  ")
 
 
-def _many(number: int, noun: str) -> str:
+def many(number: int, noun: str) -> str:
+    """Spell a number of things."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
@@ -148,7 +149,7 @@ def _dataset_lines(plan: DatasetPlan) -> Iterator[str]:
         if plan.looked_at is None
         else f"{plan.looked_at}: looked at now"
     )
-    yield f"{plan.dataset_id}: {plan.role}, {_many(plan.seen, 'image')}, {plan.kept:,} kept ({origin})"
+    yield f"{plan.dataset_id}: {plan.role}, {many(plan.seen, 'image')}, {plan.kept:,} kept ({origin})"
     for reason, count in plan.rejected.items():
         yield f"  rejected {count:,}: {reason}"
     if plan.role == "references":
@@ -158,9 +159,9 @@ def _dataset_lines(plan: DatasetPlan) -> Iterator[str]:
     kinds = [(plan.file_references, "from files"), (plan.made_references, "made of it")]
     each = ", ".join(f"{number} {kind}" for number, kind in kinds if number)
     references = f"; references of each: {each}" if each else "; no references"
-    yield f"  {plan.pairs:,} pairs: {_many(plan.targets, 'target')}{crops}{references}"
+    yield f"  {plan.pairs:,} pairs: {many(plan.targets, 'target')}{crops}{references}"
     for reason, count in plan.unpaired.items():
-        yield f"  {_many(count, 'target')} unpaired: {reason}"
+        yield f"  {many(count, 'target')} unpaired: {reason}"
 
 
 def _stage_lines(stage: StagePlan, *, alone: bool) -> Iterator[str]:
@@ -178,7 +179,7 @@ def _epoch_lines(summary: PlanSummary) -> Iterator[str]:
     partial = (
         f"; {epoch.partial:,} not full, trained on too, {epoch.fill:.1%} of places filled" if epoch.partial else ""
     )
-    told = f"an epoch: {about}{_many(epoch.showings, 'showing')} in {epoch.batches:,} batches of up to {size}{partial}"
+    told = f"an epoch: {about}{many(epoch.showings, 'showing')} in {epoch.batches:,} batches of up to {size}{partial}"
     yield from textwrap.wrap(told, _WIDTH, subsequent_indent="  ")
     yield f"  {'size, + references':36}{'showings':>10}{'batches':>10}{'last batch':>14}"
     for bucket in epoch.buckets[:_BUCKETS]:

@@ -122,6 +122,10 @@ class Project:
         """Return the path of a target set's pair table."""
         return self.workspace / "pairs" / f"{dataset_id}.parquet"
 
+    def noted(self, dataset_id: str) -> Path:
+        """Return the path of what prep cache last made of a target set's pairs."""
+        return self.workspace / "cache" / "noted" / f"{dataset_id}.parquet"
+
     def latent_store(self, dataset: DatasetConfig) -> Store:
         """Return the store of a dataset's latents, above the encoder keys."""
         return self._store(dataset.cache_dir_vae, dataset) or LocalStore(self.workspace / "cache" / "latents")

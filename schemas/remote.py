@@ -127,6 +127,16 @@ class RemoteStore:
         self._sizes.update({self._path(name): size for name, size in found.items()})
         return found
 
+    def names(self, below: str) -> list[str]:
+        system, path = self._opened(below)
+        system.invalidate_cache()
+        try:
+            details: list[dict[str, Any]] = self._ask("listed", below, lambda: system.ls(path, detail=True))
+        except FileNotFoundError:
+            return []
+        files = [Path(facts["name"]) for facts in details if facts["type"] == "file"]
+        return sorted(one.name for one in files if not is_aside(one))
+
     # The ends of files
 
     def footers(self, names: Sequence[str]) -> Iterator[tuple[str, Footer | Exception]]:

@@ -154,6 +154,33 @@ class RejectRow:
     reject: str
 
 
+@dataclass(frozen=True, slots=True)
+class NotedReference:
+    """What the latent of a reference was made from, besides the encoder: columns of a Reference."""
+
+    dataset_id: str
+    path: str
+    image_id: str
+    view: str
+    geometry: Geometry
+    recipe: str | None
+    seed: int | None
+    prompts: list[str]  # instead of the sample's
+
+
+@dataclass(frozen=True, slots=True)
+class NotedRow:
+    """What the latents and embeds of one sample were last made from, besides the encoders: columns of a PairRow."""
+
+    sample_id: str
+    target_path: str
+    target_image_id: str
+    view: str
+    geometry: Geometry
+    references: list[NotedReference]
+    prompts: list[str]
+
+
 _SCALARS: dict[object, pa.DataType] = {
     str: pa.string(),
     int: pa.int64(),

@@ -93,6 +93,14 @@ def group_rows(row_bytes: int) -> int:
     return max(1, min(GROUP_ROWS, GROUP_BYTES // max(1, row_bytes)))
 
 
+def rebuilt(header: ShardHeader, read: Mapping[str, Any]) -> LatentRow | TextRow:
+    """Turn what `ShardIndex.read` gave back into a row."""
+    values: dict[str, Any] = {
+        name: value.tobytes() if isinstance(value, np.ndarray) else value for name, value in read.items()
+    }
+    return LatentRow(**values) if header.row == "LatentRow" else TextRow(**values)
+
+
 def write_shard(folder: Store | Path, header: ShardHeader, rows: Sequence[LatentRow] | Sequence[TextRow]) -> str:
     """Write rows of one shape as one shard, named by the keys it holds; returns its name in the folder.
 
@@ -116,7 +124,7 @@ def write_shard(folder: Store | Path, header: ShardHeader, rows: Sequence[Latent
 
 def _write(store: Store, header: ShardHeader, table: pa.Table) -> str:
     keys = table.column("key").to_pylist()
-    name = f"{_name(keys)}.parquet"
+    name = shard_name(keys)
     said = {"pairline.shard": json.dumps(asdict(header), sort_keys=True), "pairline.keys": json.dumps(keys)}
     with store.write(name) as path:
         pq.write_table(
@@ -131,8 +139,14 @@ def _write(store: Store, header: ShardHeader, table: pa.Table) -> str:
     return name
 
 
-def _name(keys: Sequence[str]) -> str:
-    return digest(list(keys))[:16]
+def shard_name(keys: Sequence[str]) -> str:
+    """Name the shard that holds these keys, in this order."""
+    return f"{digest(list(keys))[:16]}.parquet"
+
+
+def rows_of_shard(row_bytes: int) -> int:
+    """Return how many rows a full shard has."""
+    return max(1, SHARD_BYTES // max(1, row_bytes))
 
 
 def write_rejects(store: Store | Path, rows: Sequence[RejectRow]) -> str:
@@ -146,7 +160,8 @@ def write_rejects(store: Store | Path, rows: Sequence[RejectRow]) -> str:
 class ShardIndex:
     """All rows below one encoder's folder, by key. Opening reads the ends of files; `read` fetches one row."""
 
-    def __init__(self, store: Store | Path) -> None:
+    def __init__(self, store: Store | Path, names: Sequence[str] | None = None) -> None:
+        """Look at all that is there, or at some files alone."""
         self.store = store_at(store)
         self.headers: dict[str, ShardHeader] = {}  # by name of the shard
         self.rejects: dict[str, str] = {}
@@ -156,7 +171,10 @@ class ShardIndex:
         self._known: OrderedDict[str, _Shard] = OrderedDict()
         self._open: OrderedDict[str, _File] = OrderedDict()
         self._lock = Lock()
-        self.refresh()
+        if names is None:
+            self.refresh()
+        else:
+            self._take_in(names)
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -166,13 +184,17 @@ class ShardIndex:
 
     def refresh(self, below: str = "") -> None:
         """Look for what was written or removed since, everywhere or in one folder; raises UserError if damaged."""
-        whole = False
-        while not whole:  # what vanished after it was listed was merged with others, into a file to be found
-            found = self.store.files(below)
-            known = {name for name in (*self.headers, *self._rejected) if not below or name.startswith(f"{below}/")}
-            whole = self._take_in([name for name in found if name not in known])
-            if gone := known - found.keys():
-                self.forget(gone)
+        while not self._looked(below):
+            pass
+
+    def _looked(self, below: str) -> bool:
+        """Look once; false if files went: what they held may lie in others that were not listed yet."""
+        found = self.store.files(below)
+        known = {name for name in (*self.headers, *self._rejected) if not below or name.startswith(f"{below}/")}
+        whole = self._take_in([name for name in found if name not in known])
+        if gone := known - found.keys():
+            self.forget(gone)
+        return whole and not gone
 
     def _take_in(self, names: Sequence[str]) -> bool:
         """Read what files hold; tell whether all of them were still there."""
@@ -180,7 +202,7 @@ class ShardIndex:
         rejects = [name for name in names if name.split("/")[-2:-1] == [REJECTS]]
         for name in rejects:
             try:
-                self.rejects |= {record["key"]: record["reject"] for record in _records(self.store, name)}
+                self.rejects |= rejects_in(self.store, name)
                 self._rejected.add(name)
             except FileNotFoundError:
                 whole = False
@@ -247,8 +269,14 @@ class ShardIndex:
         header = self.header_of(key)
         arrays = header.empty(1)
         [rest] = self.fill([key], arrays)
-        absent = {"pooled": None} if header.row == "TextRow" and "pooled" not in header.shapes else {}
-        return {"key": key, **rest, **absent, **{name: array[0] for name, array in arrays.items()}}
+        return _whole(header, key, rest, arrays)
+
+    def read_from(self, name: str, row: int, key: str) -> dict[str, Any]:
+        """Fetch a row, as `read` does, from a shard that is known to hold it, though others may hold it too."""
+        arrays = self.headers[name].empty(1)
+        rest = self._row((name, row), key, _at(0, arrays), wait=True)
+        assert rest is not None, "it waited"
+        return _whole(self.headers[name], key, rest, arrays)
 
     def fill(self, keys: Sequence[str], arrays: Mapping[str, Array]) -> list[dict[str, Any]]:
         """Read rows of one shape into the rows of arrays, which may be reused; returns their other columns.
@@ -265,16 +293,16 @@ class ShardIndex:
 
     def _fill(self, key: str, arrays: Mapping[str, Array], wait: bool) -> dict[str, Any] | None:
         """Read one row; None if the disk was asked for it instead, which happens unless told to wait."""
-        name, _ = self.place_of(key)
+        place = self.place_of(key)
         try:
-            return self._row(key, arrays, wait)
+            return self._row(place, key, arrays, wait)
         except (FileNotFoundError, UserError):  # somebody merged it with others, or wrote it anew
-            self._look_anew(name)
+            self._look_anew(place[0])
             self.refresh()
-            return self._row(key, arrays, wait)
+            return self._row(self.place_of(key), key, arrays, wait)
 
-    def _row(self, key: str, arrays: Mapping[str, Array], wait: bool) -> dict[str, Any] | None:
-        name, row = self.place_of(key)
+    def _row(self, place: tuple[str, int], key: str, arrays: Mapping[str, Array], wait: bool) -> dict[str, Any] | None:
+        name, row = place
         shard, file = self._shard(name)
         if not shard.read_into(row, arrays, file, wait):
             return None
@@ -335,6 +363,11 @@ class _File:
         if read < buffer.nbytes:
             os.posix_fadvise(self.number, start, buffer.nbytes, os.POSIX_FADV_WILLNEED)
         return read
+
+
+def _whole(header: ShardHeader, key: str, rest: dict[str, Any], arrays: Mapping[str, Array]) -> dict[str, Any]:
+    absent = {"pooled": None} if header.row == "TextRow" and "pooled" not in header.shapes else {}
+    return {"key": key, **rest, **absent, **{name: array[0] for name, array in arrays.items()}}
 
 
 class _Shard:
@@ -450,7 +483,7 @@ def rewrite(store: Store | Path, names: Sequence[str], drop: Collection[str] = (
     keys = np.asarray(table.column("key").to_pylist(), object)
     _, first = np.unique(keys, return_index=True)
     kept = np.asarray([place for place in first if keys[place] not in drop], np.int64)
-    size = max(1, SHARD_BYTES // max(1, header.row_bytes))
+    size = rows_of_shard(header.row_bytes)
     within = store / folder if folder else store
     written = [
         _write(within, header, table.take(pa.array(kept[start : start + size])).combine_chunks())
@@ -463,11 +496,11 @@ def rewrite(store: Store | Path, names: Sequence[str], drop: Collection[str] = (
     return written
 
 
-def headers_of(store: Store, names: Sequence[str]) -> Iterator[tuple[str, ShardHeader, int]]:
-    """Yield (name, header, rows) of shards; raises UserError if one is damaged."""
+def headers_of(store: Store, names: Sequence[str]) -> Iterator[tuple[str, ShardHeader, list[str]]]:
+    """Yield (name, header, keys) of shards; raises UserError if one is damaged. What is gone by now is left out."""
     for name, footer in store.footers(names):
-        header, keys = _header(store, name, footer)
-        yield name, header, len(keys)
+        if not isinstance(footer, FileNotFoundError):
+            yield name, *_header(store, name, footer)
 
 
 def _finite(bits: Array) -> bool:
@@ -494,7 +527,7 @@ def _header(store: Store, name: str, footer: Footer | Exception) -> tuple[ShardH
             known = {one.name: values[one.name] for one in fields(ShardHeader)}
             header = ShardHeader(**known | {"shapes": shapes})
             keys = json.loads(metadata[b"pairline.keys"])
-            if _name(keys) != name.rpartition("/")[2].removesuffix(".parquet"):
+            if shard_name(keys) != name.rpartition("/")[2]:
                 raise ValueError("its keys are not those it is named by")
             return header, keys
     except FileNotFoundError:
@@ -505,6 +538,11 @@ def _header(store: Store, name: str, footer: Footer | Exception) -> tuple[ShardH
         f"{where}: shard format {values['format']}, this version reads {SHARD_FORMAT}; "
         f"delete {where.rpartition('/')[0]} and run prep cache again"
     )
+
+
+def rejects_in(store: Store, name: str) -> dict[str, str]:
+    """Read one file of rejects: key -> reason; raises UserError if it is damaged, FileNotFoundError if it is gone."""
+    return {record["key"]: record["reject"] for record in _records(store, name)}
 
 
 def _records(store: Store, name: str) -> list[dict[str, Any]]:

@@ -36,6 +36,9 @@ class Store(Protocol):
     def files(self, below: str = "") -> dict[str, int]:
         """List its Parquet files, or those of a folder in it: names in order, with their bytes."""
 
+    def names(self, below: str) -> list[str]:
+        """List the files of whatever kind that lie in a folder of it, in order."""
+
     def footers(self, names: Sequence[str]) -> Iterator[tuple[str, "Footer | Exception"]]:
         """Yield what each file says of itself at its end; of one that is gone or damaged the fault."""
 
@@ -86,6 +89,14 @@ class LocalStore:
                 if path.suffix == ".parquet" and not is_aside(path):
                     with suppress(FileNotFoundError):  # merged with others this moment
                         yield path.relative_to(self.folder).as_posix(), path.stat().st_size
+
+    def names(self, below: str) -> list[str]:
+        try:
+            return sorted(
+                path.name for path in (self.folder / below).iterdir() if path.is_file() and not is_aside(path)
+            )
+        except FileNotFoundError:
+            return []
 
     def footers(self, names: Sequence[str]) -> Iterator[tuple[str, Footer | Exception]]:
         for name in names:

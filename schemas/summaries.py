@@ -6,9 +6,11 @@ One frozen dataclass per command; `as_json` is the machine's view, each `lines` 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from statistics import median
 
 from schemas.imported import ImportSummary
 from schemas.planned import PlanSummary, sized
+from schemas.upkeep import CompactSummary, ExplainSummary, GcSummary, StatsSummary
 
 _CUT_TOLD = 5  # prompts that were cut, told one by one
 
@@ -320,10 +322,23 @@ class StoreCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodedRow:
+    """One latent that was decoded, held against the picture it was made from."""
+
+    key: str
+    picture: str
+    folder: str
+    psnr: float | None  # dB, 100 at most; null if it cannot be told
+    fault: str | None  # why not
+
+
+@dataclass(frozen=True, slots=True)
 class VerifySummary:
     """What `prep cache --verify` did."""
 
     stores: tuple[StoreCheck, ...]
+    decoded: tuple[DecodedRow, ...]
+    undecoded: str | None  # why nothing was decoded, where that was asked for or usual
     encoded: CacheSummary | None  # what --repair then encoded again
     warnings: tuple[str, ...]
     seconds: float
@@ -343,9 +358,28 @@ class VerifySummary:
             done = "taken out" if store.repaired else "--repair takes it out and encodes it again"
             for place, fault in store.faults.items():
                 yield f"  {place}: {fault} ({done})"
+        yield from self._decoded()
         yield "every row is whole" if not self.faults else f"{counted(self.faults, 'fault')}"
         if self.encoded is not None:
             yield from self.encoded.lines()
+
+    @property
+    def psnr(self) -> tuple[float, float] | None:
+        """Return the lowest and the median of what decoded latents came to, in dB."""
+        known = [one.psnr for one in self.decoded if one.psnr is not None]
+        return (min(known), median(known)) if known else None
+
+    def _decoded(self) -> Iterator[str]:
+        if self.undecoded is not None:
+            yield f"no latent was decoded: {self.undecoded}"
+        if self.psnr is not None:
+            yield "decoded {}: PSNR against the pixels at least {:.1f} dB, median {:.1f} dB".format(
+                counted(sum(one.psnr is not None for one in self.decoded), "latent"), *self.psnr
+            )
+        for one in self.decoded:
+            yield f"  {f'{one.psnr:5.1f} dB' if one.psnr is not None else '   -    '}  {one.key}  {one.picture}" + (
+                f": {one.fault}" if one.fault is not None else ""
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,6 +421,10 @@ Summary = (
     | StatusSummary
     | VerifySummary
     | ImportSummary
+    | CompactSummary
+    | StatsSummary
+    | ExplainSummary
+    | GcSummary
 )
 
 

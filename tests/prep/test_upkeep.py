@@ -1,18 +1,26 @@
 """What prep cache --verify finds and mends, on the tiny checkpoint's shards."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 from typer.testing import CliRunner
 
+from families import open_project
+from families.checkpoints import key_of, locate
 from prep.cache import cache
 from prep.cli import app
+from prep.needed import needed_of
+from prep.noted import image_keys
 from prep.pairs import pairs
+from prep.pixels import pixels_of
 from prep.scan import scan
-from prep.upkeep import verify
+from prep.upkeep.verify import verify
 from schemas.shards import ShardHeader, ShardIndex, latent_row, write_shard
 
 MakeProject = Callable[..., Path]
@@ -67,7 +75,7 @@ def test_every_planted_fault_is_found_and_repair_encodes_exactly_what_was_bad(ma
 
 def test_numbers_that_are_not_finite_are_faults(tmp_path: Path, make_project: MakeProject) -> None:
     folder = cached(make_project)
-    store = shards(folder, "latents")[0].parent
+    store = shards(folder, "latents")[0].parent.parent / "16x16"
     header = ShardHeader("LatentRow", store.parent.name, {"latent": (2, 2, 2)})
     for number, bits in enumerate((0x7F80, 0xFF80, 0x7FC1)):  # infinity, its negative, no number
         values = np.zeros((2, 2, 2), np.uint16)
@@ -77,6 +85,75 @@ def test_numbers_that_are_not_finite_are_faults(tmp_path: Path, make_project: Ma
     verify(folder, repair=True)
     index = ShardIndex(store.parent)
     assert all(f"good{number}" in index and f"bad{number}" not in index for number in range(3))
+
+
+def test_shards_where_they_do_not_belong_are_faults(make_project: MakeProject) -> None:
+    folder = cached(make_project)
+    [store] = (folder / "work" / "cache" / "latents").iterdir()
+    good = len(rows(folder))
+    header = ShardHeader("LatentRow", store.name, {"latent": (16, 2, 2)})
+    row = [latent_row("a" * 32, np.zeros((16, 2, 2), np.uint16))]
+    write_shard(store / "64x64", header, row)  # its latents are of 16x16
+    write_shard(store / "16x16", replace(header, encoder="0" * 16), row)
+    said = verify(folder, decode=0).stores[0]
+    assert set(said.faults.values()) == {
+        "misplaced: its latents are of 16x16",
+        f"misplaced: it is of encoder {'0' * 16}",
+    }
+    verify(folder, repair=True, decode=0)
+    assert verify(folder, decode=0).faults == 0 and len(rows(folder)) == good
+
+
+def test_a_folder_that_describes_another_encoder_is_a_fault(make_project: MakeProject) -> None:
+    folder = cached(make_project)
+    [path] = (folder / "work" / "cache" / "latents").glob("*/encoder.json")
+    said = json.loads(path.read_text())
+    assert key_of(said) == path.parent.name
+    path.write_text(json.dumps(said | {"posterior": "sample"}))
+    assert [*verify(folder, decode=0).stores[0].faults.values()] == [
+        f"describes the encoder {key_of(said | {'posterior': 'sample'})}"
+    ]
+    verify(folder, repair=True, decode=0), cache(folder)
+    assert json.loads(path.read_text()) == said and verify(folder, decode=0).faults == 0
+
+
+def test_a_few_latents_are_decoded_and_compared_with_their_pixels(make_project: MakeProject) -> None:
+    import torch
+
+    from families.runtime import family_of
+
+    folder = cached(make_project)
+    project = open_project(folder)
+    found = verify(folder)
+    assert len(found.decoded) == 4 and verify(folder).decoded == found.decoded
+    assert found.decoded == verify(folder, decode=7).decoded[:4]
+    family, checkpoint = family_of(project), locate(project, project.family.image_encoder)
+    encoder = family.load_image_encoder(checkpoint, torch.float32, torch.device("cpu"))
+    store = ShardIndex(shards(folder, "latents")[0].parent.parent)
+    [pictures] = needed_of(project).pictures(project, image_keys(project))
+    for one in found.decoded:
+        latent = torch.from_numpy(store.read(one.key)["latent"]).view(torch.bfloat16)
+        shown = family.decode_latents(encoder, latent[None])[0].numpy()
+        made = pixels_of(pictures.picture(pictures.keys.index(one.key)))
+        mean_square = ((made.astype(float) - shown) ** 2).mean()
+        assert one.psnr == pytest.approx(10 * np.log10(255**2 / mean_square)) and one.psnr > 3
+    assert found.psnr == (min(one.psnr for one in found.decoded), np.median([one.psnr for one in found.decoded]))
+
+
+def test_a_picture_that_cannot_be_made_now_is_told_and_no_fault(make_project: MakeProject) -> None:
+    folder = cached(make_project)
+    for photo in (folder / "photos").glob("*.jpg"):
+        photo.unlink()
+    found = verify(folder)
+    assert found.faults == 0 and found.psnr is None
+    assert all("cannot be read" in str(one.fault) for one in found.decoded) and len(found.decoded) == 4
+    shutil.rmtree(folder / "work" / "pairs")
+    assert "not paired yet" in str(verify(folder).undecoded)
+    shutil.rmtree(folder / "work" / "models")
+    assert (
+        verify(folder).undecoded is None
+        and verify(folder, decode=2).undecoded == "the image encoder is not on this machine"
+    )
 
 
 def test_files_that_are_not_shards_of_ours_are_left_alone(make_project: MakeProject) -> None:

@@ -1,0 +1,1 @@
+"""The stores of a project looked after: one module for each mode of `prep cache`, `prep/upkeep/modes.py` picks."""
