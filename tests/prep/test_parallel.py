@@ -174,12 +174,12 @@ def test_of_two_that_take_a_dead_lease_at_the_same_moment_one_has_it(tmp_path: P
 
     LocalStore(tmp_path).replace("leases/u", ELSEWHERE)
     barrier, clock, taken = Barrier(2), Clock(), []
-    takers = [Leases(clock=clock) for _ in range(2)]
-    assert not any(taker.take(Together(tmp_path), "u") for taker in takers)
-    clock.now += EXPIRY_S
-    threads = [Thread(target=lambda one=one: taken.append(one.take(Together(tmp_path), "u"))) for one in takers]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    with Leases(clock=clock) as one, Leases(clock=clock) as other:
+        assert not any(taker.take(Together(tmp_path), "u") for taker in (one, other))
+        clock.now += EXPIRY_S
+        threads = [Thread(target=lambda of=of: taken.append(of.take(Together(tmp_path), "u"))) for of in (one, other)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
     assert sorted(taken) == [False, True]
 
 
