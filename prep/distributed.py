@@ -329,4 +329,4 @@ def _name(item: Picture | str) -> str:
 
 
 def _first_line(fault: BaseException) -> str:
-    return (str(fault) or type(fault).__name__).splitlines()[0]
+    return (str(fault) or type(fault).__name__).splitlines()[0].rstrip(".")

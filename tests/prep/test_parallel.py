@@ -21,9 +21,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from families import open_project
+from families.checkpoints import fingerprint, locate
 from prep.cache import Here, Share, cache, share_of
 from prep.cli import app
-from prep.distributed import OnRay
+from prep.distributed import Encoder, OnRay
 from prep.leases import EXPIRY_S, Leases
 from prep.pairs import pairs
 from prep.scan import scan
@@ -174,12 +175,12 @@ def test_of_two_that_take_a_dead_lease_at_the_same_moment_one_has_it(tmp_path: P
 
     LocalStore(tmp_path).replace("leases/u", ELSEWHERE)
     barrier, clock, taken = Barrier(2), Clock(), []
-    takers = [Leases(clock=clock) for _ in range(2)]
-    assert not any(taker.take(Together(tmp_path), "u") for taker in takers)
-    clock.now += EXPIRY_S
-    threads = [Thread(target=lambda one=one: taken.append(one.take(Together(tmp_path), "u"))) for one in takers]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    with Leases(clock=clock) as one, Leases(clock=clock) as other:
+        assert not any(taker.take(Together(tmp_path), "u") for taker in (one, other))
+        clock.now += EXPIRY_S
+        threads = [Thread(target=lambda of=of: taken.append(of.take(Together(tmp_path), "u"))) for of in (one, other)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
     assert sorted(taken) == [False, True]
 
 
@@ -393,3 +394,16 @@ def test_a_cluster_that_is_not_there_is_a_users_mistake(make_project: MakeProjec
     project = open_project(paired(make_project))
     with OnRay(project, "127.0.0.1:1") as engine, pytest.raises(UserError, match=r"no Ray cluster at 127\.0\.0\.1:1: "):
         cache(project, engine=engine)
+
+
+@needs_ray
+def test_a_node_with_other_weights_or_another_folder_is_named(make_project: MakeProject, tmp_path: Path) -> None:
+    project, encoder = open_project(make_project("deblur")), Encoder()
+    components = project.family.image_encoder
+    with pytest.raises(UserError, match=r"^node [\d.]+: .*tiny-flux-kontext: other weights or settings"):
+        encoder.start(project, "Latents", components, "of the command", 0)
+    weights = fingerprint(project, locate(project, components), components)
+    encoder.start(project, "Latents", components, weights, 0)
+    unit = Unit("u", LocalStore(tmp_path / "store"), "e1", "3x2", (), ())
+    with pytest.raises(UserError, match=r"^node [\d.]+: .*store is another folder than where the command runs"):
+        next(encoder.work(unit, "leases/token", ()))
