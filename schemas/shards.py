@@ -108,18 +108,24 @@ def write_shard(folder: Store | Path, header: ShardHeader, rows: Sequence[Latent
     row lies at a known place, and any Parquet reader fetches it cheaply.
     """
     schema = arrow_schema(LatentRow if header.row == "LatentRow" else TextRow)
-    columns: dict[str, pa.Array] = {}
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {}
     for one in schema:
         values = [getattr(row, one.name) for row in rows]
         columns[one.name] = (
-            pa.FixedSizeBinaryArray.from_buffers(
-                pa.binary(header.bytes_of(one.name)), len(rows), [None, pa.py_buffer(b"".join(values))]
-            )
-            if one.name in header.shapes
-            else pa.array(values, one.type)
+            _payload(values, header.bytes_of(one.name)) if one.name in header.shapes else pa.array(values, one.type)
         )
     shaped = pa.schema([one.with_type(columns[one.name].type) for one in schema])
     return _write(store_at(folder), header, pa.table(columns, schema=shaped))
+
+
+def _payload(values: Sequence[bytes], size: int) -> pa.ChunkedArray:
+    """Make a column of values as they lie in memory, none of them copied."""
+    if any(len(value) != size for value in values):
+        raise pa.ArrowInvalid(f"a value of a column of {size} bytes a row has another size")
+    kind = pa.binary(size)
+    return pa.chunked_array(
+        [pa.FixedSizeBinaryArray.from_buffers(kind, 1, [None, pa.py_buffer(value)]) for value in values], kind
+    )
 
 
 def _write(store: Store, header: ShardHeader, table: pa.Table) -> str:
