@@ -144,6 +144,7 @@ def decoding(folder, options):
         linked(options.photos.resolve(), photos, options.pictures)
     place = project(folder / "project", photos, None, scanned=options.workers)
     pairs(place, workers=1)
+    torch.set_num_threads(1)  # an encoder on an accelerator has no threads that spin beside the pool
     opened, taken = open_project(place), {"the pool alone": [], "prep cache, encoder free": []}
     for _ in range(options.repeats):
         taken["the pool alone"].append(pool_alone(opened, options.workers))
