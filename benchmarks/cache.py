@@ -20,18 +20,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas  # noqa: F401 - Arrow loads it with its first array, which would be timed
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from measure import measured
 from pairs import DEMO, linked, project, written_manifests
 from PIL import Image
 from rows import FORMATS, dropped, filled, header_of, key_of, loaded, loader, row_of, tensors, written
+from smaller import compressed, float8, gaussian_embeds, plain_rate, tiny_embeds
 
 import schemas.storage
 from families import open_project
 from families.checkpoints import image_encoder_key, locate, text_encoder_key
-from families.runtime import family_of
 from prep.cache import Here, cache
 from prep.encode import Latents
 from prep.needed import REFERENCES, TARGETS, needed_of
@@ -58,7 +57,7 @@ def main():
     parser.add_argument("--latents", type=int, default=2000, help="rows of 512 KiB to read and to write")
     parser.add_argument("--text-mb", type=int, default=1024, help="payload of the text stores")
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of a store to open, pairs of a project")
-    parser.add_argument("--pictures", type=int, default=600, help="JPEGs to decode")
+    parser.add_argument("--pictures", type=int, default=1200, help="JPEGs to decode")
     parser.add_argument("--photos", type=Path, help="folder of JPEGs to decode instead")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
@@ -144,6 +143,7 @@ def decoding(folder, options):
         linked(options.photos.resolve(), photos, options.pictures)
     place = project(folder / "project", photos, None, scanned=options.workers)
     pairs(place, workers=1)
+    torch.set_num_threads(1)  # an encoder on an accelerator has no threads that spin beside the pool
     opened, taken = open_project(place), {"the pool alone": [], "prep cache, encoder free": []}
     for _ in range(options.repeats):
         taken["the pool alone"].append(pool_alone(opened, options.workers))
@@ -358,57 +358,6 @@ def many_rows(folder, bucket, keys, shapes):
     row = row_of(0, tensors(shapes, 0))
     for first in range(0, len(keys), SHARD_ROWS):
         write_shard(place, header, [replace(row, key=key) for key in keys[first : first + SHARD_ROWS]])
-
-
-# What embeds are made smaller by
-
-
-def gaussian_embeds():
-    """Make embeds of the full size, of values drawn at random."""
-    return torch.stack([tensors({"embed": (512, 4096)}, number)["embed"] for number in range(16)])
-
-
-def tiny_embeds(folder):
-    """Encode prompts with the tiny T5: real outputs of random weights."""
-    photos = folder / "photos"
-    photos.mkdir()
-    opened = open_project(project(folder / "tiny", photos, None), need_images=False)
-    family, settings = family_of(opened), opened.family.text_settings[opened.flavour]
-    device = torch.device("cpu")
-    encoders = family.load_text_encoders(locate(opened, opened.family.text_encoders), torch.bfloat16, device)
-    prompts = [f"make photo {number} sharper, and keep its colours as they are" for number in range(64)]
-    return family.encode_prompts(encoders, prompts, settings).embed.to(torch.bfloat16)
-
-
-def plain_rate(place, values, repeats):
-    """Return the rows per second that one thread reads, checked."""
-    shapes = {"embed": tuple(values.shape[1:])}
-    write_shard(place, header_of(shapes), [row_of(number, {"embed": one}) for number, one in enumerate(values)])
-    return len(values) / min(filled(ShardIndex(place), shapes, 1, 1, turn) for turn in range(repeats))
-
-
-def compressed(values, level, repeats):
-    """Compress low and high bytes apart; return the share of the size, and the rows decompressed a second."""
-    codec = pa.Codec("zstd", compression_level=level)
-    planes = values.contiguous().view(torch.uint8).numpy().reshape(len(values), -1, 2)
-    packed = [[codec.compress(plane[:, half].tobytes()) for half in (0, 1)] for plane in planes]
-    out, size, taken = np.empty_like(planes[0]), planes.shape[1], []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        for row, original in zip(packed, planes, strict=True):
-            for half in (0, 1):
-                out[:, half] = np.frombuffer(codec.decompress(row[half], decompressed_size=size), np.uint8)
-            assert out[-1, 1] == original[-1, 1], "it is exact"
-        taken.append(time.perf_counter() - begun)
-    return sum(len(half) for row in packed for half in row) / planes.nbytes, len(values) / min(taken)
-
-
-def float8(values):
-    """Return the mean relative error of embeds kept as float8 (e4m3) with a scale each."""
-    exact = values.float().flatten(1)
-    scale = exact.abs().amax(1, keepdim=True) / 448
-    lost = (exact / scale).to(torch.float8_e4m3fn).float() * scale - exact
-    return float((lost.square().mean(1) / exact.square().mean(1)).sqrt().mean())
 
 
 # What is said

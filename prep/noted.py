@@ -7,6 +7,7 @@ for the keys of encoders.
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +22,7 @@ from families.checkpoints import (
 from prep.needed import REFERENCES, TARGETS
 from schemas.errors import UserError
 from schemas.keys import PIXEL_POLICY, canonical, digest, file_id
+from schemas.paths import is_url
 from schemas.project import Project
 from schemas.rows import NotedReference, NotedRow, PairRow, arrow_schema
 from schemas.storage import HOST
@@ -73,7 +75,8 @@ def user_id(project: Project) -> str:
 
 def place_id(store: Store) -> str:
     """Identify where a store lies, without saying it: a copy elsewhere has other users."""
-    return digest(store.where())[:16]
+    where = store.where()
+    return digest(where if is_url(where) else str(Path(where).resolve()))[:16]
 
 
 def note(project: Project, said: Mapping[str, Description]) -> None:

@@ -492,14 +492,20 @@ def rewrite(store: Store | Path, names: Sequence[str], drop: Collection[str] = (
     size = rows_of_shard(header.row_bytes)
     within = store / folder if folder else store
     written = [
-        _write(within, header, table.take(pa.array(kept[start : start + size])).combine_chunks())
-        for start in range(0, len(kept), size)
+        _write(within, header, _rows_of(table, kept[start : start + size])) for start in range(0, len(kept), size)
     ]
     written = [f"{folder}/{name}" if folder else name for name in written]
     for name in names:
         if name not in written:
             store.remove(name)
     return written
+
+
+def _rows_of(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
+    """Return some rows; those that follow each other, as what one run wrote does, are not copied."""
+    if len(rows) and (np.diff(rows) == 1).all():
+        return table.slice(rows[0], len(rows))
+    return table.take(pa.array(rows))
 
 
 def headers_of(store: Store, names: Sequence[str]) -> Iterator[tuple[str, ShardHeader, list[str]]]:

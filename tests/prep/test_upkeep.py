@@ -128,7 +128,7 @@ def test_a_few_latents_are_decoded_and_compared_with_their_pixels(make_project: 
     assert len(found.decoded) == 4 and verify(folder).decoded == found.decoded
     assert found.decoded == verify(folder, decode=7).decoded[:4]
     family, checkpoint = family_of(project), locate(project, project.family.image_encoder)
-    encoder = family.load_image_encoder(checkpoint, torch.float32, torch.device("cpu"))
+    encoder = family.load_image_encoder(checkpoint, torch.float32, torch.device("cpu"), tiling=False, slicing=False)
     store = ShardIndex(shards(folder, "latents")[0].parent.parent)
     [pictures] = needed_of(project).pictures(project, image_keys(project))
     for one in found.decoded:

@@ -1,6 +1,7 @@
 """prep cache --gc: what two projects that share a store keep, and when nothing may be judged."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -87,12 +88,16 @@ def test_what_a_named_project_needs_stays_and_the_rest_goes(sharing: tuple[Path,
 def test_a_project_that_uses_the_store_must_be_named(sharing: tuple[Path, Path]) -> None:
     first, second = sharing
     told = collect(second)
-    assert told.unnamed == (str(first / "config.json"),) and told.stores[0].rows == 4
+    assert told.unnamed == (first.name,) and told.stores[0].rows == 4
     assert any("name it with --also" in line for line in told.lines())
-    with pytest.raises(UserError, match="name it with --also"):
+    with pytest.raises(UserError, match="name it with --also") as refused:
         collect(second, delete=True)
     assert whole(first)
     shutil.rmtree(first)
+    notes = re.findall(r"\S+/users/\w+\.json", str(refused.value))
+    assert notes and not any("first" in Path(note).read_text().replace('"project": "first"', "") for note in notes)
+    for note in notes:  # what the message advises for a project that is no more
+        Path(note).unlink()
     assert collect(second, delete=True).unnamed == () and whole(second)
 
 
