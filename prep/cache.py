@@ -121,11 +121,17 @@ class Here:
             encoder = self._loaded("Latents", checkpoint)
             unit = taken.pop(0)
             yield from encoder.work(unit, chain([first], islice(made, len(unit.items) - 1)))
+        yield from self._settled()
 
     def texts(self, checkpoint: Path, units: Iterator[Unit]) -> Iterator[Part]:
         """Encode units of prompts."""
         for unit in units:
             yield from self._loaded("Texts", checkpoint).work(unit)
+        yield from self._settled()
+
+    def _settled(self) -> Iterator[Part]:
+        if self._encoder is not None:
+            yield from self._encoder.settle()
 
     def _loaded(self, kind: str, checkpoint: Path) -> Any:
         from prep import encode  # noqa: PLC0415 - a run with nothing to encode loads no tensor library
@@ -136,11 +142,12 @@ class Here:
 
     def release(self) -> None:
         """Let the encoder's memory go, and the workers."""
-        if self._encoder is not None:
-            self._encoder.close()
-        if self._crew is not None:
-            self._crew.__exit__()
+        encoder, crew = self._encoder, self._crew
         self._encoder = self._crew = None
+        if crew is not None:
+            crew.__exit__()
+        if encoder is not None:
+            encoder.close()
 
 
 @dataclass(slots=True)
@@ -184,11 +191,8 @@ class _Work:
     def summary(self) -> StoreSummary:
         """Say what was done."""
         rejects = self.index.rejects
-        rejected = (
-            {str(_name(self.item(n))): rejects[key] for n, key in enumerate(self.keys) if key in rejects}
-            if rejects
-            else {}
-        )
+        bad = [n for n, key in enumerate(self.keys) if key in rejects] if rejects else []
+        rejected = {_name(self.item(n)): rejects[self.keys[n]] for n in bad}
         size = int(np.sum(self.row_bytes, dtype=np.int64))
         return StoreSummary(
             kind=self.kind, folder=self.index.store.where(), asked=self.asked, needed=len(self.keys), bytes=size,
@@ -242,7 +246,6 @@ class _Run:
     def __init__(self, project: Project, engine: Engine, share: Share, limit: int | None, dry_run: bool) -> None:
         self._project, self._engine, self._share = project, engine, share
         self._limit, self._dry_run = limit, dry_run
-        self._sizes: Sizes = sizes_of(project)
         self.said: dict[str, Description] = {}  # of the encoders, by what they encode
         self.unsettled: dict[str, str] = {}  # files that may work another time, and why they did not
 
@@ -257,19 +260,19 @@ class _Run:
                 self.said[role] = describe_image_encoder(project, checkpoint, posterior, remember=not self._dry_run)
                 keys[role] = key_of(self.said[role])
         doubled = keys[TARGETS] if project.trainer.posterior == "moments" else None
-        pictures = needed.pictures(project, keys)
-        works = [self._latent_work(one, 2 if one.encoder == doubled else 1) for one in pictures]
+        pictures, sizes = needed.pictures(project, keys), sizes_of(project)
+        works = [self._latent_work(one, sizes, 2 if one.encoder == doubled else 1) for one in pictures]
         self._encode("encode images", "image", works, checkpoint, self._engine.latents)
         return works
 
-    def _latent_work(self, pictures: Pictures, parts: int) -> _Work:
+    def _latent_work(self, pictures: Pictures, sizes: Sizes, parts: int) -> _Work:
         """Describe a store's need; a row has the mean alone, or two parts, mean and deviation."""
         sides, which = pictures.sizes()
         folders = np.array([f"{width}x{height}" for width, height in sides])
-        cells = (sides[:, 0] // self._sizes.scale) * (sides[:, 1] // self._sizes.scale)
+        cells = (sides[:, 0] // sizes.scale) * (sides[:, 1] // sizes.scale)
         return _Work(
             "latents", ShardIndex(pictures.store), pictures.encoder, pictures.keys, folders[which],
-            (cells * self._sizes.per_cell * parts)[which], pictures.picture, pictures.asked,
+            (cells * sizes.per_cell * parts)[which], pictures.picture, pictures.asked,
             min(self._project.dataset(name).write_batch_size for name in pictures.dataset_ids),
         )  # fmt: skip
 
@@ -281,7 +284,7 @@ class _Run:
         if checkpoint is not None:
             self.said[TEXT] = describe_text_encoder(project, checkpoint, remember=not self._dry_run)
             key = key_of(self.said[TEXT])
-        sizes = [self._sizes.per_prompt] * len(prompts)
+        sizes = [sizes_of(project).per_prompt] * len(prompts)  # asked once the checkpoint is there
         index = ShardIndex(project.text_store / key)
         keys = list(text_keys(key, prompts))
         own = project.dataset(project.text_dataset) if project.text_dataset is not None else project.trainer

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -77,7 +78,7 @@ class Encoder:
             ray.wait(list(pixels), num_returns=len(pixels), timeout=0)  # has those of other nodes sent here
         made = [map(_fetched, pixels)] if pixels else []
         try:
-            for part in self._encoder.work(unit, *made):  # noqa: UP028 - Ray sends values in, which lists do not take
+            for part in chain(self._encoder.work(unit, *made), self._encoder.settle()):  # noqa: UP028 - Ray sends values
                 yield part
         except UserError as fault:
             raise UserError(f"node {self._node}: {fault}") from None

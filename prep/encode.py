@@ -46,35 +46,40 @@ class Latents:
         targets, references = image_encoder_keys(project, checkpoint)  # of what was loaded
         self._choices: dict[str, Choice] = {references: "mode", targets: trainer.posterior}
         self._size = _batch_size(trainer.vae_batch_size)
+        self._writer = Writer()
 
     def close(self) -> None:
-        """Let its memory go."""
+        """Let its memory go; rows of a unit that was interrupted are written."""
         self._encoder = None
         release_memory()
+        self._writer.close()
 
     def work(self, unit: Unit, pixels: Iterable[Pixels | Refusal | Crash]) -> Iterator[Part]:
-        """Encode a unit whose pixels arrive in its order; yields what reached the disk.
+        """Encode a unit whose pixels arrive in its order; yields what reached the disk, of units before it too.
 
         Raises UserError if the unit is not for the encoder that was loaded: its weights were replaced meanwhile.
         """
         check_unchanged(self._checkpoint, unit.encoder in self._choices, True)
         rejected: dict[str, str] = {}
         unsettled: dict[str, str] = {}
-        with Writer(unit) as writer:
-            for batch in _batches(_usable(unit, pixels, rejected, unsettled), lambda: self._size):
-                latents = self._encode([(key, one) for key, _, one in batch], self._choices[unit.encoder])
-                rows = []
-                for (key, name, _), latent in zip(batch, latents, strict=True):
-                    if latent is None:
-                        unsettled[name] = "the accelerator's memory does not hold it; vae_enable_tiling needs less"
-                    elif not torch.isfinite(latent).all():
-                        rejected[key] = "not encodable: the VAE gave a value that is not finite"
-                    else:
-                        rows.append(latent_row(key, _bits(latent)))
-                        shape = tuple(latent.shape)
-                if rows:
-                    yield from writer.put(ShardHeader("LatentRow", unit.encoder, {"latent": shape}), rows)
-            yield from writer.finish(rejected, unsettled)
+        for batch in _batches(_usable(unit, pixels, rejected, unsettled), lambda: self._size):
+            latents = self._encode([(key, one) for key, _, one in batch], self._choices[unit.encoder])
+            rows = []
+            for (key, name, _), latent in zip(batch, latents, strict=True):
+                if latent is None:
+                    unsettled[name] = "the accelerator's memory does not hold it; vae_enable_tiling needs less"
+                elif not torch.isfinite(latent).all():
+                    rejected[key] = "not encodable: the VAE gave a value that is not finite"
+                else:
+                    rows.append(latent_row(key, _bits(latent)))
+                    shape = tuple(latent.shape)
+            if rows:
+                yield from self._writer.put(unit, ShardHeader("LatentRow", unit.encoder, {"latent": shape}), rows)
+        yield from self._writer.finish(unit, rejected, unsettled)
+
+    def settle(self) -> Iterator[Part]:
+        """Yield what else reaches the disk of the units that were worked on, and wait for it."""
+        yield from self._writer.settle()
 
     def _encode(self, batch: Sequence[tuple[str, Pixels]], choice: Choice) -> list[torch.Tensor | None]:
         """Encode a batch, in halves if memory does not hold it; None stands for an image that is too large alone."""
@@ -124,35 +129,40 @@ class Texts:
         self._key = text_encoder_key(project, checkpoint)  # of what was loaded
         self._size = _batch_size(project.trainer.text_encoder_batch_size)
         self._float8 = project.trainer.text_cache_dtype == "float8"
+        self._writer = Writer()
 
     def close(self) -> None:
-        """Let their memory go."""
+        """Let their memory go; rows of a unit that was interrupted are written."""
         self._encoders = None
         release_memory()
+        self._writer.close()
 
     def work(self, unit: Unit) -> Iterator[Part]:
         """Encode a unit's prompts; yields what reached the disk. Raises as `Latents.work` does."""
         check_unchanged(self._checkpoint, unit.encoder, self._key)
-        with Writer(unit) as writer:
-            for batch in _batches(zip(unit.keys, unit.items, strict=True), lambda: self._size):
-                prompts = [str(prompt) for _, prompt in batch]
-                embeds = self._family.encode_prompts(self._encoders, prompts, self._settings)
-                kept = embeds.embed.shape[1]
-                shapes = {"embed": tuple(embeds.embed.shape[1:])}
-                if embeds.pooled is not None:
-                    shapes["pooled"] = tuple(embeds.pooled.shape[1:])
-                rows, cut = [], []
-                for number, (key, prompt) in enumerate(batch):
-                    pooled = _bits(embeds.pooled[number]) if embeds.pooled is not None else None
-                    tokens = embeds.num_tokens[number]
-                    rows.append(self._row(key, str(prompt), embeds.embed[number], pooled, min(tokens, kept)))
-                    if tokens > kept:
-                        cut.append(f"{str(prompt)[:60]!r}: {tokens} tokens, the encoder takes {kept}")
-                dtypes = {"embed": "float8_e4m3fn"} if self._float8 else {}
-                yield from writer.put(ShardHeader("TextRow", unit.encoder, shapes, dtypes), rows)
-                if cut:
-                    yield Part(unit.name, cut=tuple(cut))
-            yield from writer.finish({}, {})
+        for batch in _batches(zip(unit.keys, unit.items, strict=True), lambda: self._size):
+            prompts = [str(prompt) for _, prompt in batch]
+            embeds = self._family.encode_prompts(self._encoders, prompts, self._settings)
+            kept = embeds.embed.shape[1]
+            shapes = {"embed": tuple(embeds.embed.shape[1:])}
+            if embeds.pooled is not None:
+                shapes["pooled"] = tuple(embeds.pooled.shape[1:])
+            rows, cut = [], []
+            for number, (key, prompt) in enumerate(batch):
+                pooled = _bits(embeds.pooled[number]) if embeds.pooled is not None else None
+                tokens = embeds.num_tokens[number]
+                rows.append(self._row(key, str(prompt), embeds.embed[number], pooled, min(tokens, kept)))
+                if tokens > kept:
+                    cut.append(f"{str(prompt)[:60]!r}: {tokens} tokens, the encoder takes {kept}")
+            dtypes = {"embed": "float8_e4m3fn"} if self._float8 else {}
+            yield from self._writer.put(unit, ShardHeader("TextRow", unit.encoder, shapes, dtypes), rows)
+            if cut:
+                yield Part(unit.name, cut=tuple(cut))
+        yield from self._writer.finish(unit, {}, {})
+
+    def settle(self) -> Iterator[Part]:
+        """Yield what else reaches the disk of the units that were worked on, and wait for it."""
+        yield from self._writer.settle()
 
     def _row(self, key: str, prompt: str, embed: torch.Tensor, pooled: Array | None, tokens: int) -> TextRow:
         if not self._float8:

@@ -10,14 +10,12 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
-from pathlib import Path
 from threading import Event, Lock, Thread
 from types import TracebackType
 from uuid import uuid4
 
 from schemas.errors import UserError
-from schemas.storage import HOST, runs
+from schemas.storage import MACHINE, runs
 from schemas.stores import Store
 
 EXPIRY_S = 60.0
@@ -97,7 +95,7 @@ class Leases:
                         store.replace(name, self._says())
 
     def _says(self) -> bytes:
-        mine = {"holder": self._me, "machine": _machine(), "process": os.getpid(), "beat": self._beats}
+        mine = {"holder": self._me, "machine": MACHINE, "process": os.getpid(), "beat": self._beats}
         return json.dumps(mine).encode()
 
     def _is_mine(self, said: bytes | None) -> bool:
@@ -126,19 +124,6 @@ def _is_gone(said: bytes) -> bool:
     """Tell a lease whose process ended on this machine without giving it back."""
     try:
         holder = json.loads(said)
-        return bool(holder["machine"] == _machine() and not runs(int(holder["process"])))
+        return bool(holder["machine"] == MACHINE and not runs(int(holder["process"])))
     except (ValueError, KeyError, TypeError):
         return False  # half written: it changes, or dies
-
-
-@cache
-def _machine() -> str:
-    """Name what a process's number counts in: this machine since its start, or a container of it.
-
-    Its name alone will not do: containers and freshly installed machines are often called alike.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{HOST} {boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return HOST

@@ -3,15 +3,18 @@
 A killed run loses the open group; what was written is whole, and found again by its keys.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from prep.units import Unit
 from schemas.rows import LatentRow, RejectRow, TextRow
 from schemas.shards import ShardHeader, group_rows, rewrite, write_rejects, write_shard
+from schemas.stores import Store
+
+_MOST_WRITES = 4  # under way, before the encoder waits for the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,72 +31,83 @@ class Part:
 
 
 class Writer:
-    """Writes the rows of one unit. Used as a context; what is left when it ends is written too."""
+    """Writes the rows of units in a thread of its own, in the order they come, while the encoder works on."""
 
-    def __init__(self, unit: Unit) -> None:
-        self._unit = unit
-        self._folder = unit.store / unit.folder if unit.folder else unit.store
-        self._header: ShardHeader | None = None
-        self._open: list[LatentRow | TextRow] = []
-        self._flying: Future[tuple[str, Part]] | None = None
-        self._names: list[str] = []
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
+        self._asked: deque[Future[Part]] = deque()
+        self._unit: _Open | None = None
 
-    def __enter__(self) -> "Writer":
-        return self
+    def put(self, unit: Unit, header: ShardHeader, rows: Sequence[LatentRow | TextRow]) -> list[Part]:
+        """Take rows of a unit in; returns what reached the disk since."""
+        if self._unit is None:
+            self._unit = _Open(unit)
+        self._unit.header = header
+        self._unit.rows += rows
+        size = min(unit.most_rows, group_rows(header.row_bytes))
+        while len(self._unit.rows) >= size:
+            self._send(self._unit, size)
+        return self._landed(_MOST_WRITES)
 
-    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
+    def finish(self, unit: Unit, rejected: dict[str, str], unsettled: dict[str, str]) -> list[Part]:
+        """Write what is left of a unit, merge its groups, note what was rejected; returns as `put` does."""
+        open_unit, self._unit = self._unit or _Open(unit), None
+        self._send(open_unit, len(open_unit.rows))
+        self._asked.append(self._thread.submit(open_unit.merge, rejected, unsettled))
+        return self._landed(_MOST_WRITES)
+
+    def settle(self) -> list[Part]:
+        """Wait for all that is to be written; returns what reached the disk since."""
+        return self._landed(0)
+
+    def close(self) -> None:
+        """Write what was taken in, even of a unit that was interrupted, and end."""
         try:
-            if kind is not None and issubclass(kind, KeyboardInterrupt | GeneratorExit):
-                self._land()
-                self._send()
-                self._land()
+            if self._unit is not None:
+                self._send(self._unit, len(self._unit.rows))
+            self._landed(0)
         finally:
+            self._unit = None
             self._thread.shutdown()
 
-    def put(self, header: ShardHeader, rows: Sequence[LatentRow | TextRow]) -> list[Part]:
-        """Take rows in; returns what reached the disk since."""
-        self._header = header
-        self._open += rows
+    def _send(self, unit: "_Open", count: int) -> None:
+        """Hand a group to the thread."""
+        rows, unit.rows = unit.rows[:count], unit.rows[count:]
+        if rows:
+            self._asked.append(self._thread.submit(unit.write, rows))
+
+    def _landed(self, most: int) -> list[Part]:
+        """Return what was written, waiting until no more than `most` writes are under way."""
         landed = []
-        while len(self._open) >= self._size(header):
-            landed += self._land()
-            self._send()
+        while self._asked and (len(self._asked) > most or self._asked[0].done()):
+            landed.append(self._asked.popleft().result())
         return landed
 
-    def finish(self, rejected: dict[str, str], unsettled: dict[str, str]) -> list[Part]:
-        """Write what is left, merge the unit's groups and note what was rejected; returns the last parts."""
-        landed = self._land()
-        self._send()
-        landed += self._land()
-        if len(self._names) > 1:
+
+@dataclass(slots=True)
+class _Open:
+    """A unit that rows arrive of."""
+
+    unit: Unit
+    header: ShardHeader | None = None
+    rows: list[LatentRow | TextRow] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # of the shards that were written
+
+    @property
+    def folder(self) -> Store:
+        return self.unit.store / self.unit.folder if self.unit.folder else self.unit.store
+
+    def write(self, rows: list[LatentRow | TextRow]) -> Part:
+        """Write a group."""
+        assert self.header is not None, "rows come with it"
+        self.names.append(write_shard(self.folder, self.header, rows))  # type: ignore[arg-type]  # of one type
+        return Part(self.unit.name, tuple(row.key for row in rows), bytes=len(rows) * self.header.row_bytes)
+
+    def merge(self, rejected: dict[str, str], unsettled: dict[str, str]) -> Part:
+        """Make one shard of the groups."""
+        if len(self.names) > 1:
             with suppress(FileNotFoundError):  # another encodes the same unit, and merged them first
-                rewrite(self._folder, self._names)
+                rewrite(self.folder, self.names)
         if rejected:
-            write_rejects(self._unit.store, [RejectRow(key, reason) for key, reason in sorted(rejected.items())])
-        return [*landed, Part(self._unit.name, rejected=rejected, unsettled=unsettled, last=True)]
-
-    def _size(self, header: ShardHeader) -> int:
-        """Return the rows of one write."""
-        return min(self._unit.most_rows, group_rows(header.row_bytes))
-
-    def _send(self) -> None:
-        """Hand a group to the thread that writes."""
-        header = self._header
-        if not self._open or header is None:
-            return
-        rows, self._open = self._open[: self._size(header)], self._open[self._size(header) :]
-        self._flying = self._thread.submit(self._write, header, rows)
-
-    def _write(self, header: ShardHeader, rows: list[LatentRow | TextRow]) -> tuple[str, Part]:
-        name = write_shard(self._folder, header, rows)  # type: ignore[arg-type]  # rows are of one type
-        return name, Part(self._unit.name, tuple(row.key for row in rows), bytes=len(rows) * header.row_bytes)
-
-    def _land(self) -> list[Part]:
-        """Wait for the write that is under way."""
-        if self._flying is None:
-            return []
-        flying, self._flying = self._flying, None
-        name, part = flying.result()
-        self._names.append(name)
-        return [part]
+            write_rejects(self.unit.store, [RejectRow(key, reason) for key, reason in sorted(rejected.items())])
+        return Part(self.unit.name, rejected=rejected, unsettled=unsettled, last=True)

@@ -18,6 +18,21 @@ _MARK = ".tmp."
 HOST = re.sub(r"\W", "-", platform.node()) or "host"
 
 
+def _machine() -> str:
+    """Name what a process's number counts in: this machine since its start, or a container of it.
+
+    Its name alone will not do: containers and freshly installed machines are often called alike.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return re.sub(r"\W", "-", f"{HOST}-{boot[:8]}-{Path('/proc/self/ns/pid').readlink()}")
+    except OSError:
+        return HOST
+
+
+MACHINE = _machine()
+
+
 @contextmanager
 def write_aside(path: Path, *, tidy: bool = True) -> Iterator[Path]:
     """Yield a name beside `path` to write to; on success it replaces `path`, on any error it is removed.
@@ -43,12 +58,12 @@ def write_aside(path: Path, *, tidy: bool = True) -> Iterator[Path]:
 
 def name_aside(path: Path) -> Path:
     """Return a name beside `path` that nobody else uses; what has it is no product."""
-    return path.with_name(f"{path.name}{_MARK}{HOST}.{os.getpid()}.{uuid4().hex[:8]}")
+    return path.with_name(f"{path.name}{_MARK}{MACHINE}.{os.getpid()}.{uuid4().hex[:8]}")
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
     """Remove what writers of a file, or of any in the folder, left behind that were killed on this machine."""
-    for leftover in folder.glob(f"{'*' if name is None else glob.escape(name)}{_MARK}{HOST}.*"):
+    for leftover in folder.glob(f"{'*' if name is None else glob.escape(name)}{_MARK}{MACHINE}.*"):
         writer = leftover.name.rpartition(_MARK)[2].split(".")[1]
         if writer.isdigit() and int(writer) != os.getpid() and not runs(int(writer)):
             leftover.unlink(missing_ok=True)

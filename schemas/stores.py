@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import UserError
-from schemas.storage import is_aside, write_aside
+from schemas.storage import is_aside, sweep, write_aside
 
 Footer = Any  # pyarrow.parquet.FileMetaData, which has no type
 
@@ -110,7 +111,9 @@ class LocalStore:
         return self.folder / name
 
     def write(self, name: str) -> AbstractContextManager[Path]:
-        return write_aside(self.folder / name)
+        path = self.folder / name
+        _swept(path.parent)
+        return write_aside(path, tidy=False)
 
     def anew(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
@@ -139,6 +142,12 @@ class LocalStore:
     def replace(self, name: str, data: bytes) -> None:
         with write_aside(self.folder / name, tidy=False) as aside:
             aside.write_bytes(data)
+
+
+@cache
+def _swept(folder: Path) -> None:
+    """Remove what killed writers left in a folder, once: for thousands of shards it is not listed each time."""
+    sweep(folder)
 
 
 def store_at(place: "Path | Store") -> Store:

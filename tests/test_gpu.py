@@ -1,5 +1,9 @@
 """What only a GPU shows: the same step on it as on the CPU, and attention's backward at real shapes."""
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +15,8 @@ from families.runtime import choose_attention
 from prep.cache import cache
 from prep.pairs import pairs
 from prep.scan import scan
+from schemas import console
+from schemas.shards import ShardIndex
 from train.data import Batch
 from train.loop import run, step_loss
 from train.lora import add_lora
@@ -70,3 +76,52 @@ def test_all_stages_run_on_the_gpu_in_bfloat16(make_project: object, precision: 
     assert summary.device.startswith("cuda")
     assert summary.last_step == 12
     assert summary.loss is not None and np.isfinite(summary.loss)
+
+
+def _rows(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Return every row of a project's stores, as float32."""
+    stores = [store for kind in ("latents", "text") for store in (folder / "work" / "cache" / kind).glob("*")]
+    return {key: index.read(key) for index in map(ShardIndex, stores) for key in index._places}
+
+
+def _values(bits: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(bits).view(torch.bfloat16).float()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_the_gpu_encodes_is_what_the_cpu_does_within_rounding(
+    make_project: object, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    folder = make_project("deblur", vae_dtype=dtype, vae_batch_size=4, text_encoder_batch_size=3)
+    scan(folder), pairs(folder), cache(folder)
+    found = _rows(folder)
+    shutil.rmtree(folder / "work" / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        cache(folder)
+    expected = _rows(folder)
+    assert found.keys() == expected.keys()
+    for key, row in expected.items():
+        for column in ("latent", "embed", "pooled"):
+            if row.get(column) is not None:
+                exact = _values(row[column])
+                error = (_values(found[key][column]) - exact).norm() / exact.norm()
+                assert error < (0.05 if dtype == "bf16" or column != "latent" else 0.01), (column, error)
+
+
+def test_real_memory_that_runs_out_halves_the_batch(make_project: object, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_project("deblur", vae_batch_size=16)
+    sets = json.loads((folder / "multidatabackend.json").read_text())
+    sets[0]["resolution"] = 1024
+    (folder / "multidatabackend.json").write_text(json.dumps(sets))
+    scan(folder), pairs(folder)
+    console.log.propagate = True
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (600 << 20)) / total)
+    try:
+        summary = cache(folder)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert summary.stores[0].encoded == 12
+    assert "out of memory with" in caplog.text
