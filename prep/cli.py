@@ -159,7 +159,7 @@ def pairs(
 
 @app.command(
     short_help="Encode images and prompts; look after what is encoded.",
-    epilog="Examples:  prep cache my-project --dry-run;  "
+    epilog="Example:  prep cache my-project --dry-run.  On many machines:  "
     "torchrun --nproc-per-node 8 --no-python prep cache my-project;  "
     "prep cache my-project --num-shards 16 --shard-index $SLURM_ARRAY_TASK_ID;  "
     "prep cache my-project --engine ray --address auto.  Upkeep:  prep cache my-project --stats;  "

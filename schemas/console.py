@@ -82,9 +82,9 @@ def reporting() -> Iterator[None]:
     """Send pairline's log to stderr; turn a UserError into its message and exit status 1."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(message)s"))
-    log.handlers = [handler]
+    before = log.handlers, log.level, log.propagate
+    log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
-    log.propagate = False
     try:
         yield
     except UserError as fault:
@@ -96,6 +96,8 @@ def reporting() -> Iterator[None]:
     except KeyboardInterrupt:
         log.error("interrupted; the same command goes on from what is finished")
         raise SystemExit(130) from None
+    finally:
+        log.handlers, log.level, log.propagate = before
 
 
 # Reasons that the configuration asks for: they are counted, not warned of.

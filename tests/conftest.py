@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; last bits depend on how many compute
 
 DEMO = Path(__file__).parent.parent / "datasets_demo"
 

@@ -106,19 +106,21 @@ def test_what_the_gpu_encodes_is_what_the_cpu_does_within_rounding(
             if row.get(column) is not None:
                 exact = _values(row[column])
                 error = (_values(found[key][column]) - exact).norm() / exact.norm()
-                assert error < (0.05 if dtype == "bf16" or column != "latent" else 0.01), (column, error)
+                assert error < (0.1 if dtype == "bf16" or column != "latent" else 0.01), (column, error)
 
 
-def test_real_memory_that_runs_out_halves_the_batch(make_project: object, caplog: pytest.LogCaptureFixture) -> None:
+def test_real_memory_that_runs_out_halves_the_batch(
+    make_project: object, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_project("deblur", vae_batch_size=16)
     sets = json.loads((folder / "multidatabackend.json").read_text())
     sets[0]["resolution"] = 1024
     (folder / "multidatabackend.json").write_text(json.dumps(sets))
     scan(folder), pairs(folder)
-    console.log.propagate = True
+    monkeypatch.setattr(console.log, "propagate", True)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (600 << 20)) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (250 << 20)) / total)
     try:
         summary = cache(folder)
     finally:

@@ -10,7 +10,7 @@ from families import Source, open_project
 from families.checkpoints import here, key_of
 from prep.upkeep.stores import Kept, folder_of, shards_of, stores_of
 from schemas.console import progress
-from schemas.errors import UserError
+from schemas.errors import Unreachable, UserError
 from schemas.project import Project
 from schemas.shards import ShardHeader, faults_of, headers_of, rewrite
 from schemas.stores import Store
@@ -57,11 +57,12 @@ def _check(kept: Kept, scale: int, *, repair: bool) -> StoreCheck:
     wrong = len(told)
     with progress(f"verify {kept.kind}", len(shards), "shard") as bar:
         for name in shards:
-            faults = _faults(kept, store, name, scale)
-            rows += 0 if None in faults else sum(len(keys) for _, _, keys in headers_of(store, [name]))
-            told |= {name if key is None else f"{name} {key}": fault for key, fault in faults.items()}
-            if repair:
-                _take_out(store, name, list(faults))
+            with store.anew(name):
+                faults = _faults(kept, store, name, scale)
+                rows += 0 if None in faults else sum(len(keys) for _, _, keys in headers_of(store, [name]))
+                told |= {name if key is None else f"{name} {key}": fault for key, fault in faults.items()}
+                if repair:
+                    _take_out(store, name, list(faults))
             bar.update()
     if repair and wrong:
         store.remove("encoder.json")
@@ -83,6 +84,8 @@ def _faults(kept: Kept, store: Store, name: str, scale: int) -> dict[str | None,
     """Return what is wrong with a shard: as a whole, under None, or with rows of it."""
     try:
         said = list(headers_of(store, [name]))
+    except Unreachable:  # a service that does not answer says nothing of what it keeps
+        raise
     except UserError as fault:
         return {None: str(fault).partition(": ")[2]}
     for _, header, _ in said:

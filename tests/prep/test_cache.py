@@ -152,7 +152,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
     monkeypatch.setattr(encode, "_batch_size", lambda wanted: 4)
     small = Small(encode.family_of(open_project(folder)), 1)
     monkeypatch.setattr(encode, "family_of", lambda project: small)
-    console.log.propagate = True
+    monkeypatch.setattr(console.log, "propagate", True)
     assert encoded(folder)[0] == 12
     assert small.batches[0] > 1 and small.batches[-3:] == [1, 1, 1]
     assert "out of memory with" in caplog.text and "going on with" in caplog.text

@@ -69,7 +69,8 @@ def paired(make_project: MakeProject) -> Path:
 
 def rows(folder: Path) -> dict[str, bytes]:
     """Return every payload of a project's stores; no key is there twice."""
-    listed = [row for path in (folder / "work" / "cache").rglob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    shards = (folder / "work" / "cache").glob("[lt]*/**/*.parquet")
+    listed = [row for path in shards for row in pq.read_table(path).to_pylist()]
     found = {row["key"]: row.get("latent") or row["embed"] for row in listed if "checksum" in row}
     assert len(found) == len(listed), "encoded twice"
     return found
@@ -77,7 +78,7 @@ def rows(folder: Path) -> dict[str, bytes]:
 
 def files(folder: Path) -> dict[str, bytes]:
     cached = folder / "work" / "cache"
-    return {path.relative_to(cached).as_posix(): path.read_bytes() for path in cached.rglob("*.parquet")}
+    return {path.relative_to(cached).as_posix(): path.read_bytes() for path in cached.glob("[lt]*/**/*.parquet")}
 
 
 def forget(folder: Path) -> None:
@@ -160,7 +161,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     if machine == "of my name":  # a container, whose processes are counted from 1 too
         said = json.loads(store.read("leases/u") or b"")
-        store.replace("leases/u", json.dumps(said | {"machine": said["machine"].partition(" ")[0]}).encode())
+        store.replace("leases/u", json.dumps(said | {"machine": said["machine"].rpartition("-pid")[0]}).encode())
     with Leases(clock=Clock()) as other:
         assert other.take(store, "u") == at_once
 
@@ -203,12 +204,15 @@ def latents(*keys: str) -> list[object]:
 
 def test_two_that_encode_the_same_unit_at_the_same_time_leave_each_row_there(tmp_path: Path) -> None:
     keys = ("a", "b", "c", "d", "e")
-    unit = Unit("u", LocalStore(tmp_path), "e1", "3x2", keys, keys)
-    with Writer(unit, 2) as one, Writer(unit, 2) as other:
-        for writer in (one, other):
-            writer.put(HEADER, latents(*keys))
-        first, second = one.finish({}, {}), other.finish({}, {})
-    assert first[-1].last and second[-1].last
+    unit = Unit("u", LocalStore(tmp_path), "e1", "3x2", keys, keys, 2)
+    writers = Writer(), Writer()
+    for writer in writers:
+        writer.put(unit, HEADER, latents(*keys))
+    for writer in writers:
+        writer.finish(unit, {}, {})
+    assert all([part.last for part in writer.settle()][-1] for writer in writers)
+    for writer in writers:
+        writer.close()
     index = ShardIndex(tmp_path)
     assert {key for key in keys if key in index} == set(keys)
 
@@ -404,6 +408,6 @@ def test_a_node_with_other_weights_or_another_folder_is_named(make_project: Make
         encoder.start(project, "Latents", components, "of the command", 0)
     weights = fingerprint(project, locate(project, components), components)
     encoder.start(project, "Latents", components, weights, 0)
-    unit = Unit("u", LocalStore(tmp_path / "store"), "e1", "3x2", (), ())
+    unit = Unit("u", LocalStore(tmp_path / "store"), "e1", "3x2", (), (), 16)
     with pytest.raises(UserError, match=r"^node [\d.]+: .*store is another folder than where the command runs"):
         next(encoder.work(unit, "leases/token", ()))

@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import fsspec
 import numpy as np
@@ -24,7 +25,8 @@ from prep.pairs import pairs
 from prep.plan import plan
 from prep.scan import scan
 from prep.status import status
-from prep.upkeep import verify
+from prep.upkeep.stores import Kept
+from prep.upkeep.verify import _check, verify
 from schemas.config_file import read_json
 from schemas.errors import UserError
 from schemas.fetch import open_url
@@ -129,7 +131,7 @@ def test_a_project_is_cached_and_trained_on_from_a_bucket_as_from_a_folder(make_
     near = {store.kind: store for store in cache(folder).stores}
     run(folder)
     lora = load_file(folder / "work" / "runs" / "default" / "pytorch_lora_weights.safetensors")
-    local = {path.name: path.read_bytes() for path in (folder / "work" / "cache").rglob("*.parquet")}
+    local = {path.name: path.read_bytes() for path in (folder / "work" / "cache").glob("[lt]*/**/*.parquet")}
 
     put(wire, "/pipeline")
     as_remote(folder, "s3://pipeline/cache", **options(wire))
@@ -146,7 +148,7 @@ def test_a_project_is_cached_and_trained_on_from_a_bucket_as_from_a_folder(make_
     wire.asked.clear()
     again = cache(folder)
     assert sum(one.encoded for one in again.stores) == 0
-    assert asked(wire) == {"LIST": 2}, "one listing of each store"
+    assert asked(wire) == {"LIST": 2, "GET": 4}, "of each store one listing, and what it says of encoder and project"
     planned = plan(folder)
     assert [(one.needed, one.to_make) for one in planned.stages[-2:]] == [(one.needed, 0) for one in made.stores]
     assert {one.state for one in status(folder).states if one.stage == "cache"} == {"complete"}
@@ -190,17 +192,17 @@ def test_a_damaged_object_is_found_and_mended_though_the_mirror_is_whole(make_pr
 
 
 def test_verifying_takes_no_outage_for_damage(tmp_path, wire, monkeypatch):
-    import prep.upkeep
-
     store = far(tmp_path, wire, "outage")
     [name] = written(store)
-    monkeypatch.setattr(prep.upkeep, "stores_of", lambda project: [("latents", store)])
     open_url(store.url, store.options)[0].retries = 1
     listed = store.files()
-    monkeypatch.setattr(prep.upkeep, "shards_of", lambda store: listed)
+    monkeypatch.setattr("prep.upkeep.verify.shards_of", lambda store: listed)
+    monkeypatch.setattr("prep.upkeep.verify._misnamed", lambda kept: iter(()))
+    root, _, encoder = store.inside.rpartition("/")
+    kept = Kept("latents", replace(store, inside=root), encoder)
     wire.down = True
     with pytest.raises(UserError, match=r"^s3://outage/latents/.*: cannot be read: .*; tried 5 times; run the command"):
-        prep.upkeep._check("latents", store, repair=True)
+        _check(kept, 8, repair=True)
     wire.down = False
     assert list(store.files()) == [f"32x32/{name}"]
 
