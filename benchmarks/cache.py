@@ -30,7 +30,7 @@ from smaller import compressed, float8, gaussian_embeds, plain_rate, tiny_embeds
 
 import schemas.storage
 from families import open_project
-from families.checkpoints import image_encoder_key, locate, text_encoder_key
+from families.checkpoints import image_encoder_keys, locate, text_encoder_key
 from prep.cache import Here, cache
 from prep.encode import Latents
 from prep.needed import REFERENCES, TARGETS, needed_of
@@ -200,12 +200,13 @@ def as_shards(place, samples):
 
 def as_units(place, samples):
     """Write as prep cache does: group by group in a thread of its own, then merged."""
+    writer = Writer()
     for first in range(0, len(samples), SHARD_ROWS):
-        unit = Unit(str(first), LocalStore(place), "encoder", "", (), ())
-        with Writer(unit, SHARD_ROWS) as writer:
-            for number, sample in enumerate(samples[first : first + SHARD_ROWS], first):
-                writer.put(header_of(LATENT), [row_of(number, sample)])
-            writer.finish({}, {})
+        unit = Unit(str(first), LocalStore(place), "encoder", "", (), (), SHARD_ROWS)
+        for number, sample in enumerate(samples[first : first + SHARD_ROWS], first):
+            writer.put(unit, header_of(LATENT), [row_of(number, sample)])
+        writer.finish(unit, {}, {})
+    writer.close()
 
 
 def as_plain(place, samples):
@@ -255,18 +256,21 @@ WAYS = {
 class Free(Latents):
     """An image encoder that costs nothing: latents of the right size, always the same."""
 
-    def __init__(self):
-        self._size, self._most_rows = 1, SHARD_ROWS
+    def __init__(self, project, checkpoint):
+        targets, references = image_encoder_keys(project, checkpoint)
+        self._checkpoint, self._choices = checkpoint, {references: "mode", targets: "mode"}
+        self._size, self._writer = 1, Writer()
         self._made = {}
 
-    def _encode(self, pixels):
-        sizes = [(one.shape[0] // 8, one.shape[1] // 8) for one in pixels]
+    def _encode(self, batch, choice):
+        sizes = [(one.shape[0] // 8, one.shape[1] // 8) for _, one in batch]
         for height, width in {*sizes} - {*self._made}:
             self._made[height, width] = torch.randn(16, height, width).to(torch.bfloat16)
         return [self._made[size] for size in sizes]
 
     def close(self):
-        """Keep nothing."""
+        """Write what is left."""
+        self._writer.close()
 
 
 class Costless(Here):
@@ -285,8 +289,8 @@ class Costless(Here):
         for unit in units:
             yield Part(unit.name, last=True)
 
-    def _loaded(self, *_):
-        self._encoder = self._encoder or Free()
+    def _loaded(self, kind, checkpoint):
+        self._encoder = self._encoder or Free(self._project, checkpoint)
         return self._encoder
 
 
@@ -333,7 +337,7 @@ def complete(folder):
     """Write all rows that a project needs, their payload next to nothing; return how many."""
     opened = open_project(folder, need_images=False)
     needed, images, rows = needed_of(opened), opened.family.image_encoder, 0
-    key = image_encoder_key(opened, locate(opened, images))
+    key, _ = image_encoder_keys(opened, locate(opened, images))
     for pictures in needed.pictures(opened, {TARGETS: key, REFERENCES: key}):
         sides, which = pictures.sizes()
         for number, (width, height) in enumerate(sides):

@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from families.protocol import Posterior, TextEmbeds
 from families.quantize import quantize_weights
+from families.runtime import check_whole
 from families.tiny import clip_tokenizer, seeded, t5_tokenizer
 from schemas.errors import UserError
 
@@ -37,8 +38,7 @@ def load_image_encoder(
         )
     except ValueError as fault:
         raise UserError(f"{checkpoint / 'vae'}: config.json and weights do not fit: {fault}") from fault
-    if missing := told["missing_keys"]:
-        raise UserError(f"{checkpoint / 'vae'}: {len(missing)} tensors of the VAE are not there, first {missing[0]}")
+    check_whole(checkpoint / "vae", vae, told["missing_keys"])
     if tiling:
         vae.enable_tiling()
     if slicing:
@@ -66,12 +66,20 @@ def decode_latents(encoder: AutoencoderKL, latents: Tensor) -> Tensor:
 def load_text_encoders(
     checkpoint: Path, dtype: torch.dtype, device: torch.device, *, precisions: Mapping[str, str], offload: bool
 ) -> FluxKontextPipeline:
-    """Load CLIP-L and T5 with their tokenizers, as a pipeline that has nothing else."""
+    """Load CLIP-L and T5 with their tokenizers, as a pipeline that has nothing else.
+
+    Raises UserError if tensors are missing.
+    """
     nothing = {"transformer": None, "vae": None, "image_encoder": None, "feature_extractor": None}
-    pipeline = FluxKontextPipeline.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True, **nothing)
-    for component in ("text_encoder", "text_encoder_2"):
-        encoder = getattr(pipeline, component).eval().requires_grad_(False)
-        quantize_weights(encoder, precisions.get(component, "no_change"))
+    loaded = {}
+    for component, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", T5EncoderModel)):
+        encoder, found = kind.from_pretrained(
+            checkpoint, subfolder=component, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        check_whole(checkpoint / component, encoder, found["missing_keys"])
+        quantize_weights(encoder.eval().requires_grad_(False), precisions.get(component, "no_change"))
+        loaded[component] = encoder
+    pipeline = FluxKontextPipeline.from_pretrained(checkpoint, dtype=dtype, **nothing, **loaded)
     if not offload or device.type == "cpu":
         return pipeline.to(device)
     pipeline.enable_model_cpu_offload(device=device)

@@ -4,13 +4,17 @@ import gc
 import importlib
 import logging
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from families.protocol import Family
+from schemas.errors import UserError
 from schemas.project import Project
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -38,6 +42,15 @@ def default_device() -> torch.device:
 def dtype_of(name: str) -> torch.dtype:
     """Return the dtype of an option's value."""
     return _DTYPES[name]
+
+
+def check_whole(folder: Path, model: nn.Module, missing: Sequence[str]) -> None:
+    """Raise UserError for a model some of whose tensors are not in its files: they would be random numbers."""
+    tensors = model.state_dict(keep_vars=True)
+    there = {one.data_ptr() for name, one in tensors.items() if name not in missing}
+    lost = [name for name in missing if name in tensors and tensors[name].data_ptr() not in there]  # others are tied
+    if lost:
+        raise UserError(f"{folder}: {len(lost)} tensors are not there, first {lost[0]}; fetch the checkpoint again")
 
 
 def release_memory() -> None:

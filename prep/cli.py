@@ -238,7 +238,7 @@ def cache(
         from prep.upkeep import modes
 
         _check_engine(engine, address, workers)
-        of_encoding = {"--limit": limit, "--num-shards": num_shards, "--address": address}
+        of_encoding = {"--limit": limit} | ({} if repair else {"--num-shards": num_shards, "--address": address})
         others = [name for name, value in of_encoding.items() if value is not None]
         asked = modes.Asked(
             verify, repair, decode, compact, stats, explain, gc, tuple(also or ()), delete, dry_run, others

@@ -241,7 +241,7 @@ class OnRay:
     def _token(self, store: Store) -> str:
         """Leave a file in a store for the actors to find: so they know that theirs is the same."""
         if store not in self._tokens:
-            self._tokens[store] = token = f"leases/{uuid4().hex}"
+            self._tokens[store] = token = f"tokens/{uuid4().hex}"
             store.create(token, b"")
         return self._tokens[store]
 

@@ -4,6 +4,7 @@ Apart from prep/cache.py because it loads a tensor library, which a run with not
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from families.checkpoints import check_unchanged, image_encoder_keys, text_encoder_key, text_precisions
+from families.protocol import TextEmbeds
 from families.runtime import default_device, dtype_of, family_of, release_memory
 from prep.images import Pixels
 from prep.pixels import Picture, Refusal
@@ -20,6 +22,7 @@ from prep.posterior import chosen
 from prep.units import Unit
 from prep.writing import Part, Writer
 from schemas.console import log
+from schemas.errors import UserError
 from schemas.project import Project
 from schemas.rows import TextRow
 from schemas.shards import Array, ShardHeader, latent_row, text_row
@@ -88,8 +91,7 @@ class Latents:
             return list(chosen(self._family.encode_images(self._encoder, pixels), [key for key, _ in batch], choice))
         except torch.OutOfMemoryError:
             pass  # gone on with below: here, the fault still holds what filled the memory
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory()
         if len(batch) == 1:
             return [None]
         half = (len(batch) + 1) // 2
@@ -140,9 +142,7 @@ class Texts:
     def work(self, unit: Unit) -> Iterator[Part]:
         """Encode a unit's prompts; yields what reached the disk. Raises as `Latents.work` does."""
         check_unchanged(self._checkpoint, unit.encoder, self._key)
-        for batch in _batches(zip(unit.keys, unit.items, strict=True), lambda: self._size):
-            prompts = [str(prompt) for _, prompt in batch]
-            embeds = self._family.encode_prompts(self._encoders, prompts, self._settings)
+        for batch, embeds in self._encoded(list(zip(unit.keys, map(str, unit.items), strict=True))):
             kept = embeds.embed.shape[1]
             shapes = {"embed": tuple(embeds.embed.shape[1:])}
             if embeds.pooled is not None:
@@ -164,7 +164,31 @@ class Texts:
         """Yield what else reaches the disk of the units that were worked on, and wait for it."""
         yield from self._writer.settle()
 
+    def _encoded(self, prompts: Sequence[tuple[str, str]]) -> Iterator[tuple[Sequence[tuple[str, str]], TextEmbeds]]:
+        """Encode prompts batch by batch, in halves if memory does not hold one; raises UserError if it holds none."""
+        while prompts:
+            batch, embeds = prompts[: self._size], None
+            with suppress(torch.OutOfMemoryError):  # gone on with below: here, the fault holds what filled the memory
+                embeds = self._family.encode_prompts(self._encoders, [prompt for _, prompt in batch], self._settings)
+            if embeds is not None:
+                yield batch, embeds
+                prompts = prompts[len(batch) :]
+                continue
+            release_memory()
+            if len(batch) == 1:
+                raise UserError(
+                    "the accelerator's memory does not hold the text encoders and one prompt; "
+                    "offload_during_startup, or text_encoder_2_precision: int8-quanto, needs less"
+                )
+            self._size = (len(batch) + 1) // 2
+            log.warning("out of memory with %d prompts; going on with %d", len(batch), self._size)
+
     def _row(self, key: str, prompt: str, embed: torch.Tensor, pooled: Array | None, tokens: int) -> TextRow:
+        if not torch.isfinite(embed).all():
+            raise UserError(
+                f"{self._checkpoint}: its text encoders give values that are not finite for {prompt[:60]!r}; fetch the "
+                "checkpoint again, or try another text_encoder_2_precision"
+            )
         if not self._float8:
             return text_row(key, prompt, _bits(embed), pooled, tokens)
         exact = embed.detach().to("cpu", torch.float32)

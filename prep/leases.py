@@ -109,7 +109,7 @@ def held(store: Store) -> dict[str, bytes]:
 
 
 def is_busy(store: Store) -> bool:
-    """Tell whether somebody works on a store; of leases that show no sign of life, after `EXPIRY_S`."""
+    """Tell whether somebody works on a store; leases that show no sign of life for `EXPIRY_S` are removed."""
     first, until = held(store), time.monotonic() + EXPIRY_S
     while first and time.monotonic() < until:
         time.sleep(_LOOK_S)
@@ -117,6 +117,8 @@ def is_busy(store: Store) -> bool:
         if any(first.get(unit) != said for unit, said in now.items()):
             return True
         first = now
+    for unit in first:
+        store.remove(f"{_FOLDER}/{unit}")
     return False
 
 

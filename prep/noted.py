@@ -70,7 +70,7 @@ def announce(project: Project, store: Store, description: Description) -> None:
 
 def user_id(project: Project) -> str:
     """Identify a project among the users of a store."""
-    return digest(HOST, str(project.config_path))[:16]
+    return digest(str(project.config_path.resolve()))[:16]  # the same on all machines of a cluster
 
 
 def place_id(store: Store) -> str:

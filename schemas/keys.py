@@ -37,11 +37,6 @@ def file_id(path: Path) -> str:
     return state.hexdigest()
 
 
-def checksum(data: bytes | memoryview) -> int:
-    """Sum a row's payload so that a flipped bit on disk is noticed: xxh3-64, unsigned."""
-    return xxhash.xxh3_64_intdigest(data)
-
-
 def canonical(value: object) -> str:
     """Spell a value as JSON in the one way that is hashed: sorted keys, no spaces, UTF-8."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

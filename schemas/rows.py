@@ -129,7 +129,7 @@ class LatentRow:
 
     key: str
     latent: bytes  # bfloat16, C×H×W, little-endian, already normalised; `moments`: 2C×H×W, mean, then deviation
-    checksum: UInt64  # xxh3-64 of the latent's bytes
+    checksum: UInt64  # xxh3-64 of the latent's bytes, then of [key] as JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ class TextRow:
     num_tokens: int  # real tokens before padding, as many as are kept
     scale: float | None  # of float8: what its values are multiplied by
     error: float | None  # of float8: root mean square of what it lost, relative to that of the embed
-    checksum: UInt64  # xxh3-64 of embed followed by pooled
+    checksum: UInt64  # xxh3-64 of embed, pooled, then [key, prompt, num_tokens, scale, error] as JSON
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ row is read where it lies, without a Parquet reader; of a file that somebody wro
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from threading import Lock
@@ -22,15 +22,17 @@ import pyarrow.parquet as pq
 import xxhash
 
 from schemas.errors import Unreachable, UserError
-from schemas.keys import checksum, digest
+from schemas.keys import canonical, digest
 from schemas.rows import LatentRow, RejectRow, TextRow, UInt64, arrow_schema, as_columns
 from schemas.stores import Footer, Store, store_at
 
-SHARD_FORMAT = 3
+SHARD_FORMAT = 4
 SHARD_BYTES = 64 << 20  # of payload; what is merged comes close to it
 REJECTS = "rejects"  # folder of the images that could not be encoded, beside the buckets
 
 GROUP_ROWS, GROUP_BYTES = 16, 8 << 20  # most of a row group: what a generic reader fetches for one row
+_SUMMED = ("prompt", "num_tokens", "scale", "error")  # columns that a row's sum has beside payload and key
+_REST = {"LatentRow": {"checksum"}, "TextRow": {*_SUMMED, "checksum"}}  # columns beside those
 _LONGEST_HEADER = 128  # bytes of a page before its values
 _MOST_ROWS = 1 << 24  # of a shard
 _OPEN_FILES = 128
@@ -74,7 +76,7 @@ class ShardHeader:
 def latent_row(key: str, latent: Array) -> LatentRow:
     """Make a row of one encoded image, its checksum included."""
     data = latent.tobytes()
-    return LatentRow(key=key, latent=data, checksum=UInt64(checksum(data)))
+    return LatentRow(key=key, latent=data, checksum=UInt64(_sum([data], key, {})))
 
 
 def text_row(
@@ -84,7 +86,8 @@ def text_row(
     """Make a row of one encoded prompt, its checksum included; `lossy` is the scale and error of a float8 embed."""
     data, extra = embed.tobytes(), pooled.tobytes() if pooled is not None else None
     scale, error = lossy
-    total = UInt64(checksum(data + (extra or b"")))
+    rest = {"prompt": prompt, "num_tokens": num_tokens, "scale": scale, "error": error}
+    total = UInt64(_sum([data] if extra is None else [data, extra], key, rest))
     return TextRow(key, prompt, data, extra, num_tokens, scale, error, total)
 
 
@@ -313,7 +316,7 @@ class ShardIndex:
         if not shard.read_into(row, arrays, file, wait):
             return None
         rest = {column: values[row].as_py() for column, values in shard.rest.items()}
-        if _sum(arrays.values()) != rest["checksum"]:
+        if _sum(_buffers(arrays), key, rest) != rest["checksum"]:
             raise UserError(
                 f"{self.store.where(name)}: row {row} ({key}) is damaged, its checksum differs; "
                 "prep cache --verify --repair takes it out and encodes it again"
@@ -389,11 +392,13 @@ class _Shard:
             others = [one for one in names if one not in (*header.shapes, "key", "pooled")]
             table = parquet.read(others, use_threads=False)
             self.rest = {one: table[one].combine_chunks() for one in others}
+            self._starts = {one: _starts(metadata, names.index(one), header.bytes_of(one)) for one in header.shapes}
+            if not _REST[header.row] <= self.rest.keys():
+                raise ValueError("it lacks columns")
         except FileNotFoundError:
             raise
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as fault:
+        except (pa.ArrowException, OSError, ValueError, KeyError) as fault:
             raise _damaged(self._where, fault) from fault
-        self._starts = {one: _starts(metadata, names.index(one), header.bytes_of(one)) for one in header.shapes}
 
     def read_into(self, row: int, arrays: Mapping[str, Array], file: _File, wait: bool = True) -> bool:
         """Fill arrays with a row's payload; tell whether all of it was there, which it is if told to wait."""
@@ -433,12 +438,17 @@ def _starts(metadata: Any, column: int, row_bytes: int) -> npt.NDArray[np.int64]
     return np.array(starts, np.int64)
 
 
-def _sum(arrays: Collection[Array]) -> int:
-    """Sum payloads as if they were one."""
+def _sum(payloads: Iterable[Any], key: str, rest: Mapping[str, Any]) -> int:
+    """Sum a row: its payloads as if they were one, then its key and what else it says, as JSON."""
     state = xxhash.xxh3_64()
-    for array in arrays:
-        state.update(array.data)
+    for payload in payloads:
+        state.update(payload)
+    state.update(canonical([key, *(rest[name] for name in _SUMMED if name in rest)]).encode())
     return state.intdigest()
+
+
+def _buffers(arrays: Mapping[str, Array]) -> Iterator[memoryview]:
+    return (array.data for array in arrays.values())
 
 
 def faults_of(store: Store | Path, name: str) -> dict[str | None, str]:
@@ -448,12 +458,15 @@ def faults_of(store: Store | Path, name: str) -> dict[str | None, str]:
         [(_, footer)] = store.footers([name])
         header, keys = _header(store, name, footer)
         shard = _Shard(store, name, header)
-        file = _File(shard.path)
+        file, table = _File(shard.path), pq.ParquetFile(shard.path).read()
         faults: dict[str | None, str] = {}
         for row, key in enumerate(keys):
-            arrays = {column: array[0] for column, array in header.empty(1).items()}
+            arrays = _at(0, header.empty(1))
             shard.read_into(row, arrays, file)
-            if _sum(arrays.values()) != shard.rest["checksum"][row].as_py():
+            rest = {column: values[row].as_py() for column, values in shard.rest.items()}
+            by_others = [table[column][row].as_buffer() for column in header.shapes]  # as other readers see it
+            sums = {_sum(_buffers(arrays), key, rest), _sum(by_others, table["key"][row].as_py(), rest)}
+            if sums != {rest["checksum"]}:
                 faults[key] = "damaged: its checksum differs"
             elif not all(map(_finite, arrays.values())):
                 faults[key] = "not finite"
@@ -464,6 +477,8 @@ def faults_of(store: Store | Path, name: str) -> dict[str | None, str]:
         return {None: str(fault).partition(": ")[2]}
     except FileNotFoundError:
         return {}  # merged with others meanwhile
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as fault:
+        return {None: f"damaged: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}"}
 
 
 def rewrite(store: Store | Path, names: Sequence[str], drop: Collection[str] = ()) -> list[str]:
@@ -474,10 +489,11 @@ def rewrite(store: Store | Path, names: Sequence[str], drop: Collection[str] = (
     """
     store = store_at(store)
     [folder] = {name.rpartition("/")[0] for name in names}
-    tables, header = [], None
+    tables, every, header = [], list[str](), None
     for name in names:
         [(_, footer)] = store.footers([name])
-        header, _ = _header(store, name, footer)
+        header, keys_of_it = _header(store, name, footer)
+        every += keys_of_it
         try:
             tables.append(pq.ParquetFile(store.local(name)).read().replace_schema_metadata(None))
         except FileNotFoundError:
@@ -486,7 +502,9 @@ def rewrite(store: Store | Path, names: Sequence[str], drop: Collection[str] = (
             raise _damaged(store.where(name), fault) from fault
     assert header is not None, "there are shards"
     table = pa.concat_tables([one.cast(tables[0].schema) for one in tables])
-    keys = np.asarray(table.column("key").to_pylist(), object)
+    place = table.schema.get_field_index("key")  # the footer's keys are those that the file is named by
+    table = table.set_column(place, table.schema.field(place), pa.array(every, pa.string()))
+    keys = np.asarray(every, object)
     _, first = np.unique(keys, return_index=True)
     kept = np.asarray([place for place in first if keys[place] not in drop], np.int64)
     size = rows_of_shard(header.row_bytes)

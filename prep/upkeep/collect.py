@@ -68,9 +68,13 @@ def _reached(project: Project) -> Iterator[str]:
 def _unnamed(store: Store, named: Sequence[Project]) -> Iterator[tuple[str, str]]:
     """Yield other projects that noted that they use a store, and where they did."""
     for name in sorted(set(store.names(USERS)) - {f"{user_id(one)}.json" for one in named}):
-        said = json.loads(store.read(f"{USERS}/{name}") or b"{}")
-        if said and (said["host"] != HOST or said["place"] == place_id(store)):
-            yield said["project"], store.where(f"{USERS}/{name}")
+        where = store.where(f"{USERS}/{name}")
+        try:
+            said = json.loads(store.read(f"{USERS}/{name}") or b"{}")
+            if said and (said["host"] != HOST or said["place"] == place_id(store)):
+                yield said["project"], where
+        except (ValueError, KeyError, TypeError):
+            yield "a project whose note is damaged", where
 
 
 @dataclass(slots=True)

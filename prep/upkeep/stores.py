@@ -19,6 +19,7 @@ from schemas.stores import Store
 
 _NAME = re.compile(r"[0-9a-f]{16}")  # of an encoder's folder, a shard, a file of rejects
 _LEASE = "upkeep"
+_KINDS = {"image": "latents", "text": "text"}  # encoder -> what it leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,12 @@ class Kept:
     def store(self) -> Store:
         """Return the encoder's folder."""
         return self.root / self.encoder
+
+    @property
+    def is_of_kind(self) -> bool:
+        """Tell latents from text where both lie in one folder; what says nothing is taken for what is asked for."""
+        said = (self.description() or {}).get("encoder")
+        return said is None or _KINDS.get(str(said)) == self.kind
 
     def description(self) -> dict[str, object] | None:
         """Return what the encoder's folder says of its encoder, None if it does not or is damaged."""
@@ -50,7 +57,7 @@ def stores_of(project: Project) -> list[Kept]:
         Kept(kind, root, encoder)
         for kind, root in [*roots, ("text", project.text_store)]
         for encoder in sorted({name.split("/")[0] for name in root.files() if "/" in name})
-        if _NAME.fullmatch(encoder)
+        if _NAME.fullmatch(encoder) and Kept(kind, root, encoder).is_of_kind
     ]
 
 

@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from families import Source, open_project
 from families.checkpoints import here, key_of
@@ -39,12 +40,12 @@ def _decoded(project: Project, asked: int | None) -> tuple[tuple[DecodedRow, ...
     count = _DECODED if asked is None else asked
     if not count:
         return (), None
-    checkpoint = here(project, project.family.image_encoder)
-    if checkpoint is None:
-        return (), None if asked is None else "the image encoder is not on this machine"
     from prep.upkeep.decode import decode  # noqa: PLC0415 - it loads a tensor library
 
     try:
+        checkpoint = here(project, project.family.image_encoder)
+        if checkpoint is None:
+            return (), None if asked is None else "the image encoder is not on this machine"
         return tuple(decode(project, checkpoint, count)), None
     except UserError as fault:  # no pair table, or none that fits: a matter of its stage, not of the rows
         return (), str(fault)
@@ -111,4 +112,5 @@ def _take_out(store: Store, name: str, bad: Sequence[str | None]) -> None:
     if None in bad:
         store.remove(name)
     elif bad:
-        rewrite(store, [name], drop=[key for key in bad if key is not None])
+        with suppress(FileNotFoundError):  # merged with others meanwhile
+            rewrite(store, [name], drop=[key for key in bad if key is not None])

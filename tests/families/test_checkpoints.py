@@ -203,7 +203,7 @@ def test_an_index_of_shards_that_is_damaged_is_an_error_that_names_it(project: P
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(None, r"vae: 1 tensors of the VAE are not there, first encoder.conv_in.weight"),
+    [(None, r"vae: 1 tensors are not there, first encoder.conv_in.weight"),
      (torch.zeros(8, 2, 3, 3), r"vae: config.json and weights do not fit: .*conv_in.weight")],
 )  # fmt: skip
 def test_weights_that_do_not_fit_their_configuration_are_an_error(

@@ -138,6 +138,12 @@ class Small:
     def __getattr__(self, name: str) -> object:
         return getattr(self._family, name)
 
+    def encode_prompts(self, encoders: object, prompts: list[str], settings: object) -> object:
+        self.batches.append(len(prompts))
+        if len(prompts) > self._room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._family.encode_prompts(encoders, prompts, settings)
+
     def encode_images(self, encoder: object, pixels: torch.Tensor) -> object:
         self.batches.append(len(pixels))
         if len(pixels) > self._room:
@@ -159,6 +165,59 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
     assert encoded(folder) == [0, 0]
 
 
+def test_prompts_that_memory_does_not_hold_at_once_are_halved_too(
+    make_project: MakeProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepared(make_project("edits"))
+    monkeypatch.setattr(encode, "_batch_size", lambda wanted: 4)
+    small = Small(encode.family_of(open_project(folder)), 2)
+    monkeypatch.setattr(encode, "family_of", lambda project: small)
+    assert encoded(folder) == [12, 7]
+    assert small.batches[-5:] == [4, 2, 2, 2, 1]
+    shutil.rmtree(folder / "work" / "cache" / "text")
+    monkeypatch.setattr(encode, "family_of", lambda project: Small(small._family, 0))
+    with pytest.raises(UserError, match="does not hold the text encoders and one prompt"):
+        cache(folder, workers=1)
+
+
+def test_text_encoders_that_give_no_numbers_are_told_of_and_nothing_is_stored(
+    make_project: MakeProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepared(make_project("edits"))
+    cache(folder, workers=1, limit=1)
+    monkeypatch.setattr(encode.torch, "isfinite", lambda values: torch.zeros_like(values, dtype=torch.bool))
+    with pytest.raises(UserError, match="values that are not finite for"):
+        cache(folder, workers=1)
+
+
+def test_a_text_encoder_that_lacks_a_tensor_is_refused(make_project: MakeProject) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = prepared(make_project("edits"))
+    file = folder / "work" / "models" / "tiny-flux-kontext" / "text_encoder_2" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if "SelfAttention.k" in name)
+    save_file({one: tensor for one, tensor in tensors.items() if one != name}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"text_encoder_2: 1 tensors are not there, first .*SelfAttention\.k"):
+        cache(folder, workers=1)
+    assert not list((folder / "work" / "cache" / "text").glob("*/*.parquet"))
+
+
+def test_latents_and_text_may_share_a_folder(make_project: MakeProject) -> None:
+    from prep.upkeep.verify import verify
+
+    folder = make_project("edits")
+    change(folder, cache_dir_vae="shared")
+    change(folder, 1, cache_dir_vae="shared")
+    path = folder / "multidatabackend.json"
+    sets = json.loads(path.read_text())
+    path.write_text(json.dumps([*sets, {"id": "texts", "dataset_type": "text_embeds", "cache_dir": "shared"}]))
+    prepared(folder)
+    assert encoded(folder) == [12, 7]
+    found = verify(folder)
+    assert found.faults == 0 and sorted((one.kind, one.rows) for one in found.stores) == [("latents", 12), ("text", 7)]
+
+
 def test_an_image_too_large_alone_is_told_and_tried_again(
     make_project: MakeProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +225,7 @@ def test_an_image_too_large_alone_is_told_and_tried_again(
     with monkeypatch.context() as patch:
         small = Small(encode.family_of(open_project(folder)), 0)
         patch.setattr(encode, "family_of", lambda project: small)
+        small.encode_prompts = small._family.encode_prompts
         with pytest.raises(UserError, match="accelerator's memory does not hold it; vae_enable_tiling needs less"):
             cache(folder, workers=1)
     assert encoded(folder) == [12, 0]

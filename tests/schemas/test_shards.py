@@ -6,14 +6,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 from schemas import shards
 from schemas.errors import UserError
-from schemas.keys import checksum
+from schemas.keys import canonical
 from schemas.rows import RejectRow
 from schemas.shards import ShardHeader, ShardIndex, latent_row, text_row, write_rejects, write_shard
 
 HEADER = ShardHeader(row="LatentRow", encoder="e1", shapes={"latent": (16, 3, 5)})
+
+
+def total(payload, *rest):
+    """Sum a row as the documents say: its bytes, then key and other columns as JSON."""
+    return xxhash.xxh3_64_intdigest(payload + canonical(list(rest)).encode())
 
 
 def numbers(*shape, seed=0):
@@ -83,11 +89,11 @@ def test_any_parquet_reader_finds_fixed_size_columns_row_by_row_and_the_header(t
         "shapes": {"latent": [16, 3, 5]},
         "dtypes": {},
         "normalised": True,
-        "format": 3,
+        "format": 4,
     }
     assert {file.metadata.row_group(0).column(place).compression for place in range(3)} == {"UNCOMPRESSED"}
     second = file.read().to_pylist()[1]
-    assert second == {"key": "key1", "latent": latents[1].tobytes(), "checksum": checksum(latents[1].tobytes())}
+    assert second == {"key": "key1", "latent": latents[1].tobytes(), "checksum": total(latents[1].tobytes(), "key1")}
 
 
 def test_a_text_shard_has_two_fixed_size_columns_and_one_sum_over_both(tmp_path):
@@ -96,7 +102,7 @@ def test_a_text_shard_has_two_fixed_size_columns_and_one_sum_over_both(tmp_path)
     path = tmp_path / write_shard(tmp_path, header, [text_row("k1", "a", embed, pooled, 3)])
     table = pq.read_table(path)
     assert (table.schema.field("embed").type, table.schema.field("pooled").type) == (pa.binary(56), pa.binary(12))
-    assert table.column("checksum").to_pylist() == [checksum(embed.tobytes() + pooled.tobytes())]
+    assert table.column("checksum").to_pylist() == [total(embed.tobytes() + pooled.tobytes(), "k1", "a", 3, None, None)]
 
 
 def test_a_row_of_another_shape_is_not_written(tmp_path):
@@ -215,7 +221,7 @@ def test_a_parquet_file_of_somebody_elses_is_told_by_name(metadata, tmp_path):
 def test_a_shard_of_another_format_names_both_formats_and_what_to_delete(tmp_path):
     header = ShardHeader(row="LatentRow", encoder="e1", shapes={"latent": (16, 3, 5)}, format=9)
     write_shard(tmp_path / "3x5", header, [latent_row("key", numbers(16, 3, 5))])
-    with pytest.raises(UserError, match="shard format 9, this version reads 3") as caught:
+    with pytest.raises(UserError, match="shard format 9, this version reads 4") as caught:
         ShardIndex(tmp_path)
     assert f"delete {tmp_path / '3x5'} and run prep cache again" in str(caught.value)
 
@@ -344,5 +350,32 @@ def test_rows_that_are_not_in_memory_are_waited_for_after_those_that_are(tmp_pat
     arrays = HEADER.empty(3)
     rest = ShardIndex(tmp_path).fill(list(latents), arrays)
     assert np.array_equal(arrays["latent"], np.stack(list(latents.values())))
-    assert [one["checksum"] for one in rest] == [checksum(latent.tobytes()) for latent in latents.values()]
+    assert [one["checksum"] for one in rest] == [total(latent.tobytes(), key) for key, latent in latents.items()]
     assert len(asked) == len(read) == 3
+
+
+@pytest.mark.parametrize("kind", ["latents", "text"])
+def test_every_flipped_bit_of_a_shard_is_noticed_or_changes_nothing(kind, tmp_path):
+    """Flip one bit in each place before the footer: either verify tells, or every value is still what it was."""
+    if kind == "latents":
+        rows = [latent_row(f"key{number}", numbers(2, 2, 2, seed=number) & 0x3FFF) for number in range(3)]
+        header = ShardHeader("LatentRow", "e1", {"latent": (2, 2, 2)})
+    else:
+        header = ShardHeader("TextRow", "e1", {"embed": (3, 2), "pooled": (2,)})
+        embeds = [(numbers(3, 2, seed=n) & 0x3FFF, numbers(2, seed=n + 9) & 0x3FFF) for n in range(3)]
+        rows = [text_row(f"key{n}", f"prompt {n}", *pair, n) for n, pair in enumerate(embeds)]
+    name = write_shard(tmp_path, header, rows)
+    sound = (tmp_path / name).read_bytes()
+    before = pq.read_table(tmp_path / name).to_pylist()
+    assert shards.faults_of(tmp_path, name) == {}
+    for place in range(len(sound) - 8 - int.from_bytes(sound[-8:-4], "little")):
+        data = bytearray(sound)
+        data[place] ^= 1 << place % 8
+        (tmp_path / name).write_bytes(data)
+        if not shards.faults_of(tmp_path, name):
+            index = ShardIndex(tmp_path)
+            assert pq.read_table(tmp_path / name).to_pylist() == before, place
+            for row in before:
+                read = index.read(row["key"])
+                payload = "latent" if kind == "latents" else "embed"
+                assert read[payload].tobytes() == row[payload], place
