@@ -227,11 +227,6 @@ class ShardIndex:
             self._places.update(zip(keys, range(first, first + len(keys)), strict=True))
         return whole
 
-    def add(self, name: str) -> None:
-        """Take in a shard that was just written."""
-        if name not in self.headers:
-            self._take_in([name])
-
     def forget(self, names: Collection[str]) -> None:
         """Drop shards that are no more; rows that another shard holds too stay."""
         numbers = {number for number, name in enumerate(self._names) if name in names and name in self.headers}
@@ -246,11 +241,6 @@ class ShardIndex:
                 self._known.clear()
                 self._open.clear()
             self._take_in(again)
-
-    def keys_of(self, name: str) -> list[str]:
-        """Return the keys of one shard, in the order of its rows."""
-        [(_, footer)] = self.store.footers([name])
-        return _header(self.store, name, footer)[1]
 
     def place_of(self, key: str) -> tuple[str, int]:
         """Return (shard, row) of a key; raises KeyError."""

@@ -6,7 +6,7 @@ one for URLs.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -153,8 +153,3 @@ def _swept(folder: Path) -> None:
 def store_at(place: "Path | Store") -> Store:
     """Open a store."""
     return LocalStore(place) if isinstance(place, Path) else place
-
-
-def each_once(stores: Iterable[Store]) -> list[Store]:
-    """Return stores without repeats, in their order."""
-    return list(dict.fromkeys(stores))

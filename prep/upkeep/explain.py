@@ -24,7 +24,7 @@ from schemas.keys import PIXEL_POLICY, text_key
 from schemas.project import Project
 from schemas.rows import Geometry, NotedReference, NotedRow, PairRow, Reference, from_columns
 from schemas.shards import ShardIndex
-from schemas.stores import Store, each_once
+from schemas.stores import Store
 from schemas.tables import read_columns, read_pieces, read_provenance
 from schemas.upkeep import Change, ExplainSummary, PartState
 
@@ -46,7 +46,7 @@ def explain(project: Source, sample: str) -> ExplainSummary:
     target, row = _found(project, sample)
     now, before = _now(row, encoders), _before(project, target, row.sample_id, encoders)
     stores = {name: _store(project, part, encoders.keys[part.role]) for name, part in now.items()}
-    indexes = {store: ShardIndex(store) for store in each_once(stores.values())}
+    indexes = {store: ShardIndex(store) for store in dict.fromkeys(stores.values())}
     parts = tuple(_state(indexes[stores[name]], name, part, before) for name, part in now.items())
     gone = () if before is None else tuple(f"{name}: {one.name}" for name, one in before.items() if name not in now)
     wanting = any(part.state == "missing" for part in parts)

@@ -31,7 +31,7 @@ from prep.scan import scan
 from schemas.errors import UserError
 from schemas.imported import ImportedStore, ImportSummary
 from schemas.rows import Geometry
-from schemas.shards import ShardIndex
+from schemas.shards import ShardIndex, headers_of
 
 MakeProject = Callable[..., Path]
 
@@ -63,7 +63,7 @@ class Scene:
         for kind in ("latents", "text"):
             for encoder in (self.folder / "work" / "cache" / kind).glob("*"):
                 index = ShardIndex(encoder)
-                keys = [key for name in index.headers for key in index.keys_of(name)]
+                keys = [key for _, _, keys in headers_of(index.store, list(index.headers)) for key in keys]
                 found |= {key: index.read(key) for key in keys}
         return found
 
