@@ -22,9 +22,9 @@ from families.quantize import quantize_weights
 from families.runtime import choose_attention
 from schemas.project import Project
 from train.data import Batch
-from train.loop import step_loss
 from train.lora import add_lora
 from train.optimizer import make_optimizer
+from train.step import step_loss
 
 DEVICE = torch.device("cuda")
 VARIANTS = ("diffusers", "pairline", "diffusers int8-quanto", "pairline int8-quanto")
@@ -51,7 +51,8 @@ def random_batch(pixels: int, count: int) -> Batch:
         torch.randn(count, 512, 4096, device=DEVICE), torch.randn(count, 768, device=DEVICE), (512,) * count
     )
     ids = tuple(str(number) for number in range(count))
-    return Batch(ids, torch.randn(shape, device=DEVICE), (torch.randn(shape, device=DEVICE),), text)
+    latents, noise, reference = (torch.randn(shape, device=DEVICE) for _ in range(3))
+    return Batch(ids, tuple(range(count)), latents, noise, (reference,), text)
 
 
 def diffusers_step(model: FluxTransformer2DModel, batch: Batch, project: Project) -> Callable[[], float]:
@@ -102,10 +103,9 @@ def pairline_step(model: FluxTransformer2DModel, batch: Batch, project: Project)
     model.enable_gradient_checkpointing()
     model.train()
     optimizer = make_optimizer(parameters, project.trainer)
-    generator = torch.Generator().manual_seed(0)
 
     def step() -> float:
-        loss = step_loss(flux, model, batch, generator, project.trainer)
+        loss = step_loss(flux, model, batch, 1, project.trainer)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

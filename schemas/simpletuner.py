@@ -61,19 +61,18 @@ TRAINER_KEYS: Mapping[str, str] = (
     | _same(
         "not in this version: base_model_precision alone chooses the quantization",
         """
-        quantize_via quantization_config sdnq_weights_dtype sdnq_quantized_matmul_dtype sdnq_group_size
-        sdnq_use_quantized_matmul sdnq_compile_mode sdnq_use_static_quantization sdnq_use_stochastic_rounding
-        sdnq_dequantize_fp32 sdnq_use_svd sdnq_svd_rank sdnq_svd_steps sdnq_use_hadamard sdnq_hadamard_group_size
-        sdnq_modules_to_not_convert sdnq_modules_to_not_use_matmul sdnq_modules_dtype_dict sdnq_modules_quant_config
+        quantization_config sdnq_weights_dtype sdnq_quantized_matmul_dtype sdnq_group_size sdnq_use_quantized_matmul
+        sdnq_compile_mode sdnq_use_static_quantization sdnq_use_stochastic_rounding sdnq_dequantize_fp32 sdnq_use_svd
+        sdnq_svd_rank sdnq_svd_steps sdnq_use_hadamard sdnq_hadamard_group_size sdnq_modules_to_not_convert
+        sdnq_modules_to_not_use_matmul sdnq_modules_dtype_dict sdnq_modules_quant_config
         """,
     )
     | {"quantize_activations": "not in this version: only weights are quantized, activations keep their precision"}
     | _same("ignored: TF32 stays at PyTorch's own default", "disable_tf32 allow_tf32")
     # Memory
     | _same(
-        "not in this version: weights stay on the accelerator; save memory with base_model_precision",
+        "not in this version: save memory with base_model_precision, gradient_checkpointing and enable_group_offload",
         """
-        enable_group_offload group_offload_type group_offload_blocks_per_group group_offload_use_stream
         group_offload_to_disk_path group_offload_text_encoder group_offload_vae offload_during_save offload_param_path
         enable_model_cpu_offload ramtorch ramtorch_target_modules ramtorch_text_encoder ramtorch_vae ramtorch_controlnet
         ramtorch_transformer_percent ramtorch_text_encoder_percent ramtorch_disable_sync_hooks
@@ -81,11 +80,10 @@ TRAINER_KEYS: Mapping[str, str] = (
         """,
     )
     | _same(
-        "not in this version: gradient_checkpointing is on or off, with no finer setting",
+        "not in this version: gradient_checkpointing_interval is the only finer setting of gradient_checkpointing",
         """
-        gradient_checkpointing_interval gradient_checkpointing_segment_stride gradient_checkpointing_backend
-        gradient_checkpointing_offload_attention gradient_checkpointing_offload_prefetch
-        gradient_checkpointing_offload_pin_memory_max_buckets
+        gradient_checkpointing_segment_stride gradient_checkpointing_backend gradient_checkpointing_offload_attention
+        gradient_checkpointing_offload_prefetch gradient_checkpointing_offload_pin_memory_max_buckets
         """,
     )
     | _same(
@@ -109,16 +107,16 @@ TRAINER_KEYS: Mapping[str, str] = (
         "controlnet control controlnet_model_name_or_path controlnet_custom_config",
     )
     | _same(
-        "not in this version: no LyCORIS; lora_rank, lora_alpha and lora_dropout describe a plain LoRA",
-        "lycoris_config init_lokr_norm validation_lycoris_strength",
+        "not in this version: of LyCORIS, lycoris_config alone is read",
+        "init_lokr_norm validation_lycoris_strength",
     )
     | _same(
         "not in this version: no DoRA or SingLoRA; a plain LoRA is trained",
         "use_dora peft_lora_mode singlora_ramp_up_steps",
     )
     | _same(
-        "not in this version: a new LoRA starts from its default initialization; resume_from_checkpoint continues one",
-        "lora_init_type init_lora init_lora_step init_lora_ema",
+        "not in this version: an adapter starts from its default initialization, or from init_lora",
+        "lora_init_type init_lora_step init_lora_ema",
     )
     | _same(
         "not in this version: no assistant LoRA is loaded, the base model is trained as it is",
@@ -134,13 +132,13 @@ TRAINER_KEYS: Mapping[str, str] = (
     # Learning rate and optimizer
     | _same(
         "not in this version: lr_scheduler keeps its standard shape",
-        "lr_end lr_num_cycles lr_power",
+        "lr_end",
     )
     | _same("not in this version: learning_rate is used as written", "lr_scale lr_scale_sqrt")
     | _same(
-        "not in this version: the optimizer runs with its default settings",
+        "ignored: write optimizer_config, for example weight_decay=0.01",
         """
-        adam_beta1 adam_beta2 adam_epsilon adam_weight_decay optimizer_beta1 optimizer_beta2 optimizer_config
+        adam_beta1 adam_beta2 adam_epsilon adam_weight_decay optimizer_beta1 optimizer_beta2
         """,
     )
     | _same(
@@ -150,24 +148,25 @@ TRAINER_KEYS: Mapping[str, str] = (
         """,
     )
     | {"gradient_precision": "ignored: LoRA weights are float32, and so are their gradients"}
-    | _same("not in this version: no Prodigy; choose another optimizer", "prodigy_steps use_prodigy_optimizer")
+    | _same(
+        "ignored: write optimizer prodigy, and its arguments in optimizer_config",
+        "prodigy_steps use_prodigy_optimizer",
+    )
     | {"grad_clip_method": "ignored: max_grad_norm always clips by norm"}
     # EMA
     | _same(
-        "not in this version: no EMA, the trained weights themselves are saved",
+        "not in this version: the average of use_ema is kept where the weights are, and shown in evaluations",
         """
-        use_ema ema_decay ema_device ema_cpu_only ema_update_interval ema_foreach_disable ema_warmup_steps
-        ema_validation
+        ema_device ema_cpu_only ema_foreach_disable ema_warmup_steps ema_validation
         """,
     )
     # Noise, timesteps and loss
     | _same(
-        "not in this version: timesteps come from the sigmoid or the uniform schedule",
+        "not in this version: timesteps come from the sigmoid, uniform, beta or fast schedule",
         """
-        flow_use_beta_schedule flow_beta_schedule_alpha flow_beta_schedule_beta flow_cubic_schedule_weights
-        flow_custom_timesteps flow_timesteps_mode flux_fast_schedule flux_use_beta_schedule flux_beta_schedule_alpha
-        flux_beta_schedule_beta mixflow_enabled mixflow_gamma timestep_bias_strategy timestep_bias_begin
-        timestep_bias_end timestep_bias_multiplier timestep_bias_portion
+        flow_cubic_schedule_weights flow_custom_timesteps flow_timesteps_mode flux_use_beta_schedule
+        flux_beta_schedule_alpha flux_beta_schedule_beta mixflow_enabled mixflow_gamma timestep_bias_strategy
+        timestep_bias_begin timestep_bias_end timestep_bias_multiplier timestep_bias_portion
         """,
     )
     | {"disable_segmented_timestep_sampling": "ignored: each sample draws its timestep independently"}
@@ -183,8 +182,8 @@ TRAINER_KEYS: Mapping[str, str] = (
         "snr_gamma snr_weight use_soft_min_snr soft_min_snr_sigma_data",
     )
     | _same(
-        "not in this version: the loss is the mean squared error",
-        "loss_type huber_schedule huber_c",
+        "ignored: huber_c is the same at every time",
+        "huber_schedule",
     )
     | {"masked_loss_probability": "not in this version: every part of the image counts alike in the loss"}
     | _same(
@@ -192,26 +191,21 @@ TRAINER_KEYS: Mapping[str, str] = (
         "offset_noise noise_offset noise_offset_probability input_perturbation input_perturbation_steps",
     )
     | _same(
-        "not in this version: no rollout, every step starts from freshly noised latents",
+        "ignored: a rollout is one Euler step of the model itself",
         """
-        scheduled_sampling_max_step_offset scheduled_sampling_strategy scheduled_sampling_probability
-        scheduled_sampling_prob_start scheduled_sampling_prob_end scheduled_sampling_ramp_steps
-        scheduled_sampling_start_step scheduled_sampling_ramp_shape scheduled_sampling_sampler scheduled_sampling_order
-        scheduled_sampling_reflexflow scheduled_sampling_reflexflow_alpha scheduled_sampling_reflexflow_beta1
-        scheduled_sampling_reflexflow_beta2
+        scheduled_sampling_sampler scheduled_sampling_order
         """,
     )
     | _same(
         "not in this version: no auxiliary loss, only the flow-matching loss is trained",
         """
-        irepa_enabled irepa_spatial_norm_alpha irepa_projector_kernel_size
-        urepa_enabled urepa_lambda urepa_manifold_weight urepa_model urepa_encoder_image_size urepa_use_tae
-        urepa_scheduler urepa_warmup_steps urepa_decay_steps urepa_lambda_end urepa_power urepa_cutoff_step
-        urepa_similarity_threshold urepa_similarity_ema_decay urepa_threshold_mode
-        layersync_enabled layersync_student_block layersync_teacher_block layersync_lambda
-        internal_guidance_enabled internal_guidance_loss_weight internal_guidance_block_index
-        nextlat_enabled nextlat_block_index nextlat_weight nextlat_kl_weight nextlat_state_loss
-        xm_enabled xm_block_size xm_candidate_count xm_selection_scope xm_training_target
+        irepa_enabled irepa_spatial_norm_alpha irepa_projector_kernel_size urepa_enabled urepa_lambda
+        urepa_manifold_weight urepa_model urepa_encoder_image_size urepa_use_tae urepa_scheduler urepa_warmup_steps
+        urepa_decay_steps urepa_lambda_end urepa_power urepa_cutoff_step urepa_similarity_threshold
+        urepa_similarity_ema_decay urepa_threshold_mode layersync_enabled layersync_student_block
+        layersync_teacher_block layersync_lambda internal_guidance_enabled internal_guidance_loss_weight
+        internal_guidance_block_index nextlat_enabled nextlat_block_index nextlat_weight nextlat_kl_weight
+        nextlat_state_loss xm_enabled xm_block_size xm_candidate_count xm_selection_scope xm_training_target
         """,
     )
     | _same(
@@ -296,14 +290,13 @@ TRAINER_KEYS: Mapping[str, str] = (
         "ignored: pairline sizes its own workers and batches",
         """
         max_workers aspect_bucket_worker_count enable_multiprocessing torch_num_threads image_processing_batch_size
-        read_batch_size dataloader_prefetch dataloader_prefetch_qlen
-        dataloader_prefetch_device_threshold_mb
+        read_batch_size dataloader_prefetch dataloader_prefetch_qlen dataloader_prefetch_device_threshold_mb
         """,
     )
     # Checkpoints
     | _same(
-        "not in this version: checkpoints follow checkpoint_step_interval and checkpoints_total_limit",
-        "checkpoint_epoch_interval checkpointing_rolling_steps checkpoints_rolling_total_limit",
+        "not in this version: checkpoints follow steps alone",
+        "checkpoint_epoch_interval",
     )
     | {
         "checkpointing_use_tempdir": "ignored: a checkpoint always appears whole or not at all",
@@ -315,12 +308,11 @@ TRAINER_KEYS: Mapping[str, str] = (
     )
     # Validation images
     | _same(
-        "not in this version: no sampling inside the run; sample with diffusers from the saved LoRA",
+        "not in this version: samples are one picture of each prompt and evaluation pair, by the pipeline of diffusers",
         """
-        validation_step_interval validation_steps validation_epoch_interval validate_after_step validate_after_epoch
-        validation_on_startup validation_prompt validation_prompt_library validation_negative_prompt validation_input
-        validation_method validation_using_datasets validation_randomize validation_seed validation_seed_source
-        validation_multigpu validation_stitch_input_location validation_guidance_real validation_guidance_rescale
+        validation_epoch_interval validate_after_step validate_after_epoch validation_on_startup
+        validation_prompt_library validation_input validation_method validation_using_datasets validation_randomize
+        validation_seed_source validation_multigpu validation_stitch_input_location validation_guidance_rescale
         validation_guidance_skip_layers validation_guidance_skip_layers_start validation_guidance_skip_layers_stop
         validation_guidance_skip_scale validation_internal_guidance_scale validation_no_cfg_until_timestep
         validation_noise_scheduler validation_num_video_frames validation_preview validation_preview_steps
@@ -330,16 +322,16 @@ TRAINER_KEYS: Mapping[str, str] = (
         """,
     )
     | _same(
-        "ignored: there is no sampling inside the run to switch off",
-        "validation_disable validation_disable_unconditional disable_benchmark",
+        "ignored: there is no such sampling to switch off",
+        "validation_disable_unconditional disable_benchmark",
     )
     | {"enable_watermark": "ignored: pairline writes no sample images that could carry a watermark"}
     | _same(
-        "not in this version: eval_dataset_id is the only setting for held-out images",
-        "num_eval_images eval_steps_interval eval_epoch_interval eval_timesteps eval_dataset_pooling eval_loss_disable",
+        "not in this version: evaluations follow eval_steps_interval",
+        "eval_epoch_interval eval_dataset_pooling eval_loss_disable",
     )
     | _same(
-        "ignored: no pictures are sampled inside the run, so none are scored",
+        "ignored: samples are scored by PSNR and SSIM",
         "evaluation_type pretrained_evaluation_model_name_or_path",
     )
     # Scripts, uploads and messages
@@ -359,8 +351,8 @@ TRAINER_KEYS: Mapping[str, str] = (
     | _same("ignored: no webhooks; follow metrics.jsonl", "webhook_config webhook_reporting_interval")
     # Logs
     | _same(
-        "ignored: metrics go to metrics.jsonl, no tracker is called",
-        "report_to custom_tracker tracker_project_name tracker_image_layout logging_dir",
+        "ignored: metrics go to metrics.jsonl and to the tracker of report_to",
+        "custom_tracker tracker_image_layout logging_dir",
     )
     | _same(
         "ignored: pairline's own log level decides what is printed",
@@ -414,8 +406,8 @@ TRAINER_KEYS: Mapping[str, str] = (
         minimax_music_lm_precache_mode minimax_music_lm_max_frames minimax_music_lm_continuation_crop_mode
         minimax_music_lm_max_duration_seconds minimax_music_lm_min_duration_seconds minimax_music_lm_target_frames
         minimax_music_lm_window_mode minimax_music_rvq_encoder_model_name_or_path minimax_music_rvq_encoder_revision
-        minimax_music_rvq_encoder_subfolder minimax_music_rvq_vae_model_name_or_path
-        cosmos3_reasoner_component cosmos3_generator_component
+        minimax_music_rvq_encoder_subfolder minimax_music_rvq_vae_model_name_or_path cosmos3_reasoner_component
+        cosmos3_generator_component
         """,
     )
     | _same(
@@ -423,17 +415,17 @@ TRAINER_KEYS: Mapping[str, str] = (
         """
         pretrained_unet_model_name_or_path pretrained_unet_subfolder pretrained_gemma_model_name_or_path
         qwen_text_encoder_model_name_or_path smoldit_config data_aesthetic_score refiner_training
-        refiner_training_invert_schedule refiner_training_strength
-        sdxl_refiner_uses_full_range sdxl_validation_pipeline_mode
-        sdxl_validation_stage1_model sdxl_validation_stage2_model sd3_clip_uncond_behaviour sd3_t5_uncond_behaviour
-        sd3_t5_mask_behaviour pixart_validation_pipeline_mode pixart_validation_stage1_model
-        pixart_validation_stage2_model deepfloyd_validation_pipeline_mode deepfloyd_validation_stage1_model
-        deepfloyd_validation_stage1_num_inference_steps deepfloyd_validation_stage1_guidance
-        deepfloyd_validation_stage2_model deepfloyd_validation_stage2_num_inference_steps
-        deepfloyd_validation_stage2_guidance deepfloyd_validation_stage3_mode deepfloyd_validation_stage3_model
-        deepfloyd_validation_stage3_guidance deepfloyd_validation_stage3_noise_level hidream_use_load_balancing_loss
-        hidream_load_balancing_loss_weight ideogram_auto_json ideogram_validation ideogram_prompt_upsample
-        ideogram_fp8_base_upcast ideogram_prompt_enhancer_head_id ideogram_schedule_mu ideogram_schedule_std
+        refiner_training_invert_schedule refiner_training_strength sdxl_refiner_uses_full_range
+        sdxl_validation_pipeline_mode sdxl_validation_stage1_model sdxl_validation_stage2_model
+        sd3_clip_uncond_behaviour sd3_t5_uncond_behaviour sd3_t5_mask_behaviour pixart_validation_pipeline_mode
+        pixart_validation_stage1_model pixart_validation_stage2_model deepfloyd_validation_pipeline_mode
+        deepfloyd_validation_stage1_model deepfloyd_validation_stage1_num_inference_steps
+        deepfloyd_validation_stage1_guidance deepfloyd_validation_stage2_model
+        deepfloyd_validation_stage2_num_inference_steps deepfloyd_validation_stage2_guidance
+        deepfloyd_validation_stage3_mode deepfloyd_validation_stage3_model deepfloyd_validation_stage3_guidance
+        deepfloyd_validation_stage3_noise_level hidream_use_load_balancing_loss hidream_load_balancing_loss_weight
+        ideogram_auto_json ideogram_validation ideogram_prompt_upsample ideogram_fp8_base_upcast
+        ideogram_prompt_enhancer_head_id ideogram_schedule_mu ideogram_schedule_std
         ideogram_load_unconditional_transformer ideogram_uncond_ramtorch krea2_reference_latents
         moss_image_uncond_skip_layers moss_image_validation_shift flux3_prompt_upsample sana_complex_human_instruction
         """,
@@ -472,8 +464,7 @@ DATASET_KEYS: Mapping[str, str] = (
     | _same(
         "ignored: embeddings and latents live in Parquet shards and are found by content hash",
         """
-        image_embeds conditioning_image_embeds conditioning_image_embed_cache
-        cache_dir_conditioning_image_embeds
+        image_embeds conditioning_image_embeds conditioning_image_embed_cache cache_dir_conditioning_image_embeds
         """,
     )
     | _same(

@@ -3,13 +3,16 @@
 Names are SimpleTuner's. An option is declared here and nowhere else; docs/options.md and the JSON Schema follow.
 """
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, model_validator
 
 from schemas.options import Options, option
 
 Precision: TypeAlias = Literal["no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto"]
+BasePrecision: TypeAlias = Literal[
+    "no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "int8-torchao", "fp8-torchao"
+]
 Posterior: TypeAlias = Literal["mode", "sample", "moments"]
 Interpolation: TypeAlias = Literal["lanczos", "opencv-linear"]
 ResolutionType: TypeAlias = Literal["pixel", "area", "pixel_area"]
@@ -18,15 +21,19 @@ ALIGNMENTS = (8, 16, 24, 32, 64)
 
 DEFAULT_STEPS = 1000  # of a run that is given neither steps nor epochs
 
-_SAMPLING = "no pictures are sampled inside the run; sample with diffusers from the saved LoRA"
-
 
 class Route(Options):
     """One span of layers that some tokens skip."""
 
-    selection_ratio: float = option(..., "fraction of the target's tokens that skip the span", ge=0, lt=1)
-    start_layer_idx: int = option(..., "first layer of the span")
-    end_layer_idx: int = option(..., "last layer of the span; negative counts from the end")
+    selection_ratio: float = option(
+        ...,
+        "fraction of the target's tokens that skip the span, as in TREAD's paper and code; SimpleTuner's guide of "
+        "FLUX.2 calls it the fraction kept, which its own code does not do",
+        ge=0,
+        lt=1,
+    )
+    start_layer_idx: int = option(..., "first layer of the span, counted over all blocks; negative from the end")
+    end_layer_idx: int = option(..., "last layer of the span, itself included; negative counts from the end")
 
 
 class Tread(Options):
@@ -48,14 +55,23 @@ class TrainerConfig(Options):
     # Model
     model_family: str = option("flux", "model family", stages="scan cache train")
     model_flavour: str | None = option(None, "flavour of the family; null is the family's own", stages="cache train")
-    model_type: Literal["lora"] = option("lora", "what is trained")
+    model_type: Literal["lora", "full"] = option(
+        "lora", "what is trained: an adapter on frozen weights, or all weights of the transformer"
+    )
     pretrained_model_name_or_path: str | None = option(
         None,
         "checkpoint in the Hub layout: a folder, a hub id, or `tiny`, a small random one built in the workspace; "
         "null is the flavour's hub id",
         stages="cache train",
     )
-    base_model_precision: Precision = option("no_change", "quantisation of the frozen weights (optimum-quanto)")
+    base_model_precision: BasePrecision = option(
+        "no_change", "quantisation of the frozen weights (optimum-quanto, torchao): less memory, no faster"
+    )
+    quantize_via: Literal["cpu", "accelerator"] = option(
+        "accelerator",
+        "where weights are quantised: on the accelerator, one layer at a time, so that it never holds the whole model "
+        "in bf16; or on the CPU",
+    )
     base_model_default_dtype: Literal["bf16", "fp32"] = option(
         "bf16", "dtype of the frozen weights and so of the computation, under `mixed_precision: bf16`"
     )
@@ -65,11 +81,22 @@ class TrainerConfig(Options):
     gradient_checkpointing: bool = option(
         True, "recompute activations in the backward pass: less memory, slower", alias="use_gradient_checkpointing"
     )
+    gradient_checkpointing_interval: int = option(
+        1, "with `gradient_checkpointing`: every Nth block is recomputed, the others keep their activations", ge=1
+    )
     fuse_qkv_projections: bool = option(
         False,
-        "one product for q, k and v",
-        no_effect="q, k and v stay apart, so that the LoRA file loads into every pipeline",
+        "one product for q, k and v: larger products, for Hopper; the LoRA file has them apart again, so that it loads "
+        "into every pipeline",
     )
+    enable_group_offload: bool = option(
+        False, "frozen blocks wait on the CPU until their turn (CUDA alone, with `gradient_checkpointing`)"
+    )
+    group_offload_type: Literal["block_level", "leaf_level"] = option(
+        "block_level", "what is moved together: blocks, or single layers, which takes least memory and most time"
+    )
+    group_offload_blocks_per_group: int = option(1, "blocks that are moved together under `block_level`", ge=1)
+    group_offload_use_stream: bool = option(False, "move the next group while this one computes: more memory, faster")
     text_encoder_1_precision: Precision = option(
         "no_change", "quantisation of the first text encoder (optimum-quanto)", stages="cache train"
     )
@@ -78,44 +105,109 @@ class TrainerConfig(Options):
     )
 
     # LoRA
-    lora_type: Literal["standard"] = option("standard", "kind of adapter")
+    lora_type: Literal["standard", "lycoris"] = option(
+        "standard", "kind of adapter: LoRA, or LyCORIS' LoKr, which peft trains and diffusers loads"
+    )
+    lycoris_config: str | None = option(
+        None,
+        "JSON file of LyCORIS: `algo` lokr, `factor`, `linear_dim`, `linear_alpha`; null is factor 10, whole matrices",
+    )
     lora_rank: int = option(16, "rank", ge=1, le=1024)
     lora_alpha: float | None = option(None, "strength is alpha / rank; null is the rank, strength 1", gt=0)
     lora_dropout: float = option(0.0, "dropout on the adapter's input", ge=0, lt=1)
     flux_lora_target: str | None = option(None, "preset of wrapped layers; null is the family's own")
+    init_lora: str | None = option(
+        None, "file of an adapter that training starts from; of the same rank, layers and kind"
+    )
 
     # Optimiser
     learning_rate: float = option(1e-4, "peak learning rate", gt=0)
-    optimizer: Literal["adamw", "adamw_bf16", "optimi-adamw", "optimi-lion"] = option(
-        "adamw", "optimiser; LoRA weights are float32, so `adamw_bf16` is plain AdamW"
+    optimizer: Literal["adamw", "adamw_bf16", "optimi-adamw", "optimi-lion", "adamw8bit", "prodigy"] = option(
+        "adamw",
+        "optimiser; adapters are float32, so `adamw_bf16` is plain AdamW; `adamw8bit` and `prodigy` need "
+        "`pip install 'pairline[adamw8bit]'` and `'pairline[prodigy]'`",
+    )
+    optimizer_config: str | dict[str, Any] | None = option(
+        None, 'arguments of the optimiser: an object, or a text such as "weight_decay=0.01,betas=0.9/0.99"'
     )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial"
     ] = option("constant", "learning-rate schedule")
     lr_warmup_steps: int = option(0, "steps of linear warm-up, for every schedule but `constant`", ge=0)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 does not clip", ge=0)
+    lr_num_cycles: int = option(1, "cycles of `cosine_with_restarts`", ge=1)
+    lr_power: float = option(1.0, "power of `polynomial`", gt=0)
+    max_grad_norm: float = option(
+        1.0,
+        "gradients are scaled down to this norm, which a single odd sample then cannot exceed; 0 does not clip",
+        ge=0,
+    )
     train_batch_size: int = option(1, "samples per forward pass", ge=1)
     gradient_accumulation_steps: int = option(1, "forward passes per step", ge=1, le=100_000)
     max_train_steps: int = option(0, "optimiser steps; 0 counts `num_train_epochs` instead", ge=0)
     num_train_epochs: int = option(0, "epochs, when `max_train_steps` is 0; if both are 0, 1000 steps are taken", ge=0)
-    seed: int = option(42, "of training: order of samples, noise, times, dropout, LoRA initialisation", ge=0)
+    seed: int = option(42, "of training: order of samples, noise, times, dropout, initial weights of the adapter", ge=0)
+    loss_type: Literal["l2", "huber", "smooth_l1"] = option(
+        "l2", "loss of the velocity's error: its square, or pseudo-Huber, scaled as in diffusers' examples"
+    )
+    huber_c: float = option(0.1, "error at which `huber` and `smooth_l1` turn from square to straight", gt=0)
+    use_ema: bool = option(
+        False,
+        "keep a moving average of the trained weights too; evaluation and samples show it, `ema/` has it as a file",
+    )
+    ema_decay: float = option(0.995, "decay of the average, reached gradually from the start", gt=0, lt=1)
+    ema_update_interval: int = option(1, "steps between updates of the average", ge=1)
 
     # Time, guidance, conditioning
     flow_schedule_auto_shift: bool = option(True, "shift times by the number of target tokens, as FLUX was trained")
     flow_schedule_shift: float = option(3.0, "fixed shift, when the automatic one is off; 0 and 1 are none", ge=0)
     flow_sigmoid_scale: float = option(1.0, "times are drawn as sigmoid(scale × normal)", gt=0)
     flow_use_uniform_schedule: bool = option(False, "draw times uniformly instead")
+    flow_use_beta_schedule: bool = option(False, "draw times from a beta distribution instead")
+    flow_beta_schedule_alpha: float = option(2.0, "its alpha: more is nearer to noise", gt=0)
+    flow_beta_schedule_beta: float = option(2.0, "its beta: more is nearer to the picture", gt=0)
+    flux_fast_schedule: bool = option(
+        False,
+        "draw times from the four that schnell runs at, 1 seven times as often as 0.75, 0.5 and 0.25; not shifted",
+    )
     flux_guidance_mode: Literal["constant", "random-range"] = option(
         "constant", "guidance that the model is told, for flavours that take one"
     )
     flux_guidance_value: float = option(1.0, "guidance under `constant`", ge=0, le=1000)
     flux_guidance_min: float = option(0.0, "lower end under `random-range`", ge=0, le=1000)
     flux_guidance_max: float = option(4.0, "upper end under `random-range`", ge=0, le=1000)
-    caption_dropout_probability: float = option(0.0, "share of samples trained on the empty prompt", ge=0, le=1)
+    caption_dropout_probability: float = option(
+        0.0, "share of showings with the empty prompt; models distilled of guidance, as FLUX.1, need none", ge=0, le=1
+    )
+    conditioning_dropout_probability: float = option(0.0, "share of showings without their references", ge=0, le=1)
     conditioning_multidataset_sampling: Literal["random", "combined"] = option(
         "random", "with several reference sets: one drawn per showing, or all together", stages="train"
     )
-    tread_config: Tread | None = option(None, "token routing", no_effect="every token passes every layer")
+    tread_config: Tread | None = option(
+        None, "token routing (TREAD): some of the target's tokens skip some blocks; references and text never do"
+    )
+    scheduled_sampling_max_step_offset: int = option(
+        0,
+        "rollout: a sample starts at a time up to this many thousandths later, and the model itself brings it to its "
+        "time; 0 is off",
+        ge=0,
+        le=999,
+    )
+    scheduled_sampling_strategy: Literal["uniform", "biased_early", "biased_late"] = option(
+        "uniform", "how the offset is drawn: biased to small ones, or to large ones"
+    )
+    scheduled_sampling_probability: float = option(0.0, "share of samples that are rolled out", ge=0, le=1)
+    scheduled_sampling_prob_start: float = option(0.0, "the share at the start of a ramp", ge=0, le=1)
+    scheduled_sampling_prob_end: float = option(0.5, "the share at its end", ge=0, le=1)
+    scheduled_sampling_ramp_steps: int = option(0, "steps of the ramp; 0 has none, `..._probability` holds", ge=0)
+    scheduled_sampling_start_step: int = option(0, "step before which nothing is rolled out, and the ramp begins", ge=0)
+    scheduled_sampling_ramp_shape: Literal["linear", "cosine"] = option("linear", "shape of the ramp")
+    scheduled_sampling_reflexflow: bool = option(
+        False,
+        "weigh the loss of rolled-out samples by their drift, and its direction (ReflexFlow): a forward pass more",
+    )
+    scheduled_sampling_reflexflow_alpha: float = option(1.0, "strength of the weight by drift", ge=0)
+    scheduled_sampling_reflexflow_beta1: float = option(10.0, "weight of the direction term", ge=0)
+    scheduled_sampling_reflexflow_beta2: float = option(1.0, "weight of the loss itself", ge=0)
 
     # Run folder
     data_backend_config: str = option("multidatabackend.json", "the dataset file, beside this one", stages="")
@@ -125,6 +217,10 @@ class TrainerConfig(Options):
         500, "steps between checkpoints; 0 writes only the last", ge=0, alias="checkpoint_step_interval"
     )
     checkpoints_total_limit: int = option(5, "checkpoints kept; 0 keeps all", ge=0)
+    checkpointing_rolling_steps: int = option(
+        0, "steps between checkpoints of a second kind, `checkpoint-N-rolling`, kept apart; 0 is none", ge=0
+    )
+    checkpoints_rolling_total_limit: int = option(1, "of these how many are kept", ge=1)
     resume_from_checkpoint: str | None = option(
         "latest", "`latest`, a checkpoint folder, or null to refuse a run folder that holds one"
     )
@@ -185,14 +281,44 @@ class TrainerConfig(Options):
 
     write_batch_size: int = option(128, "default for datasets", stages="cache", ge=1)
 
-    # Validation
-    user_prompt_library: str | None = option(
-        None, "JSON file of {name: prompt}; these prompts are cached with the captions", stages="cache"
+    # Evaluation and samples
+    eval_dataset_id: str | None = option(
+        None, "dataset held out of training: its loss is measured, and its pairs are sampled"
     )
-    eval_dataset_id: str | None = option(None, "dataset held out of training", stages="train")
-    validation_guidance: float = option(3.5, "guidance of sampled pictures", ge=0, no_effect=_SAMPLING)
-    validation_resolution: str | int = option("1024x1024", "size of sampled pictures", no_effect=_SAMPLING)
-    validation_num_inference_steps: int = option(28, "denoising steps of sampled pictures", ge=1, no_effect=_SAMPLING)
+    eval_steps_interval: int = option(500, "steps between evaluations, besides first and last; 0 is none", ge=0)
+    num_eval_images: int = option(4, "pairs of that set that are evaluated and sampled; 0 is all", ge=0)
+    eval_timesteps: int = option(16, "times at which each of them is evaluated, the same ones every time", ge=1)
+    validation_disable: bool = option(False, "sample no pictures")
+    validation_steps: int = option(
+        500,
+        "steps between samples, besides the last; 0 samples after the last alone",
+        ge=0,
+        alias="validation_step_interval",
+    )
+    user_prompt_library: str | None = option(
+        None, "JSON file of {name: prompt}: cached with the captions, sampled as pictures", stages="cache train"
+    )
+    validation_prompt: str | None = option(None, "one more prompt that is sampled", stages="cache train")
+    validation_negative_prompt: str = option(
+        "", "what true guidance (`validation_guidance_real`) leads away from", stages="cache train"
+    )
+    validation_guidance: float = option(3.5, "guidance that the model is told; Kontext is best at 2.5", ge=0)
+    validation_guidance_real: float = option(
+        1.0, "true classifier-free guidance, two forward passes a step; 1 is none", ge=0
+    )
+    validation_resolution: str | int = option(
+        "1024x1024",
+        "size of pictures sampled from prompts, WIDTHxHEIGHT or an edge; those of pairs have their target's",
+    )
+    validation_num_inference_steps: int = option(28, "denoising steps of sampled pictures", ge=1)
+    validation_seed: int = option(42, "of the noise that sampled pictures start from, the same every time", ge=0)
+
+    # Trackers
+    report_to: Literal["tensorboard", "wandb", "none"] = option(
+        "tensorboard",
+        "where metrics and samples go, besides metrics.jsonl; `wandb` needs `pip install 'pairline[wandb]'`",
+    )
+    tracker_project_name: str = option("pairline", "project under which wandb shows the run")
 
     @model_validator(mode="after")
     def _guidance_range(self) -> "TrainerConfig":

@@ -31,8 +31,9 @@ from schemas.rows import ImageRow
 from schemas.summaries import CacheSummary
 from schemas.tables import read_table
 from train.data import Shelf, epoch_batches
-from train.loop import run, step_loss
+from train.loop import run
 from train.lora import add_lora, load_lora
+from train.step import step_loss
 
 MakeProject = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -66,9 +67,9 @@ def _loss_on_fixed_noise(project: Project, lora: dict[str, torch.Tensor] | None)
         load_lora(denoiser, lora)
     with torch.no_grad():
         losses = [
-            step_loss(flux, denoiser, shelf.load(batch, CPU), torch.Generator().manual_seed(n), project.trainer).item()
-            for n in range(4)
-            for batch in epoch_batches(project, shelf, 0)
+            step_loss(flux, denoiser, shelf.load(batch, CPU), 1, project.trainer).item()
+            for epoch in range(4)
+            for batch in epoch_batches(project, shelf, epoch)
         ]
     return float(np.mean(losses))
 

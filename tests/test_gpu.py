@@ -18,8 +18,9 @@ from prep.scan import scan
 from schemas import console
 from schemas.shards import ShardIndex
 from train.data import Batch
-from train.loop import run, step_loss
+from train.loop import run
 from train.lora import add_lora
+from train.step import step_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -39,8 +40,9 @@ def _step(project: object, device: str, dtype: torch.dtype) -> tuple[float, dict
     latents, reference = (torch.randn(2, 16, *size, generator=generator) for size in ((32, 48), (48, 32)))
     text = torch.randn(2, 512, 64, generator=generator), torch.randn(2, 32, generator=generator)
     embeds = TextEmbeds(text[0].to(place), text[1].to(place), (5, 5))
-    batch = Batch(("a", "b"), latents.to(place), (reference.to(place),), embeds)
-    loss = step_loss(flux, denoiser, batch, torch.Generator().manual_seed(2), project.trainer)
+    noise = torch.randn(latents.shape, generator=generator)
+    batch = Batch(("a", "b"), (1, 2), latents.to(place), noise.to(place), (reference.to(place),), embeds)
+    loss = step_loss(flux, denoiser, batch, 1, project.trainer)
     loss.backward()
     named = denoiser.named_parameters()
     return loss.item(), {name: one.grad.float().cpu() for name, one in named if one.grad is not None}

@@ -40,7 +40,7 @@ class Shown:
     target: Image
     references: tuple[Image, ...]
     prompt: str
-    seed: int  # of the draw of the target's latent, where moments are stored
+    seed: int  # of all that is drawn for it: noise, time, guidance, and the latent where moments are stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,9 @@ class Batch:
     """Tensors of one forward pass; every sample has the same shapes."""
 
     sample_ids: tuple[str, ...]
+    seeds: tuple[int, ...]  # of each showing
     latents: Tensor  # B × C × H × W, float32
+    noise: Tensor  # of the same shape
     references: tuple[Tensor, ...]  # each B × C × h × w
     text: TextEmbeds
 
@@ -137,9 +139,13 @@ class Shelf:
         texts = [self._text.read(text_key(self._text_encoder, one.prompt)) for one in showings]
         pooled = [_tensor([text["pooled"]]) for text in texts if text["pooled"] is not None]
         places = zip(*(one.references for one in showings), strict=True)
+        latents = self._targets(showings)
+        noise = torch.stack([_noise(seed_of(one.seed, "noise"), latents.shape[1:]) for one in showings])
         return Batch(
             sample_ids=tuple(one.sample_id for one in showings),
-            latents=self._targets(showings).to(device),
+            seeds=tuple(one.seed for one in showings),
+            latents=latents.to(device),
+            noise=noise.to(device),
             references=tuple(self._images(images).to(device) for images in places),
             text=TextEmbeds(
                 embed=torch.stack([_embed(text) for text in texts]).to(device),
@@ -154,7 +160,7 @@ class Shelf:
         if self._moments is None:
             return stored
         means, deviations = stored.chunk(2, dim=1)
-        noise = [_noise(one.seed, means.shape[1:]) for one in showings]
+        noise = [_noise(seed_of(one.seed, "posterior"), means.shape[1:]) for one in showings]
         return means + deviations * torch.stack(noise)
 
     def _of(self, image: Image) -> ShardIndex:
@@ -190,7 +196,7 @@ def epoch_batches(project: Project, shelf: Shelf, epoch: int) -> list[list[Shown
     turns.sort(key=lambda item: seed_of(seed, "order", epoch, item[0].sample_id, item[1]))
     alike: dict[tuple[tuple[int, ...], ...], list[Shown]] = {}
     for sample, turn in turns:
-        drawn = seed_of(seed, "posterior", sample.sample_id, epoch, turn)
+        drawn = seed_of(seed, "drawn", sample.sample_id, epoch, turn)
         showing = _show(project, sample, (seed, "show", epoch, sample.sample_id, turn), drawn)
         shapes = tuple(shelf.shape(image) for image in (showing.target, *showing.references))
         alike.setdefault(shapes, []).append(showing)

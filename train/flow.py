@@ -6,7 +6,7 @@ arXiv:2209.03003; Esser et al. 2024, arXiv:2403.03206).
 
 import math
 
-import torch
+import numpy as np
 from torch import Tensor
 
 # FLUX's schedule: the log of the shift grows linearly with the number of target tokens (its scheduler_config.json).
@@ -25,11 +25,9 @@ def shifted(times: Tensor, shift: float) -> Tensor:
     return shift * times / (1 + (shift - 1) * times)
 
 
-def draw_times(count: int, generator: torch.Generator, scale: float, uniform: bool) -> Tensor:
-    """Draw times in (0, 1), one per sample: sigmoid(scale × normal), or uniform."""
-    if uniform:
-        return torch.rand(count, generator=generator)
-    return torch.sigmoid(scale * torch.randn(count, generator=generator))
+def draw_time(rng: np.random.Generator, scale: float, uniform: bool) -> float:
+    """Draw a time in (0, 1): sigmoid(scale × normal), or uniform."""
+    return float(rng.uniform()) if uniform else 1 / (1 + math.exp(-scale * rng.standard_normal()))
 
 
 def noised(latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from families import Source, open_project
 from families.checkpoints import encoder_keys, fingerprint, here, locate
 from families.protocol import Family
 from families.quantize import quantize_weights
-from families.runtime import choose_attention, default_device, dtype_of, family_of
+from families.runtime import choose_attention, default_device, family_of
 from schemas.console import progress
 from schemas.errors import UserError
 from schemas.keys import seed_of
@@ -29,12 +29,13 @@ from schemas.project import Project
 from schemas.storage import write_aside
 from schemas.summaries import TrainSummary
 from schemas.trainer import DEFAULT_STEPS, TrainerConfig
-from train import checkpoint, flow
-from train.data import Batch, Shelf, Shown, batches, epoch_batches
+from train import checkpoint
+from train.data import Shelf, Shown, batches, epoch_batches
 from train.interrupt import stops
 from train.lora import add_lora, lora_layers, lora_metadata
 from train.metrics import Metrics
 from train.optimizer import make_optimizer, make_schedule
+from train.step import base_dtype, step_loss
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 
@@ -136,7 +137,7 @@ def _load(project: Project, folder: Path, device: torch.device, steps: int) -> c
     """Load, freeze, quantise, then adapt: in this order, or the adapter would be quantised as well."""
     config = project.trainer
     choose_attention()
-    denoiser = family_of(project).load_denoiser(folder, _base_dtype(config), device).requires_grad_(False)
+    denoiser = family_of(project).load_denoiser(folder, base_dtype(config), device).requires_grad_(False)
     quantize_weights(denoiser, config.base_model_precision, project.family.unquantised)
     parameters = add_lora(denoiser, project)
     if config.gradient_checkpointing:
@@ -155,57 +156,19 @@ def _accumulate(
 ) -> float:
     """Run the forward and backward passes of one step; returns the mean loss.
 
-    Noise and dropout depend on the seed and the step's number alone. Raises UserError if the loss is not finite.
+    Dropout depends on the seed and the step's number alone. Raises UserError if the loss is not finite.
     """
     device = next(denoiser.parameters()).device
-    generator = torch.Generator().manual_seed(seed_of(config.seed, "noise", step))
     torch.manual_seed(seed_of(config.seed, "dropout", step))
     total = 0.0
     for showings in turns:
         batch = shelf.load(showings, device)
-        loss = step_loss(family, denoiser, batch, generator, config) / len(turns)
+        loss = step_loss(family, denoiser, batch, step, config) / len(turns)
         if not torch.isfinite(loss):
             raise UserError(f"step {step}: the loss is {loss.item()}; samples: {', '.join(batch.sample_ids)}")
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     return total
-
-
-def step_loss(
-    family: Family, denoiser: nn.Module, batch: Batch, generator: torch.Generator, config: TrainerConfig
-) -> Tensor:
-    """Run one forward pass: draw time and noise, predict the velocity, compare on the target's tokens."""
-    count, device = len(batch.sample_ids), batch.latents.device
-    times = flow.draw_times(count, generator, config.flow_sigmoid_scale, config.flow_use_uniform_schedule)
-    noise = torch.randn(batch.latents.shape, generator=generator).to(device)
-    tokens = family.num_tokens(batch.latents.shape[1:])
-    shift = flow.auto_shift(tokens) if config.flow_schedule_auto_shift else config.flow_schedule_shift or 1.0
-    times = flow.shifted(times, shift).to(device)
-    guidance = _guidance(count, generator, config).to(device) if family.takes_guidance(denoiser) else None
-    noisy = flow.noised(batch.latents, noise, times)
-    with _autocast(config, device):
-        predicted = family.velocity(denoiser, noisy, batch.references, batch.text, times, guidance)
-    return flow.loss(predicted, batch.latents, noise)
-
-
-def _guidance(count: int, generator: torch.Generator, config: TrainerConfig) -> Tensor:
-    if config.flux_guidance_mode == "constant":
-        return torch.full((count,), config.flux_guidance_value)
-    low, high = config.flux_guidance_min, config.flux_guidance_max
-    return low + (high - low) * torch.rand(count, generator=generator)
-
-
-def _base_dtype(config: TrainerConfig) -> torch.dtype:
-    return dtype_of(config.base_model_default_dtype) if config.mixed_precision == "bf16" else torch.float32
-
-
-def _autocast(config: TrainerConfig, device: torch.device) -> torch.autocast:
-    """Run the float32 adapters in bfloat16.
-
-    Not over quanto's kernels for float8 and four bits and less: they refuse the float32 that autocast makes of norms.
-    """
-    half = config.mixed_precision == "bf16" and config.base_model_precision in ("no_change", "int8-quanto")
-    return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 def _clip(state: checkpoint.State, step: int, limit: float, *, check: bool) -> float:
