@@ -59,10 +59,10 @@ class _Lines:
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
-    """Count work: a bar with rate and time left on a terminal, plain lines otherwise."""
-    if sys.stderr.isatty():
-        with tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True) as bar:
+def progress(label: str, total: int, unit: str, done: int = 0, *, quiet: bool = False) -> Iterator[Progress]:
+    """Count work: a bar with rate and time left on a terminal, plain lines otherwise, nothing at all if quiet."""
+    if quiet or sys.stderr.isatty():
+        with tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True, disable=quiet) as bar:
             yield bar
         return
     lines = _Lines(label, total, unit, done)

@@ -268,6 +268,8 @@ class TrainSummary:
     loss: float | None = None  # mean of the last tenth
     trainable_parameters: int | None = None  # null if no model was loaded
     seconds_per_step: float | None = None  # median
+    data_wait: float | None = None  # share of the steps' time that they waited for data
+    peak_memory_gib: float | None = None  # of the accelerator
     seconds: float = 0.0  # in all
     command: str = "train run"
 

@@ -16,8 +16,9 @@ from prep.scan import scan
 from schemas.freshness import read_pairs
 from schemas.project import Project
 from schemas.shards import ShardIndex
-from train.data import Shelf, epoch_batches
+from train.data import Shelf
 from train.loop import run
+from train.order import epoch_batches
 
 MakeProject = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -90,7 +91,8 @@ def test_moments_are_drawn_anew_every_showing_and_the_same_way_every_time(make_p
         scores = torch.stack([(one[name] - mean) / std for one in (first, second)])
         assert 0.9 < scores.std() < 1.1
     [batch, *_] = epoch_batches(project, shelf, 0)
-    assert shelf.shape(batch[0].target)[0] == shelf.shape(batch[0].references[0])[0] == 16
+    loaded = shelf.load(batch, CPU)
+    assert loaded.latents.shape[1] == loaded.references[0].shape[1] == 16
 
 
 def test_repeats_of_one_epoch_are_other_draws(make_project: MakeProject) -> None:

@@ -1,57 +1,120 @@
 """Checkpoints: folders `checkpoint-N` that exist only when they are whole.
 
-`save` and `load` stand side by side; the state of the loop is listed in `save` and nowhere else.
+`save` and `load` stand side by side; the state of the loop is listed in `State` and nowhere else. No state of a random
+generator is among it: every draw comes from the seed and the names of what it is drawn for.
 """
 
 import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 from uuid import uuid4
 
 import torch
+import xxhash
+from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from families.checkpoints import fingerprint
+from schemas.console import log
 from schemas.errors import UserError
+from schemas.project import Project
 from schemas.storage import sync
 from schemas.trainer import TrainerConfig
+from train.data import Shelf
 from train.lora import load_lora, lora_layers
+from train.order import Cursor
 
-_NAME = re.compile(r"checkpoint-(\d+)")
-_WEIGHTS, _OPTIMIZER, _STATE = "lora.safetensors", "optimizer.pt", "state.json"
+_NAME = re.compile(r"checkpoint-(\d+)(-rolling)?")
+_WEIGHTS, _OPTIMIZER, _AVERAGE, _STATE = "lora.safetensors", "optimizer.pt", "ema.pt", "state.json"
 _ASIDE = ".tmp."
-_DAMAGE = (SafetensorError, UnpicklingError)
+_READING = 16 << 20
+
+# Options that may differ between a checkpoint and the run that resumes it: where it runs, what it shows.
+_FREE = {
+    "max_train_steps", "num_train_epochs", "output_dir", "tracker_run_name", "tracker_project_name", "report_to",
+    "checkpointing_steps", "checkpoints_total_limit", "checkpointing_rolling_steps", "checkpoints_rolling_total_limit",
+    "resume_from_checkpoint", "pretrained_model_name_or_path", "gradient_checkpointing",
+    "gradient_checkpointing_interval", "quantize_via", "enable_group_offload", "group_offload_type",
+    "group_offload_blocks_per_group", "group_offload_use_stream", "init_lora", "gradient_accumulation_steps",
+    "eval_steps_interval", "num_eval_images", "eval_timesteps", "user_prompt_library",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class State:
     """Everything that training changes."""
 
-    denoiser: nn.Module  # frozen but for its adapter
-    parameters: list[nn.Parameter]  # of the adapter
+    denoiser: nn.Module  # frozen but for what is trained
+    parameters: list[nn.Parameter]  # that are trained
     optimizer: torch.optim.Optimizer
     schedule: Any
+    average: EMAModel | None
 
 
-def save(run_folder: Path, state: State, step: int, settings: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint after `step` steps and delete all but the last `keep`; 0 keeps all.
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where a run stands."""
+
+    step: int  # the last one taken
+    cursor: Cursor  # where the next one goes on
+    settings: Mapping[str, Any]  # that its numbers depend on
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A checkpoint that was read and is whole."""
+
+    folder: Path
+    mark: Mark
+
+
+class _Damaged(Exception):
+    """A checkpoint that cannot be used."""
+
+
+def settings_of(
+    project: Project, shelf: Shelf, weights: Path | None, processes: int, *, remember: bool
+) -> dict[str, Any]:
+    """Return what a run's numbers depend on: a resumed run must have the same.
+
+    Weights that are not on this machine are left out, which a dry run may do.
+    """
+    acting = project.trainer.acting("train").items()
+    settings = {name: value for name, value in acting if name not in _FREE and not name.startswith("validation_")}
+    settings |= {
+        "model_flavour": project.flavour,
+        "batches_per_step": project.trainer.gradient_accumulation_steps * processes,
+        "samples": shelf.fingerprint(),
+    }
+    if weights is not None:
+        settings["weights"] = fingerprint(project, weights, project.family.denoiser, remember=remember)
+    return settings
+
+
+def save(run_folder: Path, state: State, mark: Mark, *, keep: int, rolling: bool = False) -> Path:
+    """Write a checkpoint and delete all but the last `keep` of its kind; 0 keeps all.
 
     Raises UserError if it cannot be written; the checkpoints before it are left as they are.
     """
-    folder = run_folder / f"checkpoint-{step}"
+    folder = run_folder / f"checkpoint-{mark.step}{'-rolling' if rolling else ''}"
     aside = _aside(folder)
     layers = {name: tensor.detach().cpu().contiguous() for name, tensor in lora_layers(state.denoiser).items()}
     try:
         aside.mkdir(parents=True)
         save_file(layers, aside / _WEIGHTS)
         torch.save(state.optimizer.state_dict(), aside / _OPTIMIZER)
-        (aside / _STATE).write_text(json.dumps({"step": step, "settings": settings}, indent=1))
+        if state.average is not None:
+            torch.save(state.average.state_dict(), aside / _AVERAGE)
+        files = {file.name: _sum(file) for file in sorted(aside.iterdir())}
+        (aside / _STATE).write_text(json.dumps(asdict(mark) | {"files": files}, indent=1))
         for file in aside.iterdir():
             sync(file)
         _delete(folder)
@@ -63,9 +126,88 @@ def save(run_folder: Path, state: State, step: int, settings: dict[str, Any], ke
             f"{folder}: cannot be written: {fault}; the same command resumes from the one before"
         ) from fault
     if keep:
-        for old in checkpoints(run_folder)[:-keep]:
+        for old in [one for one in checkpoints(run_folder) if one.name.endswith("-rolling") == rolling][:-keep]:
             _delete(old)
     return folder
+
+
+def load(stored: Stored, state: State) -> None:
+    """Restore a checkpoint; raises UserError if it is of another rank or preset."""
+    try:
+        layers = load_file(stored.folder / _WEIGHTS)
+        load_lora(state.denoiser, layers)
+        state.optimizer.load_state_dict(torch.load(stored.folder / _OPTIMIZER, map_location="cpu", weights_only=True))
+        if state.average is not None:
+            kept = torch.load(stored.folder / _AVERAGE, map_location="cpu", weights_only=True)
+            state.average.load_state_dict(kept)
+            state.average.to(device=state.parameters[0].device)
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, SafetensorError,
+            UnpicklingError) as fault:  # fmt: skip
+        raise UserError(f"{stored.folder}: cannot be restored ({str(fault) or type(fault).__name__})") from fault
+    _move_schedule(state, stored.mark.step)
+
+
+def find(run_folder: Path, resume: str | None, root: Path) -> Stored | None:
+    """Return the checkpoint to go on from, as `resume_from_checkpoint` says; None starts afresh.
+
+    Under `latest` a damaged one is passed over, with a warning, for the one before.
+    """
+    existing = checkpoints(run_folder)
+    if resume == "latest":
+        return _latest(existing)
+    if resume is None:
+        if existing:
+            raise UserError(
+                f'{run_folder} holds a run already; set resume_from_checkpoint to "latest", or another output_dir'
+            )
+        return None
+    for folder in (run_folder / resume, root / resume):
+        if resume and folder.is_dir():
+            return _named(folder, existing, run_folder)
+    listed = ", ".join(path.name for path in existing) or "none"
+    raise UserError(
+        f"resume_from_checkpoint: no checkpoint {resume!r} in {run_folder} or {root}; checkpoints there: {listed}"
+    )
+
+
+def _latest(existing: list[Path]) -> Stored | None:
+    for folder in reversed(existing):
+        try:
+            return _read(folder)
+        except _Damaged as fault:
+            log.warning("%s: %s; going on from the one before", folder, fault)
+    if existing:
+        raise UserError(f"{existing[0].parent}: no checkpoint there is whole; delete them to start afresh")
+    return None
+
+
+def _named(folder: Path, existing: list[Path], run_folder: Path) -> Stored:
+    try:
+        stored = _read(folder)
+    except _Damaged as fault:
+        raise UserError(f'{folder}: {fault}; "latest" takes the last one that is whole') from fault
+    if later := [path.name for path in existing if _step(path) > stored.mark.step]:
+        raise UserError(
+            f"{run_folder} holds later checkpoints ({', '.join(later)}); delete them, or give the run that "
+            f"starts from {folder.name} another output_dir"
+        )
+    return stored
+
+
+def check(stored: Stored, settings: Mapping[str, Any]) -> None:
+    """Raise UserError if a checkpoint was written under other settings."""
+    defaults = TrainerConfig().model_dump(mode="json")  # of options that the checkpoint's version did not have
+    earlier = stored.mark.settings
+    changed = [key for key in settings if settings[key] != earlier.get(key, defaults.get(key))]
+    if changed:
+        hidden = {"samples": "the pairs themselves", "weights": "the model's weights"}
+        listed = [
+            hidden.get(key) or f"{key} {json.dumps(earlier.get(key))} -> {json.dumps(settings[key])}" for key in changed
+        ]
+        raise UserError(
+            f"{stored.folder}: written under other settings ({', '.join(listed)}); "
+            "give the new run another output_dir or tracker_run_name"
+        )
 
 
 def sweep(run_folder: Path) -> None:
@@ -74,41 +216,10 @@ def sweep(run_folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def check(folder: Path, settings: dict[str, Any]) -> int:
-    """Return the number of steps a checkpoint stands after.
-
-    Raises UserError if it is damaged or was written under other settings.
-    """
-    try:
-        stored = json.loads((folder / _STATE).read_text())
-        step, earlier = int(stored["step"]), dict(stored["settings"])
-    except (OSError, ValueError, LookupError, TypeError) as fault:
-        raise _damaged(folder, fault) from fault
-    defaults = TrainerConfig().model_dump(mode="json")  # of options that the checkpoint's version did not have
-    changed = [key for key in settings if settings[key] != earlier.get(key, defaults.get(key))]
-    if changed:
-        hidden = {"samples": "the pairs themselves", "weights": "the model's weights"}
-        listed = [
-            hidden.get(key) or f"{key} {json.dumps(earlier.get(key))} -> {json.dumps(settings[key])}" for key in changed
-        ]
-        raise UserError(
-            f"{folder}: written under other settings ({', '.join(listed)}); "
-            "give the new run another output_dir or tracker_run_name"
-        )
-    return step
-
-
-def load(folder: Path, state: State) -> None:
-    """Restore a checkpoint that was checked; raises UserError if it is damaged or of another rank or preset."""
-    try:
-        step = int(json.loads((folder / _STATE).read_text())["step"])
-        layers = load_file(folder / _WEIGHTS)
-        optimizer = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-        load_lora(state.denoiser, layers)
-        state.optimizer.load_state_dict(optimizer)
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, *_DAMAGE) as fault:
-        raise _damaged(folder, fault) from fault
-    _move_schedule(state, step)
+def checkpoints(run_folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
+    named = [path for path in run_folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(named, key=lambda path: (_step(path), path.name))
 
 
 def holds(folder: Path, lora: Path) -> bool:
@@ -119,7 +230,7 @@ def holds(folder: Path, lora: Path) -> bool:
         return False
 
 
-def same_layers(lora: Path, layers: dict[str, Tensor]) -> bool:
+def same_layers(lora: Path, layers: Mapping[str, Tensor]) -> bool:
     """Tell whether a LoRA file exists and has these weights, named as peft names them."""
     try:
         stored = {name.partition(".")[2]: tensor for name, tensor in load_file(lora).items()}
@@ -128,10 +239,30 @@ def same_layers(lora: Path, layers: dict[str, Tensor]) -> bool:
     return stored.keys() == layers.keys() and all(torch.equal(stored[name], layers[name].cpu()) for name in layers)
 
 
-def _damaged(folder: Path, fault: Exception) -> UserError:
-    return UserError(
-        f"{folder}: damaged ({str(fault) or type(fault).__name__}); delete it to resume from the one before"
-    )
+def _read(folder: Path) -> Stored:
+    """Read what a checkpoint says of itself, and whether its files are what it says."""
+    try:
+        document = json.loads((folder / _STATE).read_text())
+        cursor = Cursor(int(document["cursor"]["epoch"]), int(document["cursor"]["batch"]))
+        mark = Mark(int(document["step"]), cursor, dict(document["settings"]))
+        wrong = [name for name, total in document["files"].items() if _sum(folder / name) != total]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as fault:
+        raise _Damaged(f"damaged ({str(fault) or type(fault).__name__})") from fault
+    if wrong:
+        raise _Damaged(f"damaged ({', '.join(wrong)} is not as it was written)")
+    return Stored(folder, mark)
+
+
+def _sum(file: Path) -> str:
+    total = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while part := stream.read(_READING):
+            total.update(part)
+    return total.hexdigest()
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
 
 
 def _move_schedule(state: State, step: int) -> None:
@@ -153,36 +284,3 @@ def _delete(folder: Path) -> None:
     if folder.exists():
         leaving = folder.rename(_aside(folder))
         shutil.rmtree(leaving)
-
-
-def checkpoints(run_folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first."""
-    named = [(match, path) for path in run_folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in named)]
-
-
-def chosen(run_folder: Path, resume: str | None, root: Path) -> Path | None:
-    """Return the checkpoint to go on from, as `resume_from_checkpoint` says; None starts afresh."""
-    existing = checkpoints(run_folder)
-    if resume == "latest":
-        return existing[-1] if existing else None
-    if resume is None:
-        if existing:
-            raise UserError(
-                f'{run_folder} holds a run already; set resume_from_checkpoint to "latest", or another output_dir'
-            )
-        return None
-    listed = ", ".join(path.name for path in existing) or "none"
-    for folder in (run_folder / resume, root / resume):
-        if resume and (folder / _STATE).is_file():
-            step = check(folder, {})
-            later = [path.name for path in existing if int(path.name.partition("-")[2]) > step]
-            if later:
-                raise UserError(
-                    f"{run_folder} holds later checkpoints ({', '.join(later)}); delete them, or give the run that "
-                    f"starts from {folder.name} another output_dir"
-                )
-            return folder
-    raise UserError(
-        f"resume_from_checkpoint: no checkpoint {resume!r} in {run_folder} or {root}; checkpoints there: {listed}"
-    )

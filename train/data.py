@@ -1,12 +1,11 @@
-"""From pair tables and shards to batches: what is shown when, and the tensors of it.
+"""Samples and their tensors: what can be shown, and how a showing is read from shards.
 
-The order is a function of (seed, epoch) alone. Opening a `Shelf` checks before the first step that every latent and
-embed is there; `batches` plans; `Shelf.load` reads.
+Opening a `Shelf` checks before the first step that every latent and embed is there. In which order samples are shown is
+in order.py, how they are read ahead in loader.py.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +40,60 @@ class Shown:
     references: tuple[Image, ...]
     prompt: str
     seed: int  # of all that is drawn for it: noise, time, guidance, and the latent where moments are stored
+
+
+class Room:
+    """Host memory for one batch, used again for the next; pinned where an accelerator copies from it."""
+
+    def __init__(self, *, pinned: bool = False) -> None:
+        self._pinned = pinned
+        self._flat: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return memory for a tensor; what bore this name before is gone."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < size:
+            flat = self._flat[name] = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+        return flat[:size].view(dtype).view(*shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A batch on the host, as it is stored; lies in a Room."""
+
+    showings: tuple[Shown, ...]
+    target: Tensor  # B × C × H × W, bfloat16; of moments 2C, mean, then deviation
+    drawn: Tensor | None  # B × C × H × W, standard normal: what the draw of moments takes
+    noise: Tensor  # B × C × H × W, standard normal
+    references: tuple[Tensor, ...]  # each B × C × h × w, bfloat16
+    embed: Tensor  # B × tokens × width, bfloat16 or float8
+    scale: Tensor | None  # B × 1 × 1, of float8
+    pooled: Tensor | None  # B × width, bfloat16
+    num_tokens: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy to where the model is, in float32; on an accelerator the copy may be still under way."""
+
+        def there(one: Tensor) -> Tensor:
+            return one.to(device, non_blocking=True).to(torch.float32, copy=device.type == "cpu")
+
+        target = there(self.target)
+        if self.drawn is not None:
+            mean, deviation = target.chunk(2, dim=1)
+            target = mean + deviation * there(self.drawn)
+        embed = there(self.embed)
+        if self.scale is not None:
+            embed = embed * there(self.scale)
+        pooled = there(self.pooled) if self.pooled is not None else None
+        return Batch(
+            sample_ids=tuple(one.sample_id for one in self.showings),
+            seeds=tuple(one.seed for one in self.showings),
+            latents=target,
+            noise=there(self.noise),
+            references=tuple(map(there, self.references)),
+            text=TextEmbeds(embed, pooled, self.num_tokens),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,45 +182,61 @@ class Shelf:
         ]
         return digest(self._text_encoder, samples, [[one.repeats, one.variant, one.variants] for one in self.samples])
 
-    def shape(self, image: Image) -> tuple[int, ...]:
-        """Return the shape C × H × W of a latent."""
-        stored = self._of(image).header_of(image.key).shapes["latent"]
-        return (stored[0] // 2, *stored[1:]) if image.encoder == self._moments else stored
+    def shapes(self, showing: Shown) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of a showing's tensors: target, text, references; a batch has one of each."""
+        text = self._text.header_of(text_key(self._text_encoder, showing.prompt)).shapes["embed"]
+        return (self._stored(showing.target), text, *map(self._stored, showing.references))
 
     def load(self, showings: Sequence[Shown], device: torch.device) -> Batch:
-        """Read one batch; raises UserError if a shard is damaged."""
-        texts = [self._text.read(text_key(self._text_encoder, one.prompt)) for one in showings]
-        pooled = [_tensor([text["pooled"]]) for text in texts if text["pooled"] is not None]
+        """Read one batch of equal shapes; raises UserError if a shard is damaged."""
+        return self.read(showings, Room()).to(device)
+
+    def read(self, showings: Sequence[Shown], room: Room) -> Loaded:
+        """Read a batch into a room; several threads may, each into its own. Raises UserError as `load` does."""
+        target = self._images("target", [one.target for one in showings], room)
         places = zip(*(one.references for one in showings), strict=True)
-        latents = self._targets(showings)
-        noise = torch.stack([_noise(seed_of(one.seed, "noise"), latents.shape[1:]) for one in showings])
-        return Batch(
-            sample_ids=tuple(one.sample_id for one in showings),
-            seeds=tuple(one.seed for one in showings),
-            latents=latents.to(device),
-            noise=noise.to(device),
-            references=tuple(self._images(images).to(device) for images in places),
-            text=TextEmbeds(
-                embed=torch.stack([_embed(text) for text in texts]).to(device),
-                pooled=torch.cat(pooled).to(device) if pooled else None,
-                num_tokens=tuple(text["num_tokens"] for text in texts),
-            ),
+        references = [self._images(f"reference {number}", images, room) for number, images in enumerate(places)]
+        moments = showings[0].target.encoder == self._moments
+        shape = [target.shape[1] // 2 if moments else target.shape[1], *target.shape[2:]]
+        embed, scale, pooled, num_tokens = self._texts(showings, room)
+        return Loaded(
+            showings=tuple(showings),
+            target=target,
+            drawn=_normal("posterior", showings, shape, room) if moments else None,
+            noise=_normal("noise", showings, shape, room),
+            references=tuple(references),
+            embed=embed,
+            scale=scale,
+            pooled=pooled,
+            num_tokens=num_tokens,
         )
 
-    def _targets(self, showings: Sequence[Shown]) -> Tensor:
-        """Read the targets' latents; of moments draw them, by the seeds of the showings alone."""
-        stored = self._images([one.target for one in showings])
-        if self._moments is None:
-            return stored
-        means, deviations = stored.chunk(2, dim=1)
-        noise = [_noise(seed_of(one.seed, "posterior"), means.shape[1:]) for one in showings]
-        return means + deviations * torch.stack(noise)
+    def _images(self, name: str, images: Sequence[Image], room: Room) -> Tensor:
+        tensor = room.get(name, (len(images), *self._stored(images[0])), torch.bfloat16)
+        for bits, image in zip(_bits(tensor), images, strict=True):
+            self._of(image).fill([image.key], {"latent": bits[None]})
+        return tensor
+
+    def _texts(
+        self, showings: Sequence[Shown], room: Room
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, ...]]:
+        """Return embeds, their scales, pooled embeds and numbers of tokens."""
+        keys = [text_key(self._text_encoder, one.prompt) for one in showings]
+        header = self._text.header_of(keys[0])
+        parts = {
+            column: room.get(column, (len(keys), *shape), getattr(torch, header.dtypes.get(column, "bfloat16")))
+            for column, shape in header.shapes.items()
+        }
+        rest = self._text.fill(keys, {column: _bits(tensor) for column, tensor in parts.items()})
+        scales = [row["scale"] for row in rest]
+        scale = None if scales[0] is None else torch.tensor(scales, dtype=torch.float32).view(-1, 1, 1)
+        return parts["embed"], scale, parts.get("pooled"), tuple(row["num_tokens"] for row in rest)
+
+    def _stored(self, image: Image) -> tuple[int, ...]:
+        return tuple(self._of(image).header_of(image.key).shapes["latent"])
 
     def _of(self, image: Image) -> ShardIndex:
         return self._latents[image.store, image.encoder]
-
-    def _images(self, images: Sequence[Image]) -> Tensor:
-        return _tensor([self._of(image).read(image.key)["latent"] for image in images])
 
 
 def training_sets(project: Project) -> tuple[DatasetConfig, ...]:
@@ -179,68 +248,15 @@ def training_sets(project: Project) -> tuple[DatasetConfig, ...]:
     return sets
 
 
-def batches(project: Project, shelf: Shelf) -> Iterator[tuple[int, list[Shown]]]:
-    """Yield (epoch, showings of one batch) for ever; the same project gives the same stream."""
-    epoch = 0
-    while True:
-        for showings in epoch_batches(project, shelf, epoch):
-            yield epoch, showings
-        epoch += 1
+def _normal(name: str, showings: Sequence[Shown], shape: Sequence[int], room: Room) -> Tensor:
+    """Draw standard normal numbers for each showing, from its own seed."""
+    tensor = room.get(name, (len(showings), *shape), torch.float32)
+    for one, showing in zip(tensor, showings, strict=True):
+        generator = torch.Generator().manual_seed(seed_of(showing.seed, name))
+        torch.randn(*shape, generator=generator, out=one)
+    return tensor
 
 
-def epoch_batches(project: Project, shelf: Shelf, epoch: int) -> list[list[Shown]]:
-    """Plan one epoch: its samples and their repeats, in batches of equal shapes, shuffled. None is dropped."""
-    seed, size = project.trainer.seed, project.trainer.train_batch_size
-    shown = _of_epoch(project, shelf.samples, epoch)
-    turns = [(sample, turn) for sample in shown for turn in range(sample.repeats + 1)]
-    turns.sort(key=lambda item: seed_of(seed, "order", epoch, item[0].sample_id, item[1]))
-    alike: dict[tuple[tuple[int, ...], ...], list[Shown]] = {}
-    for sample, turn in turns:
-        drawn = seed_of(seed, "drawn", sample.sample_id, epoch, turn)
-        showing = _show(project, sample, (seed, "show", epoch, sample.sample_id, turn), drawn)
-        shapes = tuple(shelf.shape(image) for image in (showing.target, *showing.references))
-        alike.setdefault(shapes, []).append(showing)
-    planned = [group[first : first + size] for group in alike.values() for first in range(0, len(group), size)]
-    order = sorted(range(len(planned)), key=lambda number: seed_of(seed, "batch", epoch, number))
-    return [planned[number] for number in order]
-
-
-def _of_epoch(project: Project, samples: Sequence[Sample], epoch: int) -> list[Sample]:
-    """Return the samples of one epoch: of several crops the one whose turn it is, of a set the share that is drawn."""
-    shown: list[Sample] = []
-    for dataset in training_sets(project):
-        own = [one for one in samples if one.dataset_id == dataset.id and epoch % one.variants == one.variant]
-        if dataset.probability < 1:
-            own.sort(key=lambda one: seed_of(project.trainer.seed, "drawn", epoch, one.sample_id))
-            own = own[: max(1, round(dataset.probability * len(own)))]
-        shown += own
-    return shown
-
-
-def _show(project: Project, sample: Sample, name: tuple[object, ...], seed: int) -> Shown:
-    """Draw what one showing of a sample consists of: reference, prompt, dropout; `seed` is of its latent's draw."""
-    chosen = sample.references
-    if len(chosen) > 1 and project.trainer.conditioning_multidataset_sampling == "random":
-        chosen = (chosen[seed_of(*name, "reference") % len(chosen)],)
-    prompts = chosen[0][1] if len(chosen) == 1 and chosen[0][1] else sample.prompts
-    prompt = prompts[seed_of(*name, "prompt") % len(prompts)]
-    if seed_of(*name, "dropout") / 2**63 < project.trainer.caption_dropout_probability:
-        prompt = ""
-    return Shown(sample.sample_id, sample.target, tuple(image for image, _ in chosen), prompt, seed)
-
-
-def _noise(seed: int, shape: Sequence[int]) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-
-
-def _embed(text: Mapping[str, Any]) -> Tensor:
-    """Return a prompt's embed in float32, from bfloat16 or from float8 and its scale."""
-    if text["scale"] is None:
-        return _tensor([text["embed"]])[0]
-    exact: Tensor = torch.from_numpy(text["embed"]).view(torch.float8_e4m3fn).float() * text["scale"]
-    return exact
-
-
-def _tensor(rows: Sequence[Array]) -> Tensor:
-    """Stack bfloat16 bit patterns into a float32 tensor."""
-    return torch.from_numpy(np.stack(rows)).view(torch.bfloat16).float()
+def _bits(tensor: Tensor) -> Array:
+    """View a tensor's memory as bit patterns, which shards hold."""
+    return tensor.view(torch.uint16 if tensor.itemsize == 2 else torch.uint8).numpy()

@@ -1,34 +1,136 @@
-"""metrics.jsonl: one line per step, and nothing after the step that a resumed run starts from."""
+"""What a run tells of itself: metrics.jsonl, and a tracker for curves and pictures.
+
+A resumed run's metrics.jsonl holds nothing after the step that it starts from. A new tracker is a class with the
+methods of `Tracker` and a line in `TRACKERS`.
+"""
 
 import json
-from collections.abc import Iterator
-from contextlib import suppress
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from schemas.errors import UserError
+from schemas.project import Project
 from schemas.storage import write_aside
 
+Pixels = npt.NDArray[np.uint8]  # height × width × 3
 
-class Metrics:
-    """Appends steps to a run's metrics.jsonl."""
 
-    def __init__(self, run_folder: Path, first_step: int) -> None:
-        path = run_folder / "metrics.jsonl"
+class Tracker(Protocol):
+    """Shows curves and pictures somewhere."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point to curves."""
+
+    def picture(self, step: int, name: str, pixels: Pixels) -> None:
+        """Add a picture."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class _TensorBoard:
+    def __init__(self, project: Project, first_step: int, settings: Mapping[str, Any]) -> None:
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - takes seconds, and only a run needs it
+
+        folder = project.run_folder / "tensorboard"
+        self._writer: Any = SummaryWriter(folder, purge_step=first_step + 1)
+        if not first_step:
+            self._writer.add_text("settings", f"```json\n{json.dumps(settings, indent=1)}\n```", 0)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, pixels: Pixels) -> None:
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, project: Project, first_step: int, settings: Mapping[str, Any]) -> None:
+        self._wandb = import_module("wandb")
+        trainer = project.trainer
+        name = trainer.tracker_run_name
+        project.run_folder.mkdir(parents=True, exist_ok=True)
+        known = project.run_folder / "wandb-id.txt"  # a resumed run goes on with its own curves
+        identity = known.read_text().strip() if first_step and known.exists() else self._wandb.util.generate_id()
+        known.write_text(identity)
+        self._run = self._wandb.init(
+            project=trainer.tracker_project_name, name=name, id=identity, resume="allow", config=dict(settings),
+            dir=str(project.run_folder),
+        )  # fmt: skip
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, pixels: Pixels) -> None:
+        self._run.log({name: self._wandb.Image(pixels)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: Mapping[str, Callable[[Project, int, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+}
+
+
+def check_tracker(project: Project) -> None:
+    """Raise UserError if the library of `report_to` is not installed."""
+    if project.trainer.report_to == "wandb" and find_spec("wandb") is None:
+        raise UserError("report_to: wandb is not installed; pip install 'pairline[wandb]', or report_to: tensorboard")
+
+
+class Metrics(AbstractContextManager["Metrics"]):
+    """Appends to a run's metrics.jsonl and tells the tracker; a quiet one does neither."""
+
+    def __init__(self, project: Project, first_step: int, settings: Mapping[str, Any], *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._tracker: Tracker | None = None
+        if quiet:
+            return
+        path = project.run_folder / "metrics.jsonl"
         kept = "".join(f"{line}\n" for line, step in _lines(path) if step <= first_step)
         if not path.exists() or path.read_text(errors="replace") != kept:
             with write_aside(path) as aside:
                 aside.write_text(kept)
         self._file = path.open("a")
+        kind = TRACKERS.get(project.trainer.report_to)
+        self._tracker = kind(project, first_step, settings) if kind is not None else None
 
-    def write(self, **values: float | int) -> None:
-        """Append one step."""
-        self._file.write(json.dumps(values) + "\n")
+    def write(self, step: int, **values: float | int) -> None:
+        """Append numbers of one step."""
+        if self._quiet:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+        if self._tracker is not None:
+            self._tracker.scalars(step, values)
 
-    def __enter__(self) -> "Metrics":
-        return self
+    def picture(self, step: int, name: str, pixels: Pixels) -> None:
+        """Show a picture, where there is a tracker."""
+        if self._tracker is not None:
+            self._tracker.picture(step, name, pixels)
 
     def __exit__(self, *_: object) -> None:
+        if self._quiet:
+            return
         self._file.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def _lines(path: Path) -> Iterator[tuple[str, int]]:

@@ -61,7 +61,8 @@ def _tree(folder: Path) -> dict[str, tuple[int, int]]:
 
 def _batched(project: Project, epoch: int = 0) -> Counter[tuple[str, ...]]:
     """Count the batches that training plans, by the sizes of what is shown and how many there are."""
-    from train.data import Shelf, epoch_batches
+    from train.data import Shelf
+    from train.order import epoch_batches
 
     shelf = Shelf(project, encoder_keys(project))
 

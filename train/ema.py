@@ -1,0 +1,31 @@
+"""A moving average of what is trained, by diffusers' EMAModel; evaluation and samples look at it through `averaged`."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from schemas.trainer import TrainerConfig
+
+
+def make_average(parameters: Sequence[nn.Parameter], config: TrainerConfig) -> EMAModel | None:
+    """Start an average at the present weights, where `use_ema` asks for one.
+
+    After n updates its decay is (1 + n) / (10 + n), at most `ema_decay`, so that a short run has an average too.
+    """
+    return EMAModel(parameters, decay=config.ema_decay) if config.use_ema else None
+
+
+@contextmanager
+def averaged(average: EMAModel | None, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Have the average in place of the trained weights for a while; without one, the weights themselves."""
+    if average is None:
+        yield
+        return
+    average.store(parameters)
+    average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        average.restore(parameters)
