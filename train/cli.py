@@ -1,5 +1,6 @@
 """The `train` command: a thin wrapper over `train.loop.run`, imported late so that `--help` answers at once."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,8 @@ def _commands() -> None:
 
 @app.command(
     short_help="Train a LoRA; resumes by itself.",
-    epilog="Example:  train run my-project --set learning_rate=2e-4 --set tracker_run_name=higher-rate",
+    epilog="Examples:  train run my-project --set learning_rate=2e-4 --set tracker_run_name=higher-rate;  "
+    "torchrun --nproc-per-node 2 -m train.cli run my-project",
 )
 def run(
     project: Annotated[
@@ -48,9 +50,12 @@ def run(
         from families import open_project
         from train.loop import run as train
 
+        talks = os.environ.get("RANK", "0") == "0"  # of several processes the first
         opened = open_project(project, root=root, workspace=workspace, overrides=settings or ())
-        warn(opened.warnings)
-        report(train(opened, limit=limit, workers=workers, dry_run=dry_run), json)
+        warn(opened.warnings if talks else ())
+        summary = train(opened, limit=limit, workers=workers, dry_run=dry_run)
+        if talks:
+            report(summary, json)
 
 
 def main() -> None:

@@ -1,0 +1,92 @@
+"""Several processes on the real command: the same weights as one process on the same global batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from families import open_project
+from prep.cache import cache
+from prep.pairs import pairs
+from prep.scan import scan
+from schemas.project import Project
+from train.loop import run
+
+MakeProject = Callable[..., Path]
+
+
+def _together(folder: Path, count: int, *options: str) -> list[subprocess.CompletedProcess[str]]:
+    """Run `train run` in processes that find each other as torchrun's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    sets = [part for option in options for part in ("--set", option)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "train.cli", "run", str(folder), *sets],
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                              "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=240) for process in started]
+    return [
+        subprocess.CompletedProcess(one.args, one.returncode, *text) for one, text in zip(started, told, strict=True)
+    ]
+
+
+def _weights(project: Project) -> dict[str, torch.Tensor]:
+    return load_file(project.run_folder / "pytorch_lora_weights.safetensors")
+
+
+@pytest.mark.parametrize("precision", ["no_change", "int4-quanto"])
+def test_two_processes_train_what_one_does_on_the_same_global_batch(make_project: MakeProject, precision: str) -> None:
+    options = {"max_train_steps": 4, "train_batch_size": 2, "caption_dropout_probability": 0.3, "lora_dropout": 0.1}
+    folder = make_project("deblur", photos=5, base_model_precision=precision, **options)
+    scan(folder), pairs(folder), cache(folder)
+    one = open_project(folder, overrides=["tracker_run_name=one", "gradient_accumulation_steps=2"])
+    run(one)
+    for process in _together(folder, 2, "tracker_run_name=two"):
+        assert process.returncode == 0, process.stderr
+    two = open_project(folder, overrides=["tracker_run_name=two"])
+    expected, found = _weights(one), _weights(two)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+    losses = [
+        [json.loads(line)["loss"] for line in (project.run_folder / "metrics.jsonl").read_text().splitlines()]
+        for project in (one, two)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[0]) == 4
+
+
+def test_a_run_of_two_processes_is_resumed_by_one_that_accumulates_twice(make_project: MakeProject) -> None:
+    folder = make_project("deblur", photos=5, max_train_steps=4, checkpointing_steps=2)
+    scan(folder), pairs(folder), cache(folder)
+    twice = ["gradient_accumulation_steps=2"]
+    whole = open_project(folder, overrides=["tracker_run_name=whole", *twice])
+    run(whole)
+    first, second = _together(folder, 2, "tracker_run_name=parts", "max_train_steps=2")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "LoRA" in first.stdout and not second.stdout
+    parts = open_project(folder, overrides=["tracker_run_name=parts", *twice])
+    assert run(parts).first_step == 2
+    for name, tensor in _weights(whole).items():
+        torch.testing.assert_close(_weights(parts)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_ends_all_processes_and_names_the_samples(make_project: MakeProject) -> None:
+    folder = make_project("deblur", photos=4, max_train_steps=3, learning_rate=1e30, max_grad_norm=0)
+    scan(folder), pairs(folder), cache(folder)
+    told = _together(folder, 2)
+    assert [process.returncode for process in told] == [1, 1], told[0].stderr
+    assert "step" in told[0].stderr and "samples: " in told[0].stderr
