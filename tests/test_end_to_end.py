@@ -128,26 +128,6 @@ def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(make_project: Mak
     assert (again.first_step, again.last_step) == (10, 10)
 
 
-def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(make_project: MakeProject) -> None:
-    folder = make_project("edits", max_train_steps=40, checkpointing_steps=2, checkpoints_total_limit=2)
-    _prepare(folder)
-    whole = open_project(folder, overrides=["tracker_run_name=whole"])
-    run(whole)
-    command = [sys.executable, "-m", "train.cli", "run", str(folder), "--set", "tracker_run_name=killed"]
-    killed = open_project(folder, overrides=["tracker_run_name=killed"])
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not (killed.run_folder / "metrics.jsonl").exists() or len(_lines(killed)) < 5:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    summary = run(killed)
-    assert 0 < summary.first_step < 40
-    assert _equal(_trained(whole), _trained(killed))
-    assert [json.loads(line)["step"] for line in _lines(killed)] == list(range(1, 41))
-    assert not list(killed.run_folder.glob("*.tmp.*"))
-
-
 def _lines(project: Project) -> list[str]:
     return (project.run_folder / "metrics.jsonl").read_text().splitlines()
 
