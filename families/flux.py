@@ -19,7 +19,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from families.protocol import Posterior, TextEmbeds
+from families.protocol import Block, Posterior, TextEmbeds
 from families.quantize import quantize_weights
 from families.runtime import check_whole
 from families.tiny import clip_tokenizer, seeded, t5_tokenizer
@@ -103,6 +103,12 @@ def load_denoiser(checkpoint: Path, dtype: torch.dtype, device: torch.device) ->
     """Load the transformer."""
     transformer = FluxTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer", dtype=dtype)
     return transformer.to(device)
+
+
+def blocks(denoiser: FluxTransformer2DModel) -> list[Block]:
+    """Return the double blocks, then the single ones; both take and give text apart from images."""
+    modules = (*denoiser.transformer_blocks, *denoiser.single_transformer_blocks)
+    return [Block(one, "hidden_states", "image_rotary_emb", joined=False, output=1) for one in modules]
 
 
 def takes_guidance(denoiser: FluxTransformer2DModel) -> bool:

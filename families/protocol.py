@@ -29,6 +29,20 @@ class Posterior:
     std: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block of a denoiser: where its tokens come in and go out.
+
+    Of image tokens the target's come first, then the references' in their order.
+    """
+
+    module: nn.Module
+    images: str  # argument of its forward with image tokens, batch × tokens × width
+    rotary: str  # argument with rotary embeddings (cos, sin), one row a token of text, then of images
+    joined: bool  # whether text tokens stand before the image tokens in the same tensor, coming in and going out
+    output: int | None  # place of that tensor in what it returns; None if it returns no tuple
+
+
 class Family(Protocol):
     """A module of this package. `checkpoint` is a folder in the Hub layout throughout."""
 
@@ -71,6 +85,9 @@ class Family(Protocol):
 
     def load_denoiser(self, checkpoint: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Load the network that training adapts."""
+
+    def blocks(self, denoiser: nn.Module) -> Sequence[Block]:
+        """Return the network's blocks in the order they run in."""
 
     def takes_guidance(self, denoiser: nn.Module) -> bool:
         """Tell whether the network is told a guidance scale."""

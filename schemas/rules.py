@@ -272,6 +272,36 @@ def _rule_resolution(project: Project, file: str, found: Findings) -> None:
             found.faults.append(Fault(file, f'"{dataset.id}" resolution', problem, shown(dataset.resolution), hint))
 
 
+_SCHEDULES = ("flow_use_uniform_schedule", "flow_use_beta_schedule", "flux_fast_schedule")
+
+
+def _rule_schedules(project: Project, file: str, found: Findings) -> None:
+    chosen = [name for name in _SCHEDULES if getattr(project.trainer, name)]
+    for name in chosen[1:]:
+        hint = "times are drawn in one way; keep one"
+        found.faults.append(Fault(project.config_path.name, name, f"contradicts {chosen[0]}", "true", hint))
+
+
+def _rule_offload(project: Project, file: str, found: Findings) -> None:
+    config = project.trainer
+    if not config.enable_group_offload:
+        return
+    quantised = config.base_model_precision != "no_change"
+    wrong = (
+        (not config.gradient_checkpointing, "gradient_checkpointing", "without it all weights are kept for gradients"),
+        (config.gradient_checkpointing_interval > 1, "gradient_checkpointing_interval", "every block is recomputed: 1"),
+        (quantised, "base_model_precision", "quantised weights cannot be moved; choose one of the two"),
+        (config.model_type == "full", "model_type", "no weight is frozen"),
+    )
+    for contradicts, name, hint in wrong:
+        if contradicts:
+            problem, value = "contradicts enable_group_offload", shown(getattr(config, name))
+            found.faults.append(Fault(project.config_path.name, name, problem, value, hint))
+    if config.group_offload_use_stream and config.group_offload_type == "leaf_level":
+        said = "group_offload_use_stream has no effect: under leaf_level layers come one by one"
+        found.warnings.append(f"{project.config_path.name}: {said}")
+
+
 # Warnings
 
 
@@ -398,5 +428,5 @@ def _inactive_roles(project: Project, dataset: DatasetConfig) -> Iterator[str]:
 
 RULES: tuple[Callable[[Project, str, Findings], None], ...] = (
     _rule_ids, _rule_roles, _rule_sources, _rule_links, _rule_circles, _rule_captions, _rule_resolution, _rule_crops,
-    _rule_inactive,
+    _rule_schedules, _rule_offload, _rule_inactive,
 )  # fmt: skip

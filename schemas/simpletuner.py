@@ -197,6 +197,13 @@ TRAINER_KEYS: Mapping[str, str] = (
         """,
     )
     | _same(
+        "not in this version: the target of a rolled-out sample leads to the picture, its loss has no further terms",
+        """
+        scheduled_sampling_reflexflow scheduled_sampling_reflexflow_alpha scheduled_sampling_reflexflow_beta1
+        scheduled_sampling_reflexflow_beta2
+        """,
+    )
+    | _same(
         "not in this version: no auxiliary loss, only the flow-matching loss is trained",
         """
         irepa_enabled irepa_spatial_norm_alpha irepa_projector_kernel_size urepa_enabled urepa_lambda

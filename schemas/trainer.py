@@ -201,13 +201,6 @@ class TrainerConfig(Options):
     scheduled_sampling_ramp_steps: int = option(0, "steps of the ramp; 0 has none, `..._probability` holds", ge=0)
     scheduled_sampling_start_step: int = option(0, "step before which nothing is rolled out, and the ramp begins", ge=0)
     scheduled_sampling_ramp_shape: Literal["linear", "cosine"] = option("linear", "shape of the ramp")
-    scheduled_sampling_reflexflow: bool = option(
-        False,
-        "weigh the loss of rolled-out samples by their drift, and its direction (ReflexFlow): a forward pass more",
-    )
-    scheduled_sampling_reflexflow_alpha: float = option(1.0, "strength of the weight by drift", ge=0)
-    scheduled_sampling_reflexflow_beta1: float = option(10.0, "weight of the direction term", ge=0)
-    scheduled_sampling_reflexflow_beta2: float = option(1.0, "weight of the loss itself", ge=0)
 
     # Run folder
     data_backend_config: str = option("multidatabackend.json", "the dataset file, beside this one", stages="")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxKontextPipeline, FluxPipeline
+from diffusers import FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 
 from families import flux, open_project
@@ -73,6 +73,56 @@ def test_one_forward_equals_the_first_denoising_call_of_the_pipeline(pipeline: F
     with torch.no_grad():
         ours = flux.velocity(pipeline.transformer, noise, [latents], text, torch.ones(1), torch.ones(1))
     assert torch.equal(flux.pack(ours), expected[:, : 8 * 12])
+
+
+@pytest.fixture(scope="module")
+def transformers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FluxTransformer2DModel]:
+    """Tiny transformers, one of each flavour."""
+    folder = tmp_path_factory.mktemp("flavours")
+    for flavour in ("dev", "schnell", "kontext"):
+        flux.build_tiny(folder / flavour, flavour)
+    load = FluxTransformer2DModel.from_pretrained
+    return {one.name: load(one, subfolder="transformer") for one in folder.iterdir()}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("references", [(), ((12, 8),), ((12, 8), (8, 10))])
+@pytest.mark.parametrize("flavour", ["dev", "schnell", "kontext"])
+def test_velocity_equals_the_transformer_called_as_the_pipelines_do(
+    transformers: dict[str, FluxTransformer2DModel], flavour: str, references: tuple[tuple[int, int], ...], batch: int
+) -> None:
+    transformer, generator = transformers[flavour], torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    noisy, others = draw(16, 8, 14), [draw(16, *size) for size in references]
+    tokens = 256 if flavour == "schnell" else 512
+    text = TextEmbeds(draw(tokens, 64), draw(32), (5,) * batch)
+    times = torch.linspace(0.3, 0.9, batch)
+    guidance = torch.linspace(1.0, 3.5, batch) if flux.takes_guidance(transformer) else None
+    assert (guidance is None) == (flavour == "schnell")
+
+    pack, place = FluxKontextPipeline._pack_latents, FluxKontextPipeline._prepare_latent_image_ids
+    ids = [FluxPipeline._prepare_latent_image_ids(batch, 4, 7, CPU, torch.float32)]
+    for number, (height, width) in enumerate(references):
+        own = place(batch, height // 2, width // 2, CPU, torch.float32)
+        own[..., 0] = 1
+        own[..., 2] += 4 * number  # tokens: the first is 6 × 4, so the second, 4 × 5, goes right of it
+        ids.append(own)
+    packed = [pack(one, batch, 16, *one.shape[-2:]) for one in (noisy, *others)]
+    with torch.no_grad():
+        ours = flux.velocity(transformer, noisy, others, text, times, guidance)
+        theirs = transformer(
+            hidden_states=torch.cat(packed, dim=1),
+            timestep=times,
+            guidance=guidance,
+            pooled_projections=text.pooled,
+            encoder_hidden_states=text.embed,
+            txt_ids=torch.zeros(tokens, 3),
+            img_ids=torch.cat(ids),
+        ).sample
+    assert torch.equal(ours, FluxPipeline._unpack_latents(theirs[:, : 4 * 7], 64, 112, 8))
 
 
 def test_ids_and_packing_equal_the_pipelines_own_helpers() -> None:

@@ -1,40 +1,99 @@
 """One forward pass of training: time, noise, prediction, loss.
 
 Every draw comes from the seeds of the showings, so that batch size, accumulation and processes change none. A new
-way to draw times is a line in `flow.TIMES`.
+way to draw times is a line in `TIMES`.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from families.protocol import Family
+from families.routing import Routing
 from families.runtime import dtype_of
 from schemas.keys import seed_of
 from schemas.trainer import TrainerConfig
-from train import flow
+from train import flow, rollout
 from train.data import Batch
 
 
-def step_loss(family: Family, denoiser: nn.Module, batch: Batch, step: int, config: TrainerConfig) -> Tensor:
-    """Predict the velocity at a drawn time and compare on the target's tokens; `step` counts from 1."""
-    device = batch.latents.device
-    times = drawn_times(batch, family.num_tokens(batch.latents.shape[1:]), config).to(device)
-    guidance = drawn_guidance(batch, config).to(device) if family.takes_guidance(denoiser) else None
+@dataclass(frozen=True, slots=True)
+class Times:
+    """A way to draw times, and the option that chooses it."""
+
+    option: str
+    draw: Callable[[np.random.Generator, TrainerConfig], float]
+    shifted: bool = True
+
+
+# Besides the usual one, sigmoid; a configuration chooses one at most.
+TIMES = (
+    Times("flow_use_uniform_schedule", lambda rng, _: rng.uniform()),
+    Times(
+        "flow_use_beta_schedule", lambda rng, one: rng.beta(one.flow_beta_schedule_alpha, one.flow_beta_schedule_beta)
+    ),
+    Times("flux_fast_schedule", lambda rng, _: flow.fast_time(rng), shifted=False),
+)
+_USUAL = Times("", lambda rng, one: flow.sigmoid_time(rng, one.flow_sigmoid_scale))
+
+
+def step_loss(
+    family: Family, denoiser: nn.Module, batch: Batch, step: int, config: TrainerConfig, routing: Routing | None = None
+) -> Tensor:
+    """Predict the velocity at a drawn time and compare on the target's tokens; `step` counts from 1.
+
+    `routing` is of `tread_config`; its backward pass must come before the next call.
+    """
+    num_tokens = family.num_tokens(batch.latents.shape[1:])
+    times = drawn_times(batch, num_tokens, config).to(batch.latents.device)
+    guidance = drawn_guidance(batch, config).to(times.device) if family.takes_guidance(denoiser) else None
+
+    def predict(noisy: Tensor, at: Tensor) -> Tensor:
+        return predicted(family, denoiser, batch, (noisy, at, guidance), config)
+
+    later = rollout.starts(times, batch.seeds, step, config)
+    if later is None:
+        noisy, velocity = flow.noised(batch.latents, batch.noise, times), batch.noise - batch.latents
+    else:
+        noisy, velocity = rollout.rolled_out(batch.latents, batch.noise, times, later, predict)
+    if routing is not None:
+        routing.choose(batch.seeds[0], num_tokens, batch.text.embed.shape[1], times.device)
+    return flow.losses(predict(noisy, times), velocity, config.loss_type, config.huber_c).mean()
+
+
+def sample_losses(
+    family: Family, denoiser: nn.Module, batch: Batch, times: Tensor, guidance: Tensor | None, config: TrainerConfig
+) -> Tensor:
+    """Return each sample's squared error at given times, whatever loss, routes and rollouts training has."""
     noisy = flow.noised(batch.latents, batch.noise, times)
-    with autocast(config, device):
-        predicted = family.velocity(denoiser, noisy, batch.references, batch.text, times, guidance)
-    return flow.loss(predicted, batch.latents, batch.noise)
+    found = predicted(family, denoiser, batch, (noisy, times, guidance), config)
+    return flow.losses(found, batch.noise - batch.latents)
+
+
+def predicted(
+    family: Family,
+    denoiser: nn.Module,
+    batch: Batch,
+    at: tuple[Tensor, Tensor, Tensor | None],
+    config: TrainerConfig,
+) -> Tensor:
+    """Predict the velocity of a batch `at` noisy latents, times and guidance, in the dtype of computation."""
+    noisy, times, guidance = at
+    with autocast(config, noisy.device):
+        return family.velocity(denoiser, noisy, batch.references, batch.text, times, guidance)
 
 
 def drawn_times(batch: Batch, num_tokens: int, config: TrainerConfig) -> Tensor:
     """Draw one time per sample, shifted by the number of the target's tokens."""
-    drawn = [
-        flow.draw_time(_rng(seed, "time"), config.flow_sigmoid_scale, config.flow_use_uniform_schedule)
-        for seed in batch.seeds
-    ]
+    chosen = next((one for one in TIMES if getattr(config, one.option)), _USUAL)
+    drawn = torch.tensor([chosen.draw(_rng(seed, "time"), config) for seed in batch.seeds], dtype=torch.float32)
+    if not chosen.shifted:
+        return drawn
     shift = flow.auto_shift(num_tokens) if config.flow_schedule_auto_shift else config.flow_schedule_shift or 1.0
-    return flow.shifted(torch.tensor(drawn, dtype=torch.float32), shift)
+    return flow.shifted(drawn, shift)
 
 
 def drawn_guidance(batch: Batch, config: TrainerConfig) -> Tensor:
