@@ -7,19 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
+from peft import LoraConfig
 
 from families import flux, open_project
 from families.checkpoints import locate
 from families.protocol import TextEmbeds
+from families.routing import Routing
 from families.runtime import choose_attention
 from prep.cache import cache
 from prep.pairs import pairs
 from prep.scan import scan
 from schemas import console
+from schemas.errors import UserError
 from schemas.shards import ShardIndex
+from schemas.trainer import Route, TrainerConfig
 from train.data import Batch
 from train.loop import run
 from train.lora import add_lora
+from train.memory import checkpoint_blocks, enough_memory, offload_blocks
 from train.step import step_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -129,3 +135,79 @@ def test_real_memory_that_runs_out_halves_the_batch(
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert summary.stores[0].encoded == 12
     assert "out of memory with" in caplog.text
+
+
+def _several_blocks() -> FluxTransformer2DModel:
+    """Ten blocks of 17 to 38 MiB each, adapted, on the CPU."""
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        num_layers=4,
+        num_single_layers=6,
+        attention_head_dim=128,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+    )
+    model.to(torch.bfloat16).requires_grad_(False)
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v", "proj_mlp"], init_lora_weights=False))
+    for one in model.parameters():
+        one.data = one.data.float() if one.requires_grad else one.data
+    return model.train()
+
+
+def _steps(model: FluxTransformer2DModel, config: TrainerConfig) -> tuple[list[float], dict[str, torch.Tensor], int]:
+    """Take two steps and a pass without gradients; returns losses, gradients and bytes in use at most."""
+    place, generator = torch.device("cuda"), torch.Generator().manual_seed(1)
+    latents, noise = (torch.randn(2, 16, 16, 24, generator=generator).to(place) for _ in range(2))
+    embed, pooled = torch.randn(2, 32, 64, generator=generator), torch.randn(2, 32, generator=generator)
+    text = TextEmbeds(embed.to(place), pooled.to(place), (5, 5))
+    batch = Batch(("a", "b"), (1, 2), latents, noise, (latents[..., :8],), text)
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=1e-3)
+    routing = Routing(flux.blocks(model), [Route(selection_ratio=0.5, start_layer_idx=2, end_layer_idx=-2)])
+    losses, gradients = [], {}
+    torch.cuda.reset_peak_memory_stats()
+    for step in (1, 2):
+        optimizer.zero_grad()
+        loss = step_loss(flux, model, batch, step, config, routing)
+        loss.backward()
+        gradients = {name: one.grad.clone() for name, one in model.named_parameters() if one.requires_grad}
+        optimizer.step()
+        losses.append(loss.item())
+        with torch.no_grad():
+            losses.append(step_loss(flux, model, batch, step, config).item())
+    return losses, gradients, torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"group_offload_blocks_per_group": 2}, {"group_offload_use_stream": True},
+     {"group_offload_type": "leaf_level"}],
+    ids=["blocks", "pairs", "stream", "leaves"],
+)  # fmt: skip
+def test_blocks_that_wait_on_the_cpu_change_nothing_but_memory(options: dict[str, object]) -> None:
+    rollout = {"scheduled_sampling_max_step_offset": 100, "scheduled_sampling_probability": 1.0}
+    config = TrainerConfig(enable_group_offload=True, flux_guidance_value=1.0, **rollout, **options)
+    choose_attention()
+    plain = _several_blocks().to("cuda")
+    checkpoint_blocks(flux, plain, 1)
+    expected, gradients, most = _steps(plain, config)
+    weights = sum(one.nbytes for block in flux.blocks(plain) for one in block.module.parameters())
+    del plain
+    torch.cuda.empty_cache()
+
+    model = _several_blocks()
+    offload_blocks(flux, model, torch.device("cuda"), config)
+    checkpoint_blocks(flux, model, 1)
+    losses, found, less = _steps(model, config)
+    assert losses == expected
+    assert all(torch.equal(found[name], one) for name, one in gradients.items())
+    assert most - less > 0.6 * weights
+    away = [one for one in model.parameters() if one.device.type == "cpu"]
+    assert all(not one.requires_grad and one.is_pinned() for one in away)
+    assert sum(one.nbytes for one in away) > 0.7 * weights
+
+
+def test_real_memory_that_runs_out_in_training_is_told_with_numbers() -> None:
+    told = r"memory is full: \d+\.\d of \d+\.\d GiB were in use at most; what saves memory"
+    with pytest.raises(UserError, match=told), enough_memory(TrainerConfig(), torch.device("cuda")):
+        torch.empty(1 << 45, dtype=torch.uint8, device="cuda")

@@ -156,7 +156,7 @@ def _savings(config: TrainerConfig) -> Iterator[str]:
         yield "optimizer: adamw8bit"
     if config.model_type == "lora" and not config.enable_group_offload:
         plain = " with base_model_precision: no_change" if quantised else ""
-        yield f"enable_group_offload: true{plain} (frozen blocks wait on the CPU; slow)"
+        yield f"enable_group_offload: true{plain} (frozen blocks wait on the CPU, slower)"
     if config.tread_config is None:
-        yield "tread_config (fewer tokens in most blocks; other gradients)"
+        yield "tread_config (some tokens skip some blocks, other gradients)"
     yield f"resolution below {config.resolution:g} (prep has to run again)"

@@ -1,0 +1,125 @@
+"""Recomputed blocks, blocks that wait, and what a run that ran out of memory is told."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import LoraConfig
+
+from families import flux, open_project
+from families.protocol import TextEmbeds
+from schemas.errors import ConfigError, UserError
+from schemas.trainer import TrainerConfig, Tread
+from train.memory import _turns, advice, checkpoint_blocks, enough_memory, offload_blocks
+
+CPU = torch.device("cpu")
+
+
+def _adapted() -> FluxTransformer2DModel:
+    torch.manual_seed(5)
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 6, 6),
+    )
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=2, lora_dropout=0.5, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
+    return model.train()
+
+
+def _gradients(interval: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Return gradients, and how often each block ran in forward and backward."""
+    model, calls = _adapted(), Counter()
+    for number, block in enumerate(flux.blocks(model)):
+        block.module.register_forward_pre_hook(lambda *_, number=number: calls.update([number]))
+    if interval:
+        checkpoint_blocks(flux, model, interval)
+    torch.manual_seed(1)
+    text = TextEmbeds(torch.randn(1, 4, 24), torch.randn(1, 8), (4,))
+    flux.velocity(model, torch.randn(1, 16, 8, 8), [], text, torch.ones(1), None).square().mean().backward()
+    trained = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
+    return trained, [calls[number] for number in range(5)]
+
+
+@pytest.mark.parametrize(("interval", "runs"), [(1, [2, 2, 2, 2, 2]), (2, [2, 1, 2, 1, 2]), (4, [2, 1, 1, 1, 2])])
+def test_every_nth_block_is_recomputed_and_gradients_stay_the_same(interval: int, runs: list[int]) -> None:
+    expected, plain = _gradients(0)
+    found, calls = _gradients(interval)
+    assert plain == [1] * 5 and calls == runs
+    assert expected and all(torch.equal(found[name], one) for name, one in expected.items())
+
+
+def test_frozen_weights_of_blocks_take_turns_and_adapters_never() -> None:
+    model = _adapted()
+    blocks = [block.module for block in flux.blocks(model)]
+    frozen = {id(one) for block in blocks for one in block.parameters() if not one.requires_grad}
+    for kind, size, groups in (("block_level", 1, 5), ("block_level", 2, 3), ("leaf_level", 1, None)):
+        turns = _turns(blocks, kind, size)
+        taken = [id(one) for _, tensors in turns for one in tensors]
+        assert len(taken) == len(set(taken)) and set(taken) == frozen
+        assert groups is None or len(turns) == groups
+    assert all(len(callers) == 1 and not callers[0]._modules for callers, _ in turns)
+
+
+def test_blocks_wait_on_the_cpu_only_beside_a_cuda_device() -> None:
+    with pytest.raises(UserError, match="enable_group_offload: needs a CUDA device, and this run is on cpu"):
+        offload_blocks(flux, _adapted(), CPU, TrainerConfig(enable_group_offload=True))
+
+
+def test_what_does_not_go_with_waiting_blocks_is_a_fault(make_project: Callable[..., Path]) -> None:
+    def faults(number: int, **options: Any) -> list[tuple[str, str | None]]:
+        with pytest.raises(ConfigError) as caught:
+            open_project(make_project(name="deblur" if number else "edits", enable_group_offload=True, **options))
+        assert all(one.problem == "contradicts enable_group_offload" for one in caught.value.faults)
+        return [(one.key, one.value) for one in caught.value.faults]
+
+    assert faults(0, gradient_checkpointing=False) == [("gradient_checkpointing", "false")]
+    assert faults(1, base_model_precision="int8-quanto", gradient_checkpointing_interval=2) == [
+        ("gradient_checkpointing_interval", "2"),
+        ("base_model_precision", '"int8-quanto"'),
+    ]
+
+
+def test_a_stream_beside_single_layers_is_said_to_have_no_effect(make_project: Callable[..., Path]) -> None:
+    folder = make_project(enable_group_offload=True, group_offload_use_stream=True, group_offload_type="leaf_level")
+    assert any("group_offload_use_stream has no effect" in one for one in open_project(folder).warnings)
+
+
+def test_advice_names_what_is_not_done_yet_the_cheapest_first() -> None:
+    def named(**options: Any) -> list[str]:
+        told = advice(TrainerConfig(**options)).partition("first: ")[2].split("; ")
+        return [one.partition(":")[0].partition(" ")[0] for one in told]
+
+    assert named(gradient_checkpointing=False, train_batch_size=4) == [
+        "gradient_checkpointing", "base_model_precision", "train_batch_size", "optimizer", "enable_group_offload",
+        "tread_config", "resolution",
+    ]  # fmt: skip
+    assert named(gradient_checkpointing_interval=3)[0] == "gradient_checkpointing_interval"
+    route = {"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -3}
+    saved = {"base_model_precision": "int8-quanto", "optimizer": "adamw8bit", "tread_config": Tread(routes=[route])}
+    assert named(**saved) == ["enable_group_offload", "resolution"]
+    assert "base_model_precision: no_change" in advice(TrainerConfig(**saved))
+    assert named(enable_group_offload=True) == ["optimizer", "tread_config", "resolution"]
+    assert "train_batch_size: 2 with gradient_accumulation_steps: 6" in advice(
+        TrainerConfig(train_batch_size=4, gradient_accumulation_steps=3)
+    )
+
+
+def test_running_out_of_memory_is_told_with_what_to_change() -> None:
+    config = TrainerConfig(gradient_checkpointing=False)
+    told = r"the accelerator's memory is full; .*gradient_checkpointing: true"
+    with pytest.raises(UserError, match=told) as caught, enough_memory(config, CPU):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    with pytest.raises(RuntimeError, match="another"), enough_memory(config, CPU):
+        raise RuntimeError("another")
