@@ -69,8 +69,8 @@ class Family(Protocol):
     def count_tokens(self, encoders: Any, prompts: Sequence[str]) -> tuple[int, ...]:
         """Count the tokens of prompts before padding and before the cut."""
 
-    def load_denoiser(self, checkpoint: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """Load the network that training adapts."""
+    def load_denoiser(self, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
+        """Load the network that training adapts, on the CPU: `quantize_and_place` moves it."""
 
     def takes_guidance(self, denoiser: nn.Module) -> bool:
         """Tell whether the network is told a guidance scale."""
@@ -92,5 +92,5 @@ class Family(Protocol):
         References are batches of latents in their order; their sizes may differ from the target's.
         """
 
-    def save_lora(self, folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Write LoRA weights as the family's pipeline loads them, with the adapter's metadata."""
+    def save_lora(self, path: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write an adapter's weights as the family's pipeline loads them, with the adapter's metadata."""

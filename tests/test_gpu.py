@@ -17,9 +17,9 @@ from prep.pairs import pairs
 from prep.scan import scan
 from schemas import console
 from schemas.shards import ShardIndex
+from train.adapter import add_adapter
 from train.data import Batch
 from train.loop import run
-from train.lora import add_lora
 from train.step import step_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -28,9 +28,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def _step(project: object, device: str, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
     choose_attention()
     place = torch.device(device)
-    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), dtype, place)
-    denoiser.requires_grad_(False)
-    add_lora(denoiser, project)
+    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), dtype)
+    denoiser.requires_grad_(False).to(place)
+    add_adapter(denoiser, project)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(3)
         for name, parameter in denoiser.named_parameters():

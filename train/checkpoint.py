@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from schemas.errors import UserError
 from schemas.storage import sync
 from schemas.trainer import TrainerConfig
-from train.lora import load_lora, lora_layers
+from train.adapter import adapter_layers, load_adapter
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS, _OPTIMIZER, _STATE = "lora.safetensors", "optimizer.pt", "state.json"
@@ -46,7 +46,7 @@ def save(run_folder: Path, state: State, step: int, settings: dict[str, Any], ke
     """
     folder = run_folder / f"checkpoint-{step}"
     aside = _aside(folder)
-    layers = {name: tensor.detach().cpu().contiguous() for name, tensor in lora_layers(state.denoiser).items()}
+    layers = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_layers(state.denoiser).items()}
     try:
         aside.mkdir(parents=True)
         save_file(layers, aside / _WEIGHTS)
@@ -104,7 +104,7 @@ def load(folder: Path, state: State) -> None:
         step = int(json.loads((folder / _STATE).read_text())["step"])
         layers = load_file(folder / _WEIGHTS)
         optimizer = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-        load_lora(state.denoiser, layers)
+        load_adapter(state.denoiser, layers)
         state.optimizer.load_state_dict(optimizer)
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, *_DAMAGE) as fault:
         raise _damaged(folder, fault) from fault

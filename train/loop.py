@@ -20,7 +20,7 @@ from torch import nn
 from families import Source, open_project
 from families.checkpoints import encoder_keys, fingerprint, here, locate
 from families.protocol import Family
-from families.quantize import quantize_weights
+from families.quantize import quantize_and_place
 from families.runtime import choose_attention, default_device, family_of
 from schemas.console import progress
 from schemas.errors import UserError
@@ -30,14 +30,13 @@ from schemas.storage import write_aside
 from schemas.summaries import TrainSummary
 from schemas.trainer import DEFAULT_STEPS, TrainerConfig
 from train import checkpoint
+from train.adapter import LORA_NAME, adapter_layers, add_adapter, check_gradients, save_adapter, start_from_file
 from train.data import Shelf, Shown, batches, epoch_batches
+from train.fusing import fuse
 from train.interrupt import stops
-from train.lora import add_lora, lora_layers, lora_metadata
 from train.metrics import Metrics
-from train.optimizer import make_optimizer, make_schedule
+from train.optimizer import check_optimizer, make_optimizer, make_schedule
 from train.step import base_dtype, step_loss
-
-LORA_NAME = "pytorch_lora_weights.safetensors"
 
 # Options that may differ between a checkpoint and the run that resumes it.
 _FREE_ON_RESUME = {
@@ -58,6 +57,7 @@ def run(  # noqa: PLR0915 - one run, read top to bottom
     start = time.monotonic()
     project = open_project(project)
     config, device, folder = project.trainer, default_device(), project.run_folder
+    check_optimizer(config)
 
     # What is trained on: every latent and embed is there, or the run ends here.
     shelf = Shelf(project, encoder_keys(project, remember=not dry_run))
@@ -90,6 +90,8 @@ def run(  # noqa: PLR0915 - one run, read top to bottom
     state = _load(project, weights, device, steps)
     if resumed is not None:
         checkpoint.load(resumed, state)
+    else:
+        start_from_file(state.denoiser, project)
     checkpoint.sweep(folder)
 
     done: list[tuple[float, float]] = []  # loss and seconds of each step
@@ -103,7 +105,9 @@ def run(  # noqa: PLR0915 - one run, read top to bottom
             began = time.monotonic()
             turns = list(itertools.islice(stream, config.gradient_accumulation_steps))
             loss = _accumulate(family, state.denoiser, shelf, [showings for _, showings in turns], step, config)
-            norm = _clip(state, step, config.max_grad_norm, check=step == first + 1)
+            if step == first + 1:
+                check_gradients(state.denoiser.named_parameters(), project)
+            norm = _clip(state, step, config.max_grad_norm)
             rate = state.schedule.get_last_lr()[0]
             state.optimizer.step()
             state.schedule.step()
@@ -118,7 +122,7 @@ def run(  # noqa: PLR0915 - one run, read top to bottom
                 checkpoint.save(folder, state, step, settings, config.checkpoints_total_limit)
             if step == last:
                 break
-    _finish(project, family, state, settings)
+    _finish(project, state, settings)
 
     tenth = max(1, len(done) // 10)
     return replace(
@@ -137,9 +141,13 @@ def _load(project: Project, folder: Path, device: torch.device, steps: int) -> c
     """Load, freeze, quantise, then adapt: in this order, or the adapter would be quantised as well."""
     config = project.trainer
     choose_attention()
-    denoiser = family_of(project).load_denoiser(folder, base_dtype(config), device).requires_grad_(False)
-    quantize_weights(denoiser, config.base_model_precision, project.family.unquantised)
-    parameters = add_lora(denoiser, project)
+    denoiser = family_of(project).load_denoiser(folder, base_dtype(config))
+    if config.fuse_qkv_projections:
+        fuse(denoiser)
+    denoiser.requires_grad_(False)
+    spared = project.family.unquantised
+    denoiser = quantize_and_place(denoiser, config.base_model_precision, spared, device, config.quantize_via)
+    parameters = add_adapter(denoiser, project)
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
     optimizer = make_optimizer(parameters, config)
@@ -171,19 +179,8 @@ def _accumulate(
     return total
 
 
-def _clip(state: checkpoint.State, step: int, limit: float, *, check: bool) -> float:
-    """Scale gradients down to the norm `limit` and return the norm they had.
-
-    Raises UserError if it is not finite, or, with `check`, if a weight received none: some quantised layers lose it in
-    silence.
-    """
-    named = [(name, one) for name, one in state.denoiser.named_parameters() if one.requires_grad] if check else []
-    without = [name for name, parameter in named if parameter.grad is None]
-    if without:
-        raise UserError(
-            f"{len(without)} of {len(named)} LoRA tensors receive no gradient, first {without[0]}; "
-            "choose another base_model_precision or flux_lora_target"
-        )
+def _clip(state: checkpoint.State, step: int, limit: float) -> float:
+    """Scale gradients down to the norm `limit` and return the norm they had; raises UserError if it is not finite."""
     norm = nn.utils.clip_grad_norm_(state.parameters, limit or float("inf")).item()
     if not math.isfinite(norm):
         raise UserError(f"step {step}: the gradient is {norm}; a lower learning_rate or mixed_precision: no may help")
@@ -205,15 +202,16 @@ def _settings(project: Project, shelf: Shelf, weights: Path | None, *, remember:
     """
     options = {name: value for name, value in project.trainer.acting("train").items() if name not in _FREE_ON_RESUME}
     options["model_flavour"] = project.flavour
+    options["lycoris_config"] = project.lokr and project.lokr.model_dump(mode="json")  # what the file says
     settings = {**options, "samples": shelf.fingerprint()}
     if weights is not None:
         settings["weights"] = fingerprint(project, weights, project.family.denoiser, remember=remember)
     return settings
 
 
-def _finish(project: Project, family: Family, state: checkpoint.State, settings: dict[str, Any]) -> None:
+def _finish(project: Project, state: checkpoint.State, settings: dict[str, Any]) -> None:
     """Write the LoRA as pipelines load it, and what made it, unless they are there as they should be."""
-    folder, layers = project.run_folder, lora_layers(state.denoiser)
+    folder, layers = project.run_folder, adapter_layers(state.denoiser)
     libraries = {name: version(name) for name in ("pairline", "torch", "diffusers", "transformers", "peft")}
     options = project.trainer.model_dump(mode="json")
     document = {"config": options, "versions": libraries, "samples": settings["samples"]}
@@ -223,4 +221,4 @@ def _finish(project: Project, family: Family, state: checkpoint.State, settings:
         with write_aside(record) as aside:
             aside.write_text(text)
     if not checkpoint.same_layers(folder / LORA_NAME, layers):
-        family.save_lora(folder, layers, lora_metadata(state.denoiser))
+        save_adapter(folder, project, state.denoiser, layers, document)
