@@ -1,9 +1,9 @@
 """What the trainer's loader delivers alone: samples a second, and how long steps wait for data at a given rate.
 
-Run `python benchmarks/loader.py [--samples 10000] [--prompts 1000] [--pixels 1024] [--rate 11]`: it makes that many
-pairs of one target and one reference, with T5 embeds of 512 tokens, as shards and a pair table (10,000 samples of 1024
-px take 10 GiB, 1,000 prompts 4 GiB), then reads them in training's own order, in batches of one. `--rate` is of the steps
-that the second part pretends to take.
+Run `python benchmarks/loader.py [--samples 10000] [--prompts 1000] [--pixels 1024] [--rate 11]`. It makes that many
+pairs of one target and one reference, with T5 embeds of 512 tokens, as shards and a pair table; 10,000 samples of
+1024 px take 10 GiB, 1,000 prompts 4 GiB. Then it reads them in training's own order, in batches of one. `--rate` is of
+the steps that the second part pretends to take.
 """
 
 import argparse

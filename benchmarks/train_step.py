@@ -18,11 +18,11 @@ from peft import LoraConfig
 
 from families import flux, open_project
 from families.protocol import TextEmbeds
-from families.quantize import quantize_weights
+from families.quantize import quantize_and_place
 from families.runtime import choose_attention
 from schemas.project import Project
+from train.adapter import add_adapter
 from train.data import Batch
-from train.lora import add_lora
 from train.optimizer import make_optimizer
 from train.step import step_loss
 
@@ -99,7 +99,7 @@ def diffusers_step(model: FluxTransformer2DModel, batch: Batch, project: Project
 def pairline_step(model: FluxTransformer2DModel, batch: Batch, project: Project) -> Callable[[], float]:
     """Return a step as `train run` takes it."""
     choose_attention()
-    parameters = add_lora(model, project)
+    parameters = add_adapter(model, project)
     model.enable_gradient_checkpointing()
     model.train()
     optimizer = make_optimizer(parameters, project.trainer)
@@ -123,7 +123,7 @@ def measure(variant: str, pixels: int, count: int, steps: int) -> None:
         project = open_project(folder)
     side, _, precision = variant.partition(" ")
     model = random_transformer()
-    quantize_weights(model, precision or "no_change", project.family.unquantised)
+    model = quantize_and_place(model, precision or "no_change", project.family.unquantised, DEVICE, "accelerator")
     step = {"diffusers": diffusers_step, "pairline": pairline_step}[side](model, random_batch(pixels, count), project)
     for _ in range(2):
         step()

@@ -25,6 +25,7 @@ from schemas.datasets import (
     ImagePolicy,
     MetadataTable,
 )
+from schemas.lycoris import LoKr
 from schemas.options import Options, facts_of
 from schemas.recipes import RECIPE_ALIASES, RECIPES
 from schemas.simpletuner import DATASET_KEYS, TRAINER_KEYS
@@ -75,6 +76,9 @@ def options_page() -> str:
         _options_table(TrainerConfig),
         "### Families\n",
         _families_table(),
+        "### lycoris_config\n",
+        f"{inspect.getdoc(LoKr)} `apply_preset` may be there; `flux_lora_target` chooses the layers.\n",
+        _options_table(LoKr),
         "## multidatabackend.json\n",
         "A list of objects. `resolution`, `resolution_type`, the three image-size options, `interpolation`, "
         "`write_batch_size` and `caption_strategy` default to the value in `config.json`; references have no captions "

@@ -4,6 +4,7 @@ A new one is a module beside this file that offers the functions of `families.pr
 `FAMILIES`. This file loads no tensor library: scanning and pairing need only what an entry says.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -12,9 +13,16 @@ from schemas.family import Expected, FamilySpec, Width
 from schemas.loading import check_folders, load_project
 from schemas.project import Project
 
-_FLUX_ATTENTION = r"attn\.(to_[qkv]|to_out\.0)"
-_FLUX_CONTEXT = r"attn\.(add_[qkv]_proj|to_add_out)"
+# What these say when they are imported, of kernels that this machine lacks, is not about the user's work.
+for _library in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    logging.getLogger(_library).setLevel(logging.ERROR)
+
+# Presets name q, k and v both apart and fused (`fuse_qkv_projections`): a network has the one or the other.
+_FLUX_ATTENTION = r"attn\.(to_[qkv]|to_qkv|to_out\.0)"
+_FLUX_CONTEXT = r"attn\.(add_[qkv]_proj|to_added_qkv|to_add_out)"
+_FLUX_FF, _FLUX_FF_CONTEXT = (rf"{name}\.net\.(0\.proj|2)" for name in ("ff", "ff_context"))
 _FLUX_BLOCKS = r"(single_)?transformer_blocks\.\d+\."
+_FLUX_ALL_FFS = rf"{_FLUX_ATTENTION}|{_FLUX_CONTEXT}|{_FLUX_FF}|{_FLUX_FF_CONTEXT}|proj_mlp|proj_out"
 
 FAMILIES: Mapping[str, FamilySpec] = {
     "flux": FamilySpec(
@@ -47,10 +55,14 @@ FAMILIES: Mapping[str, FamilySpec] = {
         lora_targets={
             "mmdit": rf"{_FLUX_BLOCKS}{_FLUX_ATTENTION}",
             "context": rf"{_FLUX_BLOCKS}{_FLUX_CONTEXT}",
-            "context+ffs": rf"{_FLUX_BLOCKS}({_FLUX_CONTEXT}|ff_context\.net\.(0\.proj|2))",
+            "context+ffs": rf"{_FLUX_BLOCKS}({_FLUX_CONTEXT}|{_FLUX_FF_CONTEXT})",
             "all": rf"{_FLUX_BLOCKS}({_FLUX_ATTENTION}|{_FLUX_CONTEXT})",
-            "all+ffs": rf"{_FLUX_BLOCKS}({_FLUX_ATTENTION}|{_FLUX_CONTEXT}|ff(_context)?\.net\.(0\.proj|2)"
-            r"|proj_mlp|proj_out)|proj_out",
+            "all+ffs": rf"{_FLUX_BLOCKS}({_FLUX_ALL_FFS})|proj_out",
+            "all+ffs+embedder": rf"{_FLUX_BLOCKS}({_FLUX_ALL_FFS})|proj_out|x_embedder",
+            "ai-toolkit": rf"{_FLUX_BLOCKS}({_FLUX_ALL_FFS}|norm(1|1_context)?\.linear)|proj_out",
+            "tiny": r"single_transformer_blocks\.(7|20)\.proj_out",
+            "nano": r"single_transformer_blocks\.7\.proj_out",
+            "diffusers": rf"{_FLUX_BLOCKS}({_FLUX_ATTENTION}|{_FLUX_CONTEXT}|{_FLUX_FF}|{_FLUX_FF_CONTEXT}|proj_mlp)",
         },
         default_lora_target="all",
         elsewhere={"simpletuner": "flux", "musubi": "fk", "sd-scripts": "flux"},

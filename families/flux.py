@@ -99,10 +99,9 @@ def count_tokens(encoders: FluxKontextPipeline, prompts: Sequence[str]) -> tuple
     return tuple(len(ids) for ids in encoders.tokenizer_2(list(prompts))["input_ids"])
 
 
-def load_denoiser(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> FluxTransformer2DModel:
-    """Load the transformer."""
-    transformer = FluxTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer", dtype=dtype)
-    return transformer.to(device)
+def load_denoiser(checkpoint: Path, dtype: torch.dtype) -> FluxTransformer2DModel:
+    """Load the transformer on the CPU."""
+    return FluxTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer", dtype=dtype)
 
 
 def blocks(denoiser: FluxTransformer2DModel) -> list[Block]:
@@ -196,10 +195,13 @@ def _ids(latents: Tensor, kind: int, top: int, left: int) -> Tensor:
     return ids.reshape(-1, 3)
 
 
-def save_lora(folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write `pytorch_lora_weights.safetensors`; the metadata keeps alpha, without which strength is lost."""
+def save_lora(path: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write a safetensors file; the metadata keeps alpha, without which strength is lost."""
     FluxKontextPipeline.save_lora_weights(
-        folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
+        path.parent,
+        transformer_lora_layers=layers,
+        transformer_lora_adapter_metadata=metadata,
+        weight_name=path.name,
     )
 
 

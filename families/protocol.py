@@ -83,8 +83,8 @@ class Family(Protocol):
     def count_tokens(self, encoders: Any, prompts: Sequence[str]) -> tuple[int, ...]:
         """Count the tokens of prompts before padding and before the cut."""
 
-    def load_denoiser(self, checkpoint: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """Load the network that training adapts."""
+    def load_denoiser(self, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
+        """Load the network that training adapts, on the CPU: `quantize_and_place` moves it."""
 
     def blocks(self, denoiser: nn.Module) -> Sequence[Block]:
         """Return the network's blocks in the order they run in."""
@@ -109,5 +109,5 @@ class Family(Protocol):
         References are batches of latents in their order; their sizes may differ from the target's.
         """
 
-    def save_lora(self, folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Write LoRA weights as the family's pipeline loads them, with the adapter's metadata."""
+    def save_lora(self, path: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write an adapter's weights as the family's pipeline loads them, with the adapter's metadata."""

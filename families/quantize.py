@@ -1,19 +1,59 @@
-"""Frozen weights in fewer bits, by optimum-quanto: less memory, no speed-up.
+"""Frozen weights in fewer bits, by optimum-quanto and torchao: less memory, no speed-up.
 
-Order matters: load, quantise, freeze, then add LoRA, which would be quantised as well otherwise.
+A new precision is a line in `_QUANTO` or `_TORCHAO`. Order matters: load, quantise, freeze, then adapt; an adapter that
+is there already would be quantised as well.
 """
 
 from collections.abc import Sequence
 
+import torch
 from optimum.quanto import freeze, qfloat8, qint2, qint4, qint8, quantize
+from optimum.quanto.nn import quantize_module
 from torch import nn
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-_WEIGHTS = {"int8-quanto": qint8, "int4-quanto": qint4, "int2-quanto": qint2, "fp8-quanto": qfloat8}
+_QUANTO = {"int8-quanto": qint8, "int4-quanto": qint4, "int2-quanto": qint2, "fp8-quanto": qfloat8}
+_TORCHAO = {"int8-torchao": Int8WeightOnlyConfig, "fp8-torchao": Float8WeightOnlyConfig}
 
 
-def quantize_weights(network: nn.Module, precision: str, spared: Sequence[str] = ()) -> None:
-    """Quantise a network's linear layers in place, but for those `spared`; `no_change` leaves it alone."""
+def quantize_weights(network: nn.Module, precision: str) -> None:
+    """Quantise a network in place, where it is, with optimum-quanto; `no_change` leaves it alone."""
     if precision == "no_change":
         return
-    quantize(network, weights=_WEIGHTS[precision], exclude=list(spared))
+    quantize(network, weights=_QUANTO[precision])
     freeze(network)
+
+
+def quantize_and_place(
+    network: nn.Module, precision: str, spared: Sequence[str], device: torch.device, via: str
+) -> nn.Module:
+    """Quantise the linear layers of a frozen network on the CPU, but for those `spared`, and move it to `device`.
+
+    Via `accelerator` each layer is moved, then quantised there, so that the device never holds all of them unquantised;
+    via `cpu` it is quantised first. The two differ by rounding alone.
+    """
+    names = () if precision == "no_change" else _linear_layers(network, spared)
+    for name in names:  # looked up one by one: a reference kept would keep the unquantised weights too
+        layer = network.get_submodule(name)
+        quantised = _quantised(layer.to(device) if via == "accelerator" else layer, precision)
+        network.set_submodule(name, quantised if via == "accelerator" else quantised.to(device))
+    for name, module in network.named_modules():
+        if name not in names:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
+    return network
+
+
+def _linear_layers(network: nn.Module, spared: Sequence[str]) -> frozenset[str]:
+    """Name the linear layers but for those that are spared; these are full names, no suffixes."""
+    linear = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    return frozenset(linear - set(spared))
+
+
+def _quantised(layer: nn.Module, precision: str) -> nn.Module:
+    """Quantise and freeze one layer."""
+    if precision in _TORCHAO:
+        quantize_(layer, _TORCHAO[precision](set_inductor_config=False))
+        return layer.requires_grad_(False)
+    quantised: nn.Module = quantize_module(layer, weights=_QUANTO[precision])
+    freeze(quantised)
+    return quantised.requires_grad_(False)

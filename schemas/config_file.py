@@ -54,6 +54,9 @@ _PATTERNS: Mapping[str, tuple[str, str]] = {  # option -> what its pattern is fo
     "tracker_run_name": ("must be fit for a folder", "letters, digits, blanks, _ . - and / between folders"),
     "alpha_background": ("must be a colour", "white, black, gray or #rrggbb"),
 }
+_CHOICES: Mapping[str, str] = {  # option -> what some of its values need
+    "optimizer": "adamw8bit needs pip install 'pairline[adamw8bit]', prodigy needs pip install 'pairline[prodigy]'",
+}
 
 
 @dataclass(slots=True)
@@ -229,7 +232,8 @@ def _fault(file: str, prefix: str, detail: dict[str, Any]) -> Fault:
         tag = context.get("tag")
         key, value = (f"{key}.{context['discriminator'][1:-1]}", shown(tag)) if tag else (key, value)
         choices = re.findall(r"'([^']*)'", allowed)
-        return Fault(file, key, f"must be one of {allowed}", value, _nearest(str(tag or detail["input"]), choices))
+        hints = (_nearest(str(tag or detail["input"]), choices), _CHOICES.get(key))
+        return Fault(file, key, f"must be one of {allowed}", value, "; ".join(filter(None, hints)) or None)
     if kind == "value_error":
         value_shown = value if place else None
         return Fault(file, key.rstrip("."), str(context["error"]), value_shown)

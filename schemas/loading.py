@@ -16,6 +16,7 @@ from schemas.datasets import DatasetConfig
 from schemas.entries import complete, filled, gathered
 from schemas.errors import ConfigError, Fault, UserError
 from schemas.family import FamilySpec
+from schemas.lycoris import DEFAULT, LoKr, parse_lokr
 from schemas.paths import resolved
 from schemas.project import CONFIG_NAME, Project
 from schemas.rules import RULES, missing_folders, root_hint
@@ -61,6 +62,7 @@ def load_project(
         trainer=trainer,
         datasets=tuple(datasets),
         prompt_library=library,
+        lokr=_lokr(base, config_path.name, trainer, found),
         caption_filters=_caption_filters(base, datasets_path.name, datasets, found),
         family=family,
         overrides=tuple(overrides),
@@ -265,6 +267,20 @@ def _filter_file(base: Path, named: str, where: tuple[str, str], found: Findings
         found.faults.append(Fault(*where, f"{path} cannot be read: {fault}"))
         return ()
     return tuple(line for line in lines if line.strip())
+
+
+def _lokr(base: Path, config_name: str, trainer: TrainerConfig, found: Findings) -> LoKr | None:
+    if trainer.model_type == "full" or trainer.lora_type != "lycoris":
+        return None
+    if trainer.lycoris_config is None:
+        return DEFAULT
+    path = resolved(base, trainer.lycoris_config)
+    if not path.exists():
+        hint = root_hint(trainer.lycoris_config, base)
+        found.faults.append(Fault(config_name, "lycoris_config", f"no such file: {path}", hint=hint))
+        return DEFAULT
+    raw = _read(path, found)
+    return DEFAULT if raw is _UNREADABLE else parse_lokr(raw, path.name, found)
 
 
 def _prompt_library(base: Path, config_name: str, trainer: TrainerConfig, found: Findings) -> dict[str, str]:

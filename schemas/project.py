@@ -12,6 +12,7 @@ from schemas.datasets import DatasetConfig
 from schemas.family import FamilySpec
 from schemas.fetch import url_options
 from schemas.keys import digest
+from schemas.lycoris import LoKr
 from schemas.paths import is_url, resolved
 from schemas.remote import store_behind
 from schemas.stores import LocalStore, Store
@@ -31,6 +32,7 @@ class Project:
     trainer: TrainerConfig
     datasets: tuple[DatasetConfig, ...]
     prompt_library: Mapping[str, str]
+    lokr: LoKr | None  # of lycoris_config, where lora_type is lycoris
     caption_filters: Mapping[str, tuple[str, ...]]  # id of a text_embeds entry -> its caption_filter_list
     family: FamilySpec
     overrides: tuple[str, ...]  # of --set

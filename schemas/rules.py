@@ -14,6 +14,7 @@ from schemas.options import Options, facts_of
 from schemas.paths import resolved
 from schemas.project import Project
 from schemas.recipes import does_nothing
+from schemas.trained import TRAINING_RULES
 
 # Limits of the three image sizes, beyond which the unit is mistaken.
 _MOST_MEGAPIXELS = 20
@@ -428,5 +429,5 @@ def _inactive_roles(project: Project, dataset: DatasetConfig) -> Iterator[str]:
 
 RULES: tuple[Callable[[Project, str, Findings], None], ...] = (
     _rule_ids, _rule_roles, _rule_sources, _rule_links, _rule_circles, _rule_captions, _rule_resolution, _rule_crops,
-    _rule_schedules, _rule_offload, _rule_inactive,
+    _rule_schedules, _rule_offload, _rule_inactive, *TRAINING_RULES,
 )  # fmt: skip

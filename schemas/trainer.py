@@ -5,8 +5,9 @@ Names are SimpleTuner's. An option is declared here and nowhere else; docs/optio
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
+from schemas.arguments import parsed_arguments
 from schemas.options import Options, option
 
 Precision: TypeAlias = Literal["no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto"]
@@ -47,6 +48,13 @@ def _zero_is_none(value: object) -> object:
 
 
 ImageSize: TypeAlias = Annotated[float | None, BeforeValidator(_zero_is_none)]
+
+
+def _as_object(value: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    return parsed_arguments(value) if isinstance(value, str) else value
+
+
+Arguments: TypeAlias = Annotated[str | dict[str, Any] | None, AfterValidator(_as_object)]
 
 
 class TrainerConfig(Options):
@@ -110,14 +118,14 @@ class TrainerConfig(Options):
     )
     lycoris_config: str | None = option(
         None,
-        "JSON file of LyCORIS: `algo` lokr, `factor`, `linear_dim`, `linear_alpha`; null is factor 10, whole matrices",
+        "JSON file of LyCORIS, whose keys are listed below; null is factor 10, whole matrices",
     )
     lora_rank: int = option(16, "rank", ge=1, le=1024)
     lora_alpha: float | None = option(None, "strength is alpha / rank; null is the rank, strength 1", gt=0)
     lora_dropout: float = option(0.0, "dropout on the adapter's input", ge=0, lt=1)
     flux_lora_target: str | None = option(None, "preset of wrapped layers; null is the family's own")
     init_lora: str | None = option(
-        None, "file of an adapter that training starts from; of the same rank, layers and kind"
+        None, "file of an adapter that training starts from; of the same kind, layers, rank and strength"
     )
 
     # Optimiser
@@ -127,8 +135,10 @@ class TrainerConfig(Options):
         "optimiser; adapters are float32, so `adamw_bf16` is plain AdamW; `adamw8bit` and `prodigy` need "
         "`pip install 'pairline[adamw8bit]'` and `'pairline[prodigy]'`",
     )
-    optimizer_config: str | dict[str, Any] | None = option(
-        None, 'arguments of the optimiser: an object, or a text such as "weight_decay=0.01,betas=0.9/0.99"'
+    optimizer_config: Arguments = option(
+        None,
+        'arguments of the optimiser: an object, or a text such as "weight_decay=0.01,betas=0.9/0.99"; `beta1` and '
+        "`beta2` stand for the two of `betas`",
     )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial"
@@ -325,3 +335,8 @@ class TrainerConfig(Options):
     def strength(self) -> float:
         """LoRA alpha, the rank where none is given."""
         return self.lora_alpha if self.lora_alpha is not None else float(self.lora_rank)
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """Arguments of the optimiser, however they were written."""
+        return dict(self.optimizer_config) if isinstance(self.optimizer_config, dict) else {}

@@ -30,9 +30,9 @@ from schemas.project import Project
 from schemas.rows import ImageRow
 from schemas.summaries import CacheSummary
 from schemas.tables import read_table
+from train.adapter import add_adapter, load_adapter
 from train.data import Shelf
 from train.loop import run
-from train.lora import add_lora, load_lora
 from train.order import epoch_batches
 from train.step import step_loss
 
@@ -62,10 +62,10 @@ def _tree(folder: Path) -> dict[str, tuple[int, bytes]]:
 def _loss_on_fixed_noise(project: Project, lora: dict[str, torch.Tensor] | None) -> float:
     """Average the loss over all samples at fixed noise and times."""
     shelf = _shelf(project)
-    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), torch.float32, CPU)
-    add_lora(denoiser, project)
+    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), torch.float32)
+    add_adapter(denoiser, project)
     if lora is not None:
-        load_lora(denoiser, lora)
+        load_adapter(denoiser, lora)
     with torch.no_grad():
         losses = [
             step_loss(flux, denoiser, shelf.load(batch, CPU), 1, project.trainer).item()
@@ -138,9 +138,9 @@ def test_the_saved_lora_gives_the_pipeline_the_trained_model(make_project: MakeP
     project, _ = _prepare(folder)
     run(project)
     checkpoint = locate(project, project.family.denoiser)
-    denoiser = flux.load_denoiser(checkpoint, torch.float32, CPU)
-    add_lora(denoiser, project)
-    load_lora(denoiser, _trained(project))
+    denoiser = flux.load_denoiser(checkpoint, torch.float32)
+    add_adapter(denoiser, project)
+    load_adapter(denoiser, _trained(project))
     pipeline = FluxKontextPipeline.from_pretrained(checkpoint)
     bare = FluxKontextPipeline.from_pretrained(checkpoint)
     pipeline.load_lora_weights(project.run_folder)
@@ -596,7 +596,7 @@ def test_other_weights_at_the_same_place_are_not_resumed_on(make_project: MakePr
     project, _ = _prepare(folder)
     run(project, limit=2)
     weights = project.models / "tiny-flux-kontext" / "transformer"
-    denoiser = flux.load_denoiser(weights.parent, torch.float32, CPU)
+    denoiser = flux.load_denoiser(weights.parent, torch.float32)
     with torch.no_grad():
         next(denoiser.parameters()).mul_(1.5)
     denoiser.save_pretrained(weights)

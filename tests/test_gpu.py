@@ -22,9 +22,9 @@ from schemas import console
 from schemas.errors import UserError
 from schemas.shards import ShardIndex
 from schemas.trainer import Route, TrainerConfig
+from train.adapter import add_adapter
 from train.data import Batch
 from train.loop import run
-from train.lora import add_lora
 from train.memory import checkpoint_blocks, enough_memory, offload_blocks
 from train.step import step_loss
 
@@ -34,9 +34,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def _step(project: object, device: str, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
     choose_attention()
     place = torch.device(device)
-    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), dtype, place)
-    denoiser.requires_grad_(False)
-    add_lora(denoiser, project)
+    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), dtype)
+    denoiser.requires_grad_(False).to(place)
+    add_adapter(denoiser, project)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(3)
         for name, parameter in denoiser.named_parameters():

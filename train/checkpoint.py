@@ -28,8 +28,8 @@ from schemas.errors import UserError
 from schemas.project import Project
 from schemas.storage import sync
 from schemas.trainer import TrainerConfig
+from train.adapter import adapter_layers, load_adapter
 from train.data import Shelf
-from train.lora import load_lora, lora_layers
 from train.order import Cursor
 
 _NAME = re.compile(r"checkpoint-(\d+)(-rolling)?")
@@ -106,7 +106,7 @@ def save(run_folder: Path, state: State, mark: Mark, *, keep: int, rolling: bool
     """
     folder = run_folder / f"checkpoint-{mark.step}{'-rolling' if rolling else ''}"
     aside = _aside(folder)
-    layers = {name: tensor.detach().cpu().contiguous() for name, tensor in lora_layers(state.denoiser).items()}
+    layers = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_layers(state.denoiser).items()}
     try:
         aside.mkdir(parents=True)
         save_file(layers, aside / _WEIGHTS)
@@ -135,7 +135,7 @@ def load(stored: Stored, state: State) -> None:
     """Restore a checkpoint; raises UserError if it is of another rank or preset."""
     try:
         layers = load_file(stored.folder / _WEIGHTS)
-        load_lora(state.denoiser, layers)
+        load_adapter(state.denoiser, layers)
         state.optimizer.load_state_dict(torch.load(stored.folder / _OPTIMIZER, map_location="cpu", weights_only=True))
         if state.average is not None:
             kept = torch.load(stored.folder / _AVERAGE, map_location="cpu", weights_only=True)

@@ -1,17 +1,15 @@
 """`train run`, read top to bottom: what is trained on, where to go on, the model, then one step after the other.
 
 `run` is the whole, `_train` the loop. What is shown when is in order.py, reading ahead in loader.py; time, noise and
-loss of one forward pass in step.py; what is trained in lora.py; checkpoints in checkpoint.py, several processes in
+loss of one forward pass in step.py; what is trained in adapter.py; checkpoints in checkpoint.py, several processes in
 processes.py; the model itself in its family's module.
 """
 
 import json
 import math
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -20,56 +18,32 @@ import torch
 from torch import nn
 
 from families import Source, open_project
-from families.checkpoints import encoder_keys, here, locate
 from families.protocol import Family
-from families.quantize import quantize_weights
+from families.quantize import quantize_and_place
+from families.routing import Routing
 from families.runtime import choose_attention, default_device, family_of
 from schemas.console import Progress, progress
 from schemas.errors import UserError
-from schemas.freshness import check_pairs
-from schemas.keys import digest, seed_of
+from schemas.keys import seed_of
 from schemas.lock import only_one
 from schemas.project import Project
 from schemas.storage import write_aside
 from schemas.summaries import TrainSummary
-from schemas.trainer import DEFAULT_STEPS
 from train import checkpoint
-from train.data import Shelf, training_sets
+from train.adapter import LORA_NAME, adapter_layers, add_adapter, check_gradients, save_adapter, start_from_file
 from train.ema import averaged, make_average
+from train.fusing import fuse
 from train.interrupt import stops
 from train.loader import Loader
-from train.lora import add_lora, lora_layers, lora_metadata
-from train.metrics import Metrics, check_tracker
+from train.memory import checkpoint_blocks, enough_memory, offload_blocks
+from train.metrics import Metrics
 from train.optimizer import make_optimizer, make_schedule
-from train.order import Cursor, epoch_batches, turns
+from train.order import Cursor, turns
+from train.plan import Plan, is_done, plan_of, record_of, result_of, supply_of
 from train.processes import Processes, processes
 from train.step import base_dtype, step_loss
 
-LORA_NAME = "pytorch_lora_weights.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class _Supply:
-    """What a run is made from."""
-
-    shelf: Shelf
-    weights: Path | None  # the checkpoint of the model; null if it is not on this machine, in a dry run
-    settings: Mapping[str, Any]  # that its numbers depend on
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What a run does, known before any model is loaded."""
-
-    supply: _Supply
-    resumed: checkpoint.Stored | None
-    steps: int  # of the whole training
-    last: int  # that this run takes
-
-    @property
-    def first(self) -> int:
-        """Return the number of steps that were taken before."""
-        return self.resumed.mark.step if self.resumed is not None else 0
+CPU = torch.device("cpu")
 
 
 @dataclass(slots=True)
@@ -96,14 +70,14 @@ def run(
     project, device = open_project(project), default_device()
     folder = project.run_folder
     with processes(device) as ranks, ExitStack() as held:
-        supply = _supply(project, ranks, dry_run)
+        supply = supply_of(project, ranks, dry_run)
         if ranks.first and not dry_run:
             held.enter_context(only_one(folder, "train run"))
             checkpoint.sweep(folder)
-        plan = _plan(project, supply, ranks, limit)
+        plan = plan_of(project, supply, ranks, limit)
         summary = TrainSummary(
             run_folder=str(folder),
-            lora=None if dry_run else str(folder / LORA_NAME),
+            lora=None if dry_run else str(result_of(project)),
             samples=len(supply.shelf.samples),
             skipped=supply.shelf.skipped,
             first_step=plan.first,
@@ -112,7 +86,7 @@ def run(
             dry_run=dry_run,
             warnings=project.warnings,
         )
-        if dry_run or supply.weights is None or _is_done(plan, folder):
+        if dry_run or supply.weights is None or is_done(project, plan):
             return replace(summary, seconds=time.monotonic() - start)
 
         torch.set_num_threads(workers or torch.get_num_threads())
@@ -120,11 +94,14 @@ def run(
         state = _load(project, family, supply.weights, device, plan.steps)
         if plan.resumed is not None:
             checkpoint.load(plan.resumed, state)
-        record = _record(project)
-        with Metrics(project, plan.first, record, quiet=not ranks.first) as metrics:
+        else:
+            start_from_file(state.denoiser, project)
+        record = record_of(project)
+        quiet = not ranks.first
+        with enough_memory(project.trainer, device), Metrics(project, plan.first, record, quiet=quiet) as metrics:
             done = _train(project, plan, family, state, ranks, metrics)
         if ranks.first:
-            _finish(project, family, state, record)
+            _finish(project, state, record)
 
     tenth = max(1, len(done.losses) // 10)
     return replace(
@@ -141,12 +118,14 @@ def run(
     )
 
 
-def _train(
-    project: Project, plan: _Plan, family: Family, state: checkpoint.State, ranks: Processes, metrics: Metrics
+def _train(  # noqa: PLR0915 - one step and what it needs, read top to bottom
+    project: Project, plan: Plan, family: Family, state: checkpoint.State, ranks: Processes, metrics: Metrics
 ) -> _Done:
     """Take the steps of a run, one after the other, and write its checkpoints."""
     config, folder, done = project.trainer, project.run_folder, _Done(plan.first)
     cursor = plan.resumed.mark.cursor if plan.resumed is not None else Cursor()
+    routes = config.tread_config.routes if config.tread_config is not None else ()
+    routing = Routing(family.blocks(state.denoiser), routes) if routes else None
     planned = turns(project, plan.supply.shelf, cursor, ranks.rank, ranks.count)
     with (
         Loader(plan.supply.shelf, planned, ranks.device) as loader,
@@ -159,7 +138,8 @@ def _train(
             # Forward and backward, a batch at a time; each weighs as many samples as it has.
             for batch in batches:
                 torch.manual_seed(seed_of(batch.seeds[0], "dropout"))
-                part = step_loss(family, state.denoiser, batch, step, config) * (len(batch.seeds) / turn.samples)
+                weight = len(batch.seeds) / turn.samples
+                part = step_loss(family, state.denoiser, batch, step, config, routing) * weight
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += part.item()
                 odd += [] if torch.isfinite(part) else batch.sample_ids
@@ -169,7 +149,9 @@ def _train(
 
             # The gradients of all processes, scaled down to the norm that is allowed; then the update.
             ranks.sum_gradients(state.parameters)
-            norm = _clip(state, step, config.max_grad_norm, check=step == plan.first + 1)
+            if step == plan.first + 1:
+                check_gradients(state.denoiser.named_parameters(), project)
+            norm = _clip(state, step, config.max_grad_norm)
             rate = state.schedule.get_last_lr()[0]
             state.optimizer.step()
             state.schedule.step()
@@ -219,101 +201,50 @@ def _peak_gib(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
-def _supply(project: Project, ranks: Processes, dry_run: bool) -> _Supply:
-    """Check all that can be checked before anything is written; raises UserError for what is missing or damaged."""
-    check_tracker(project)
-    denoiser = project.family.denoiser
-    with ranks.first_alone():  # one process builds or fetches the checkpoint
-        shelf = Shelf(project, encoder_keys(project, remember=not dry_run))
-        weights = here(project, denoiser) if dry_run else locate(project, denoiser)
-        settings = checkpoint.settings_of(project, shelf, weights, ranks.count, remember=not dry_run)
-    return _Supply(shelf, weights, settings)
-
-
-def _plan(project: Project, supply: _Supply, ranks: Processes, limit: int | None) -> _Plan:
-    """Find where to go on, and how far; raises UserError for a checkpoint of other settings."""
-    resumed = checkpoint.find(project.run_folder, project.trainer.resume_from_checkpoint, project.root)
-    if resumed is not None:
-        checkpoint.check(resumed, supply.settings)
-    steps, first = _steps(project, supply.shelf, ranks.count), resumed.mark.step if resumed is not None else 0
-    last = max(first, min(steps, first + limit) if limit is not None else steps)
-    return _Plan(supply, resumed, steps, last)
-
-
-def _is_done(plan: _Plan, folder: Path) -> bool:
-    """Tell whether every step is taken and the adapter is there as it should be."""
-    return (
-        plan.resumed is not None
-        and plan.first == plan.last
-        and checkpoint.holds(plan.resumed.folder, folder / LORA_NAME)
-    )
-
-
-def _steps(project: Project, shelf: Shelf, count: int) -> int:
-    config = project.trainer
-    if config.max_train_steps or not config.num_train_epochs:
-        return config.max_train_steps or DEFAULT_STEPS
-    batches = sum(len(epoch_batches(project, shelf, epoch)) for epoch in range(config.num_train_epochs))
-    return max(1, batches // (config.gradient_accumulation_steps * count))
-
-
 def _load(project: Project, family: Family, folder: Path, device: torch.device, steps: int) -> checkpoint.State:
     """Load, freeze, quantise, then adapt: in this order, or the adapter would be quantised as well."""
     config = project.trainer
     choose_attention()
-    denoiser = family.load_denoiser(folder, base_dtype(config), device).requires_grad_(False)
-    quantize_weights(denoiser, config.base_model_precision, project.family.unquantised)
-    parameters = add_lora(denoiser, project)
+    denoiser = family.load_denoiser(folder, base_dtype(config))
+    if config.fuse_qkv_projections:
+        fuse(denoiser)
+    denoiser.requires_grad_(False)
+    waiting = config.enable_group_offload  # on the CPU, until its blocks' turns
+    denoiser = quantize_and_place(
+        denoiser,
+        config.base_model_precision,
+        project.family.unquantised,
+        CPU if waiting else device,
+        config.quantize_via,
+    )
+    parameters = add_adapter(denoiser, project)
     if config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        checkpoint_blocks(family, denoiser, config.gradient_checkpointing_interval)
+    if config.enable_group_offload:
+        offload_blocks(family, denoiser, device, config)
     optimizer = make_optimizer(parameters, config)
     schedule = make_schedule(optimizer, config, steps)
     return checkpoint.State(denoiser.train(), parameters, optimizer, schedule, make_average(parameters, config))
 
 
-def _clip(state: checkpoint.State, step: int, limit: float, *, check: bool) -> float:
-    """Scale gradients down to the norm `limit` and return the norm they had.
-
-    Raises UserError if it is not finite, or, with `check`, if a weight received none: some quantised layers lose it in
-    silence.
-    """
-    named = [(name, one) for name, one in state.denoiser.named_parameters() if one.requires_grad] if check else []
-    without = [name for name, parameter in named if parameter.grad is None]
-    if without:
-        raise UserError(
-            f"{len(without)} of {len(named)} LoRA tensors receive no gradient, first {without[0]}; "
-            "choose another base_model_precision or flux_lora_target"
-        )
+def _clip(state: checkpoint.State, step: int, limit: float) -> float:
+    """Scale gradients down to the norm `limit` and return the norm they had; raises UserError if it is not finite."""
     norm = nn.utils.clip_grad_norm_(state.parameters, limit or float("inf")).item()
     if not math.isfinite(norm):
         raise UserError(f"step {step}: the gradient is {norm}; a lower learning_rate or mixed_precision: no may help")
     return norm
 
 
-def _record(project: Project) -> dict[str, Any]:
-    """Return what a run is made from: options, versions, and the pair tables, by what made them."""
-    return {
-        "config": project.trainer.model_dump(mode="json") | {"model_flavour": project.flavour},
-        "versions": {name: version(name) for name in ("pairline", "torch", "diffusers", "transformers", "peft")},
-        "datasets": {one.id: digest(_provenance(project, one.id)) for one in training_sets(project)},
-    }
-
-
-def _provenance(project: Project, dataset_id: str) -> list[str | None]:
-    table = check_pairs(project, project.dataset(dataset_id))
-    return [table.config, table.inputs]
-
-
-def _finish(project: Project, family: Family, state: checkpoint.State, record: dict[str, Any]) -> None:
-    """Write the LoRA as pipelines load it, and what made it, unless they are there as they should be."""
-    folder, layers = project.run_folder, lora_layers(state.denoiser)
+def _finish(project: Project, state: checkpoint.State, record: dict[str, Any]) -> None:
+    """Write what was trained, as pipelines load it, and what made it, unless they are there as they should be."""
+    folder, layers = project.run_folder, adapter_layers(state.denoiser)
     text = json.dumps(record, indent=2)
     settings = folder / "settings.json"
     if not settings.exists() or settings.read_text() != text:
         with write_aside(settings) as aside:
             aside.write_text(text)
     if not checkpoint.same_layers(folder / LORA_NAME, layers):
-        family.save_lora(folder, layers, lora_metadata(state.denoiser))
+        save_adapter(folder, project, state.denoiser, layers, record)
     if state.average is not None:
         with averaged(state.average, state.parameters):
-            family.save_lora(folder / "ema", lora_layers(state.denoiser), lora_metadata(state.denoiser))
+            save_adapter(folder / "ema", project, state.denoiser, adapter_layers(state.denoiser), record)
