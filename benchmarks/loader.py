@@ -43,9 +43,10 @@ def pair(number, pixels, prompts):
     return PairRow(*target, [reference], [prompt], prompt, bucket, 0, None)
 
 
-def project_of(folder, samples, prompts, pixels):
+def project_of(folder, samples, prompts, pixels, checkpoint=None):
     """Write a project whose pairs and cache are there."""
-    (folder / "config.json").write_text(json.dumps({"train_batch_size": 1}))
+    options = {"train_batch_size": 1, "pretrained_model_name_or_path": checkpoint and str(checkpoint)}
+    (folder / "config.json").write_text(json.dumps(options))
     sets = [
         {"id": "targets", "instance_data_dir": "targets", "conditioning_data": ["references"]},
         {"id": "references", "instance_data_dir": "references", "conditioning_type": "reference_strict"},

@@ -6,6 +6,7 @@ random and made on the device, so nothing is downloaded; speed and memory do not
 
 import argparse
 import gc
+import json
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,10 @@ from train.optimizer import make_optimizer
 from train.step import step_loss
 
 DEVICE = torch.device("cuda")
-VARIANTS = ("diffusers", "pairline", "diffusers int8-quanto", "pairline int8-quanto")
+VARIANTS = (
+    "diffusers", "pairline", "diffusers int8-quanto", "pairline int8-quanto", "pairline fp8-quanto",
+    "pairline int4-quanto", "pairline int8-torchao", "pairline fp8-torchao",
+)  # fmt: skip
 
 
 def random_transformer() -> FluxTransformer2DModel:
@@ -118,10 +122,11 @@ def pairline_step(model: FluxTransformer2DModel, batch: Batch, project: Project)
 def measure(variant: str, pixels: int, count: int, steps: int) -> None:
     """Time one variant and print its row: median seconds a step, peak memory."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text('{"flux_lora_target": "all+ffs"}')
+        side, _, precision = variant.partition(" ")
+        options = {"flux_lora_target": "all+ffs", "base_model_precision": precision or "no_change"}
+        (Path(folder) / "config.json").write_text(json.dumps(options))
         (Path(folder) / "multidatabackend.json").write_text('[{"id": "none", "instance_data_dir": "."}]')
         project = open_project(folder)
-    side, _, precision = variant.partition(" ")
     model = random_transformer()
     model = quantize_and_place(model, precision or "no_change", project.family.unquantised, DEVICE, "accelerator")
     step = {"diffusers": diffusers_step, "pairline": pairline_step}[side](model, random_batch(pixels, count), project)
