@@ -298,9 +298,6 @@ def _rule_offload(project: Project, file: str, found: Findings) -> None:
         if contradicts:
             problem, value = "contradicts enable_group_offload", shown(getattr(config, name))
             found.faults.append(Fault(project.config_path.name, name, problem, value, hint))
-    if config.group_offload_use_stream and config.group_offload_type == "leaf_level":
-        said = "group_offload_use_stream has no effect: under leaf_level layers come one by one"
-        found.warnings.append(f"{project.config_path.name}: {said}")
 
 
 # Warnings

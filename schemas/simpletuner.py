@@ -70,6 +70,7 @@ TRAINER_KEYS: Mapping[str, str] = (
     | {"quantize_activations": "not in this version: only weights are quantized, activations keep their precision"}
     | _same("ignored: TF32 stays at PyTorch's own default", "disable_tf32 allow_tf32")
     # Memory
+    | {"group_offload_type": "ignored: whole blocks are moved; their gradients need all their weights at once"}
     | _same(
         "not in this version: save memory with base_model_precision, gradient_checkpointing and enable_group_offload",
         """

@@ -98,13 +98,14 @@ class TrainerConfig(Options):
         "into every pipeline",
     )
     enable_group_offload: bool = option(
-        False, "frozen blocks wait on the CPU until their turn (CUDA alone, with `gradient_checkpointing`)"
+        False,
+        "frozen weights of blocks wait on the CPU, in memory that is locked there, until their turn: less memory, "
+        "slower (CUDA alone, with `gradient_checkpointing`, not quantised)",
     )
-    group_offload_type: Literal["block_level", "leaf_level"] = option(
-        "block_level", "what is moved together: blocks, or single layers, which takes least memory and most time"
+    group_offload_blocks_per_group: int = option(1, "with `enable_group_offload`: blocks that are moved together", ge=1)
+    group_offload_use_stream: bool = option(
+        False, "with `enable_group_offload`: copy the next blocks while these compute; faster, for the memory of both"
     )
-    group_offload_blocks_per_group: int = option(1, "blocks that are moved together under `block_level`", ge=1)
-    group_offload_use_stream: bool = option(False, "move the next group while this one computes: more memory, faster")
     text_encoder_1_precision: Precision = option(
         "no_change", "quantisation of the first text encoder (optimum-quanto)", stages="cache train"
     )

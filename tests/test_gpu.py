@@ -14,7 +14,7 @@ from families import flux, open_project
 from families.checkpoints import locate
 from families.protocol import TextEmbeds
 from families.routing import Routing
-from families.runtime import choose_attention
+from families.runtime import choose_attention, release_memory
 from prep.cache import cache
 from prep.pairs import pairs
 from prep.scan import scan
@@ -138,7 +138,7 @@ def test_real_memory_that_runs_out_halves_the_batch(
 
 
 def _several_blocks() -> FluxTransformer2DModel:
-    """Ten blocks of 17 to 38 MiB each, adapted, on the CPU."""
+    """Ten blocks of 8 to 18 MiB each, adapted, on the CPU."""
     torch.manual_seed(0)
     model = FluxTransformer2DModel(
         num_layers=4,
@@ -180,20 +180,20 @@ def _steps(model: FluxTransformer2DModel, config: TrainerConfig) -> tuple[list[f
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"group_offload_blocks_per_group": 2}, {"group_offload_use_stream": True},
-     {"group_offload_type": "leaf_level"}],
-    ids=["blocks", "pairs", "stream", "leaves"],
-)  # fmt: skip
+    [{}, {"group_offload_blocks_per_group": 2}, {"group_offload_use_stream": True}],
+    ids=["blocks", "pairs", "stream"],
+)
 def test_blocks_that_wait_on_the_cpu_change_nothing_but_memory(options: dict[str, object]) -> None:
     rollout = {"scheduled_sampling_max_step_offset": 100, "scheduled_sampling_probability": 1.0}
     config = TrainerConfig(enable_group_offload=True, flux_guidance_value=1.0, **rollout, **options)
     choose_attention()
+    release_memory()
     plain = _several_blocks().to("cuda")
     checkpoint_blocks(flux, plain, 1)
     expected, gradients, most = _steps(plain, config)
     weights = sum(one.nbytes for block in flux.blocks(plain) for one in block.module.parameters())
     del plain
-    torch.cuda.empty_cache()
+    release_memory()
 
     model = _several_blocks()
     offload_blocks(flux, model, torch.device("cuda"), config)

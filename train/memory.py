@@ -30,45 +30,36 @@ def checkpoint_blocks(family: Family, denoiser: nn.Module, interval: int) -> Non
 def offload_blocks(family: Family, denoiser: nn.Module, device: torch.device, config: TrainerConfig) -> None:
     """Move a denoiser to the accelerator, but for the frozen weights of its blocks, which come when their turn does.
 
-    To be called on the CPU, when its adapter is there: what is trained stays on the accelerator, with its gradients.
-    diffusers' own group offloading moves whole blocks, so adapters too. Raises UserError without CUDA.
+    To be called when its adapter is there: what is trained stays on the accelerator, with its gradients. diffusers'
+    group offloading moves adapters too, and only knows the order of a forward pass. Raises UserError without CUDA.
     """
     if device.type != "cuda":
         raise UserError(f"enable_group_offload: needs a CUDA device, and this run is on {device}; turn it off")
-    modules = [block.module for block in family.blocks(denoiser)]
-    taking_turns = _turns(modules, config.group_offload_type, config.group_offload_blocks_per_group)
-    waiting = {id(one) for _, frozen in taking_turns for one in frozen}
+    groups = _groups([block.module for block in family.blocks(denoiser)], config.group_offload_blocks_per_group)
+    waiting = {id(tensor) for _, frozen in groups for tensor in frozen}
     for tensor in (*denoiser.parameters(), *denoiser.buffers()):
         tensor.data = tensor.data.cpu() if id(tensor) in waiting else tensor.data.to(device)
-    ahead = config.group_offload_use_stream and config.group_offload_type == "block_level"
-    stage = _Stage([frozen for _, frozen in taking_turns], device, ahead=ahead)
-    for number, (callers, _) in enumerate(taking_turns):
-        for module in callers:
-            module.register_forward_pre_hook(partial(stage.enter, number))
+    stage = _Stage([frozen for _, frozen in groups], device, ahead=config.group_offload_use_stream)
+    for number, (blocks, _) in enumerate(groups):
+        for block in blocks:
+            block.register_forward_pre_hook(partial(stage.enter, number))
 
 
-_Turn = tuple[Sequence[nn.Module], Sequence[Tensor]]  # who calls for them, and the weights that come together
+def _groups(blocks: Sequence[nn.Module], size: int) -> list[tuple[Sequence[nn.Module], list[Tensor]]]:
+    """Return every `size` blocks with their frozen weights."""
+    grouped = [blocks[first : first + size] for first in range(0, len(blocks), size)]
+    return [(group, [one for block in group for one in _frozen(block)]) for group in grouped]
 
 
-def _turns(blocks: Sequence[nn.Module], kind: str, size: int) -> list[_Turn]:
-    """Group the frozen weights of blocks: by `size` blocks, or by single layers."""
-    if kind == "leaf_level":
-        layers = [layer for block in blocks for layer in block.modules()]
-        return [([layer], frozen) for layer in layers if (frozen := _frozen([layer], recurse=False))]
-    groups = [blocks[first : first + size] for first in range(0, len(blocks), size)]
-    return [(group, _frozen(group, recurse=True)) for group in groups]
-
-
-def _frozen(modules: Sequence[nn.Module], *, recurse: bool) -> list[Tensor]:
-    every = [one for module in modules for one in (*module.parameters(recurse), *module.buffers(recurse))]
-    return [one for one in every if not one.requires_grad]
+def _frozen(block: nn.Module) -> list[Tensor]:
+    return [one for one in (*block.parameters(), *block.buffers()) if not one.requires_grad]
 
 
 class _Stage:
     """Room on the accelerator for one group of frozen weights, and with `ahead` for the one that comes next.
 
-    Their copies on the CPU never change, so nothing is copied back. The backward pass recomputes blocks in reverse
-    order; what it needs of their weights autograd holds on to until it has been through them.
+    Their copies on the CPU never change, so nothing is copied back. A group stays until another enters, because the
+    backward pass, which recomputes blocks in reverse order, needs a block's weights after the recomputation as well.
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device, *, ahead: bool) -> None:

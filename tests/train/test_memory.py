@@ -14,7 +14,7 @@ from families import flux, open_project
 from families.protocol import TextEmbeds
 from schemas.errors import ConfigError, UserError
 from schemas.trainer import TrainerConfig, Tread
-from train.memory import _turns, advice, checkpoint_blocks, enough_memory, offload_blocks
+from train.memory import _groups, advice, checkpoint_blocks, enough_memory, offload_blocks
 
 CPU = torch.device("cpu")
 
@@ -59,16 +59,14 @@ def test_every_nth_block_is_recomputed_and_gradients_stay_the_same(interval: int
     assert expected and all(torch.equal(found[name], one) for name, one in expected.items())
 
 
-def test_frozen_weights_of_blocks_take_turns_and_adapters_never() -> None:
-    model = _adapted()
-    blocks = [block.module for block in flux.blocks(model)]
-    frozen = {id(one) for block in blocks for one in block.parameters() if not one.requires_grad}
-    for kind, size, groups in (("block_level", 1, 5), ("block_level", 2, 3), ("leaf_level", 1, None)):
-        turns = _turns(blocks, kind, size)
-        taken = [id(one) for _, tensors in turns for one in tensors]
-        assert len(taken) == len(set(taken)) and set(taken) == frozen
-        assert groups is None or len(turns) == groups
-    assert all(len(callers) == 1 and not callers[0]._modules for callers, _ in turns)
+@pytest.mark.parametrize(("size", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (9, [5])])
+def test_frozen_weights_of_blocks_take_turns_and_adapters_never(size: int, sizes: list[int]) -> None:
+    blocks = [block.module for block in flux.blocks(_adapted())]
+    groups = _groups(blocks, size)
+    assert [len(callers) for callers, _ in groups] == sizes
+    for callers, weights in groups:
+        frozen = {id(one) for block in callers for one in block.parameters() if not one.requires_grad}
+        assert len(weights) == len(frozen) and {id(one) for one in weights} == frozen
 
 
 def test_blocks_wait_on_the_cpu_only_beside_a_cuda_device() -> None:
@@ -88,11 +86,6 @@ def test_what_does_not_go_with_waiting_blocks_is_a_fault(make_project: Callable[
         ("gradient_checkpointing_interval", "2"),
         ("base_model_precision", '"int8-quanto"'),
     ]
-
-
-def test_a_stream_beside_single_layers_is_said_to_have_no_effect(make_project: Callable[..., Path]) -> None:
-    folder = make_project(enable_group_offload=True, group_offload_use_stream=True, group_offload_type="leaf_level")
-    assert any("group_offload_use_stream has no effect" in one for one in open_project(folder).warnings)
 
 
 def test_advice_names_what_is_not_done_yet_the_cheapest_first() -> None:
