@@ -271,6 +271,10 @@ class TrainSummary:
     data_wait: float | None = None  # share of the steps' time that they waited for data
     peak_memory_gib: float | None = None  # of the accelerator
     seconds: float = 0.0  # in all
+    psnr: float | None = None  # dB, mean of the held-out pairs that were sampled last, against their targets
+    reference_psnr: float | None = None  # of their references
+    ssim: float | None = None
+    reference_ssim: float | None = None
     command: str = "train run"
 
     def lines(self) -> Iterator[str]:
@@ -291,7 +295,19 @@ class TrainSummary:
             yield f"  {self.skipped} samples left out: their images could not be encoded"
         if self.stopped:
             yield f"stopped after step {self.last_step}; the same command goes on from there"
+        yield from self._samples()
         yield f"LoRA {self.lora}"
+
+    def _samples(self) -> Iterator[str]:
+        if self.psnr is None or self.ssim is None:
+            return
+        if self.reference_psnr is None or self.reference_ssim is None:
+            yield f"samples: PSNR {self.psnr:.1f} dB, SSIM {self.ssim:.3f}"
+        else:
+            yield (
+                f"samples: PSNR {self.psnr:.1f} dB, references {self.reference_psnr:.1f} dB, "
+                f"SSIM {self.ssim:.3f}, references {self.reference_ssim:.3f}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
