@@ -311,6 +311,41 @@ class TrainSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleSummary:
+    """What `train sample` did."""
+
+    path: str
+    compared: str | None  # the same picture beside the one without the adapter; null if that was not asked for
+    lora: str
+    layers: int  # of the model that the adapter changes
+    scale: float
+    prompt: str
+    width: int
+    height: int
+    seed: int
+    steps: int
+    guidance: float | None  # that the model was told; null if it takes none
+    guidance_real: float
+    device: str
+    warnings: tuple[str, ...]
+    seconds: float
+    command: str = "train sample"
+
+    def lines(self) -> Iterator[str]:
+        """Yield the closing report."""
+        told = f", guidance {self.guidance:g}" if self.guidance is not None else ""
+        real = f", true guidance {self.guidance_real:g}" if self.guidance_real > 1 else ""
+        yield (
+            f"{self.width}x{self.height}, {counted(self.steps, 'step')}, seed {self.seed}{told}{real}: "
+            f"{self.seconds:.1f} s ({self.device})"
+        )
+        yield f"LoRA {self.lora}: {counted(self.layers, 'layer')}, scale {self.scale:g}"
+        yield f"wrote {self.path}"
+        if self.compared is not None:
+            yield f"with and without LoRA: {self.compared}"
+
+
+@dataclass(frozen=True, slots=True)
 class ReportSummary:
     """What `prep report` did."""
 
@@ -434,6 +469,7 @@ Summary = (
     | PairsSummary
     | CacheSummary
     | TrainSummary
+    | SampleSummary
     | ReportSummary
     | PlanSummary
     | StatusSummary
