@@ -315,9 +315,9 @@ class SampleSummary:
     """What `train sample` did."""
 
     path: str
-    compared: str | None  # the same picture beside the one without the adapter; null if that was not asked for
-    lora: str
-    layers: int  # of the model that the adapter changes
+    compared: str | None  # the same picture beside the one before training; null if that was not asked for
+    lora: str  # file of an adapter, or folder of a checkpoint or of whole weights
+    layers: int  # of the model that an adapter changes; 0 of whole weights
     scale: float
     prompt: str
     width: int
@@ -339,10 +339,11 @@ class SampleSummary:
             f"{self.width}x{self.height}, {counted(self.steps, 'step')}, seed {self.seed}{told}{real}: "
             f"{self.seconds:.1f} s ({self.device})"
         )
-        yield f"LoRA {self.lora}: {counted(self.layers, 'layer')}, scale {self.scale:g}"
+        adapted = f": {counted(self.layers, 'layer')}, scale {self.scale:g}"
+        yield f"trained {self.lora}{adapted if self.layers else ''}"
         yield f"wrote {self.path}"
         if self.compared is not None:
-            yield f"with and without LoRA: {self.compared}"
+            yield f"beside the one before training: {self.compared}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,9 @@ def sample(
     ] = None,
     lora: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="LoRA or LoKr file, or its folder.  [default: the run folder's]"),
+        typer.Option(
+            metavar="PATH", help="LoRA or LoKr file, its folder, or a checkpoint.  [default: the run folder's]"
+        ),
     ] = None,
     scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
     without: Annotated[

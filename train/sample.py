@@ -1,7 +1,7 @@
-"""`train sample`: one picture of a prompt and any number of images, with a trained adapter.
+"""`train sample`: one picture of a prompt and any number of images, with what was trained.
 
 Read `sample` top to bottom: text encoders, which go before the rest comes; VAE; denoiser and adapter; the picture. What
-it is asked for is a `Request`.
+it is asked for is a `Request`; what may be sampled with is in `_trained`.
 """
 
 import re
@@ -12,22 +12,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
-from torch import nn
+from torch import Tensor, nn
 
 from families import Source, open_project
 from families.checkpoints import locate, text_precisions
 from families.protocol import Family, TextEmbeds
-from families.quantize import quantize_weights
+from families.quantize import quantize_and_place
 from families.runtime import default_device, dtype_of, family_of, release_memory
 from schemas.errors import UserError
 from schemas.project import Project
 from schemas.summaries import SampleSummary
+from train import checkpoint
+from train.adapter import LORA_NAME, add_adapter, load_adapter
 from train.grid import Cell, Pixels, drawn, save_picture
-from train.loop import LORA_NAME
+from train.memory import offload_blocks
 from train.pictures import runnable, sampling
+from train.plan import result_of
 from train.step import autocast, base_dtype
 
+CPU = torch.device("cpu")
+_ADAPTER = ("lora_rank", "lora_alpha", "flux_lora_target")  # options that say what a checkpoint's tensors are
 _LONGEST = 60  # letters of a prompt in a file's name
 _ON_WHITE = (255, 255, 255, 255)
 
@@ -38,7 +44,7 @@ class Request:
 
     prompt: str
     images: tuple[Path, ...] = ()  # references, in their order
-    lora: Path | None = None  # file, or folder of one; null is the project's own
+    lora: Path | None = None  # file, or folder of one, or a checkpoint; null is what the project trained
     scale: float = 1.0  # strength of the adapter
     negative: str | None = None
     seed: int | None = None
@@ -48,7 +54,7 @@ class Request:
     width: int | None = None  # pixels; null follows from the first image
     height: int | None = None
     output: Path | None = None  # PNG; null is a file in the run folder
-    without: bool = False  # sample without the adapter too, to compare
+    without: bool = False  # sample without what was trained too, to compare
 
 
 def sample(project: Source, request: Request, *, workers: int | None = None) -> SampleSummary:
@@ -59,53 +65,46 @@ def sample(project: Source, request: Request, *, workers: int | None = None) -> 
     """
     start = time.monotonic()
     project = _asked(open_project(project), request)
-    config, device = project.trainer, default_device()
-    lora, wanted = _adapter_file(project, request.lora), _wanted_path(project, request)
+    config, device, spec = project.trainer, default_device(), project.family
+    trained, wanted = _trained(project, request.lora, request.scale), _wanted_path(project, request)
     images = [_opened(path) for path in request.images]
-    alignment = project.family.smallest_alignment
     size = _size(project, request, images[0].size if images else None)
-    pictures = [_fitted(image, runnable(*_of_area(image.size, size[0] * size[1]), alignment)) for image in images]
+    area, alignment = size[0] * size[1], spec.smallest_alignment
+    pictures = [_fitted(image, runnable(*_of_area(image.size, area), alignment)) for image in images]
     torch.set_num_threads(workers or torch.get_num_threads())
 
-    family, spec = family_of(project), project.family
+    family = family_of(project)
     folder = locate(project, (*spec.text_encoders, *spec.image_encoder, *spec.denoiser))
     pipeline = family.load_pipeline(folder)
     prompts = [request.prompt, *([config.validation_negative_prompt] if config.validation_guidance_real > 1 else [])]
     text, *negative = _encoded_prompts(project, family, folder, prompts, device)
 
-    encoder = family.load_image_encoder(
-        folder,
-        dtype_of(config.vae_dtype),
-        device,
-        tiling=config.vae_enable_tiling,
-        slicing=config.vae_enable_slicing,
-    )
-    references = [family.encode_images(encoder, torch.from_numpy(one)[None]).mean.float() for one in pictures]
-
-    denoiser = _loaded_denoiser(project, family, folder, device)
-    layers = family.load_adapter(denoiser, lora, request.scale)
+    tiling, slicing = config.vae_enable_tiling, config.vae_enable_slicing
+    encoder = family.load_image_encoder(folder, dtype_of(config.vae_dtype), device, tiling=tiling, slicing=slicing)
+    references = [_encoded_image(family, encoder, one) for one in pictures]
     how = sampling(config, size, config.validation_seed)
 
-    def made() -> Pixels:
+    def made(denoiser: nn.Module) -> Pixels:
         with torch.no_grad(), autocast(config, device):
             latents = family.sample(pipeline, denoiser, text, negative[0] if negative else None, references, how)
         pixels: Pixels = family.decode_latents(encoder, latents)[0].cpu().numpy()
         return pixels
 
-    picture = made()
+    denoiser = _loaded(project, family, folder, trained, request.scale)
+    picture, layers = made(denoiser), sum(isinstance(module, BaseTunerLayer) for module in denoiser.modules())
+    guided = family.takes_guidance(denoiser)
     path = _free(wanted)
     save_picture(picture, path)
     compared = None
     if request.without:
-        denoiser.disable_adapters()  # type: ignore[operator]
-        labels = ["image"] if len(pictures) == 1 else [f"image {number + 1}" for number in range(len(pictures))]
-        shown = [*zip(labels, pictures, strict=True), ("without LoRA", made()), ("with LoRA", picture)]
-        compared = _free(path.with_name(f"{path.stem}-compared.png"))
-        save_picture(drawn([Cell(tuple(shown), (request.prompt,))]), compared)
+        del denoiser
+        release_memory()
+        base = made(_loaded(project, family, folder, None, 1.0))
+        compared = _compared(path, request.prompt, [*pictures, base, picture])
     return SampleSummary(
         path=str(path),
         compared=str(compared) if compared is not None else None,
-        lora=str(lora),
+        lora=str(trained),
         layers=layers,
         scale=request.scale,
         prompt=request.prompt,
@@ -113,7 +112,7 @@ def sample(project: Source, request: Request, *, workers: int | None = None) -> 
         height=size[1],
         seed=how.seed,
         steps=how.steps,
-        guidance=how.guidance if family.takes_guidance(denoiser) else None,
+        guidance=how.guidance if guided else None,
         guidance_real=how.guidance_real,
         device=str(device),
         warnings=project.warnings,
@@ -134,20 +133,27 @@ def _asked(project: Project, request: Request) -> Project:
     return replace(project, trainer=project.trainer.model_copy(update=changed))
 
 
-def _adapter_file(project: Project, named: Path | None) -> Path:
-    """Find the file of an adapter; raises UserError if there is none, or several."""
+def _trained(project: Project, named: Path | None, scale: float) -> Path:
+    """Find a file of an adapter, a checkpoint's folder, or one of whole weights; raises UserError if there is none."""
+    if project.trainer.model_type == "full" and scale != 1:
+        raise UserError("--scale: whole weights were trained, which have no strength; leave it out")
     place = named or project.run_folder
-    if place.is_file():
+    component = project.family.denoiser[0]
+    weights = place if place.name == component else place / component
+    if place.is_file() or checkpoint.is_one(place):
         return place
     if (place / LORA_NAME).is_file():
         return place / LORA_NAME
+    if (weights / "config.json").is_file():
+        return weights
     found = sorted(place.glob("*.safetensors"))
     if len(found) == 1:
         return found[0]
     if found:
         raise UserError(f"{place}: several LoRA files ({', '.join(one.name for one in found)}); name one with --lora")
-    advice = "name a .safetensors file, or its folder" if named else f"run: {project.command('train run')}"
-    raise UserError(f"{place}: no LoRA there; {advice}")
+    if named:
+        raise UserError(f"{place}: no LoRA there; name a .safetensors file, its folder, or a checkpoint's")
+    raise UserError(f"{result_of(project)}: nothing is trained yet; run: {project.command('train run')}")
 
 
 def _opened(path: Path) -> Image.Image:
@@ -216,11 +222,55 @@ def _encoded_prompts(
     ]
 
 
-def _loaded_denoiser(project: Project, family: Family, folder: Path, device: torch.device) -> nn.Module:
-    config = project.trainer
-    denoiser = family.load_denoiser(folder, base_dtype(config), device).requires_grad_(False).eval()
-    quantize_weights(denoiser, config.base_model_precision, project.family.unquantised)
-    return denoiser
+def _encoded_image(family: Family, encoder: object, picture: Pixels) -> Tensor:
+    """Encode a reference as prep cache does, the rounding of shards aside."""
+    return family.encode_images(encoder, torch.from_numpy(picture)[None]).mean.float()
+
+
+def _loaded(project: Project, family: Family, folder: Path, trained: Path | None, scale: float) -> nn.Module:
+    """Load the denoiser as training does, then what was trained; raises UserError if that does not fit."""
+    config, device = project.trainer, default_device()
+    whole = trained is not None and trained.name == project.family.denoiser[0]
+    source = trained.parent if trained is not None and whole else folder
+    denoiser = family.load_denoiser(source, base_dtype(config)).requires_grad_(False)
+    waiting = config.enable_group_offload
+    denoiser = quantize_and_place(
+        denoiser,
+        config.base_model_precision,
+        project.family.unquantised,
+        CPU if waiting else device,
+        config.quantize_via,
+    )
+    if trained is not None and trained.is_file():
+        family.load_adapter(denoiser, trained, scale)
+    elif trained is not None and not whole:
+        _load_checkpoint(denoiser, project, trained, scale)
+    if waiting:
+        offload_blocks(family, denoiser, device, config)
+    return denoiser.eval()
+
+
+def _load_checkpoint(denoiser: nn.Module, project: Project, folder: Path, scale: float) -> None:
+    """Load what a checkpoint of the project trained, whatever rank and alpha the project has by now."""
+    layers, settings = checkpoint.layers_of(folder)
+    then = {name: settings[name] for name in _ADAPTER if name in settings}
+    add_adapter(denoiser, replace(project, trainer=project.trainer.model_copy(update=then)))
+    try:
+        load_adapter(denoiser, layers)
+    except UserError as fault:
+        raise UserError(f"{folder}: {fault}") from fault
+    if project.trainer.model_type == "lora":
+        denoiser.set_adapters(["default"], [scale])  # type: ignore[operator]
+
+
+def _compared(path: Path, prompt: str, pictures: Sequence[Pixels]) -> Path:
+    """Set images and both pictures side by side."""
+    count = len(pictures) - 2
+    labels = ["image"] if count == 1 else [f"image {number + 1}" for number in range(count)]
+    cell = Cell(tuple(zip([*labels, "before training", "trained"], pictures, strict=True)), (prompt,))
+    sheet = _free(path.with_name(f"{path.stem}-compared.png"))
+    save_picture(drawn([cell]), sheet)
+    return sheet
 
 
 def _wanted_path(project: Project, request: Request) -> Path:

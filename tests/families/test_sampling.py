@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from families import FAMILIES, flux
 from families.protocol import Sampling, TextEmbeds
-from families.quantize import quantize_weights
+from families.quantize import quantize_and_place
 from schemas.errors import UserError
+from train.adapter import adapter_metadata
 
 CPU = torch.device("cpu")
 SIZE = {"width": 160, "height": 96}
@@ -92,7 +93,7 @@ def test_several_references_are_placed_as_in_training(pipeline: FluxKontextPipel
 
 def test_a_flavour_without_guidance_samples_too(tmp_path: Path, pipeline: FluxKontextPipeline) -> None:
     flux.build_tiny(tmp_path, "schnell")
-    denoiser = flux.load_denoiser(tmp_path, torch.float32, CPU)
+    denoiser = flux.load_denoiser(tmp_path, torch.float32)
     text = _embeds(pipeline, "a cat")
     first, second = (
         flux.sample(flux.load_pipeline(tmp_path), denoiser, text, None, [], Sampling(64, 64, 2, guidance, 1.0, 1))
@@ -111,9 +112,8 @@ def test_a_checkpoint_without_scheduler_is_told(tmp_path: Path) -> None:
 
 def _denoiser(checkpoint: Path, precision: str = "no_change") -> FluxTransformer2DModel:
     dtype = torch.float32 if precision == "no_change" else torch.bfloat16
-    denoiser = flux.load_denoiser(checkpoint, dtype, CPU).requires_grad_(False)
-    quantize_weights(denoiser, precision, FAMILIES["flux"].unquantised)
-    return denoiser
+    denoiser = flux.load_denoiser(checkpoint, dtype).requires_grad_(False)
+    return quantize_and_place(denoiser, precision, FAMILIES["flux"].unquantised, CPU, "cpu")
 
 
 def _adapted(checkpoint: Path, kind: str) -> FluxTransformer2DModel:
@@ -134,11 +134,9 @@ def _adapted(checkpoint: Path, kind: str) -> FluxTransformer2DModel:
 
 
 def _file(denoiser: FluxTransformer2DModel, kind: str, folder: Path) -> Path:
-    from train.lora import lora_metadata
-
     if kind == "lora":
-        flux.save_lora(folder, get_peft_model_state_dict(denoiser), lora_metadata(denoiser))
-        return folder / "pytorch_lora_weights.safetensors"
+        flux.save_lora(folder / "lora.safetensors", get_peft_model_state_dict(denoiser), adapter_metadata(denoiser))
+        return folder / "lora.safetensors"
     layers = {f"transformer.{name}": one.contiguous() for name, one in get_peft_model_state_dict(denoiser).items()}
     save_file(layers, folder / "lokr.safetensors")
     return folder / "lokr.safetensors"
@@ -167,10 +165,11 @@ def test_an_adapter_does_what_it_did_when_it_was_saved_and_no_more_than_its_stre
     assert (_velocity(denoiser) - plain).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("precision", ["int8-quanto", "int8-torchao"])
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
-def test_an_adapter_goes_on_quantised_layers(checkpoint: Path, tmp_path: Path, kind: str) -> None:
+def test_an_adapter_goes_on_quantised_layers(checkpoint: Path, tmp_path: Path, kind: str, precision: str) -> None:
     file = _file(_adapted(checkpoint, kind), kind, tmp_path)
-    denoiser = _denoiser(checkpoint, "int8-quanto")
+    denoiser = _denoiser(checkpoint, precision)
     plain = _velocity(denoiser)
     assert flux.load_adapter(denoiser, file, 1.0) == 23
     assert (_velocity(denoiser) - plain).abs().max() > 0.01

@@ -14,7 +14,7 @@ from torch import nn
 from families import flux, open_project
 from families.checkpoints import encoder_keys, locate
 from families.protocol import Sampling
-from families.quantize import quantize_weights
+from families.quantize import quantize_and_place
 from prep.cache import cache
 from prep.pairs import pairs
 from prep.scan import scan
@@ -22,11 +22,11 @@ from schemas.config_file import read_json
 from schemas.errors import UserError
 from schemas.project import Project
 from schemas.summaries import TrainSummary
+from train.adapter import add_adapter
 from train.data import Shelf
 from train.grid import Cell, drawn
 from train.held_out import held_out, held_out_pairs
 from train.likeness import psnr, ssim
-from train.lora import add_lora
 from train.pictures import Pictures, SampleReport, pictures_of
 
 CPU = torch.device("cpu")
@@ -51,8 +51,8 @@ def _opened(folder: Path, **options: object) -> tuple[Project, Shelf]:
 
 
 def _denoiser(project: Project) -> nn.Module:
-    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), torch.float32, CPU).requires_grad_(False)
-    add_lora(denoiser, project)
+    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), torch.float32).requires_grad_(False)
+    add_adapter(denoiser, project)
     denoiser.enable_gradient_checkpointing()
     return denoiser.train()
 
@@ -143,13 +143,13 @@ def test_training_is_left_as_it_was(folder: Path) -> None:
     assert denoiser.is_gradient_checkpointing
 
 
-@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "fp8-quanto"])
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "fp8-quanto", "int8-torchao"])
 def test_pictures_are_sampled_in_the_numbers_that_are_trained_in(folder: Path, precision: str) -> None:
     options = {"mixed_precision": "bf16", "base_model_precision": precision, "num_eval_images": 1}
     project, shelf = _opened(folder, **options, tracker_run_name=f"in-{precision}")
-    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), torch.bfloat16, CPU).requires_grad_(False)
-    quantize_weights(denoiser, precision, project.family.unquantised)
-    add_lora(denoiser, project)
+    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), torch.bfloat16).requires_grad_(False)
+    quantize_and_place(denoiser, precision, project.family.unquantised, CPU, "cpu")
+    add_adapter(denoiser, project)
     report = _pictures(project, shelf).sample(denoiser.train(), 1)
     exact = _pictures(*_opened(folder, num_eval_images=1)).sample(_denoiser(project), 1)
     alike = psnr(*(torch.from_numpy(_read(one.folder / "grass_blades.png")) for one in (report, exact)))

@@ -11,13 +11,16 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from families import flux, open_project
 from families.checkpoints import locate
 from schemas.project import Project
+from train import checkpoint
+from train.adapter import LORA_NAME, adapter_layers, adapter_metadata, add_adapter, load_adapter
 from train.cli import app
-from train.lora import add_lora, lora_layers, lora_metadata
+from train.order import Cursor
 
 CPU = torch.device("cpu")
 FEW = ["--steps", "2", "--set", "validation_resolution=128x96"]
@@ -33,14 +36,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, copy_demo: Callable[..., Pa
 
 
 def _write_lora(project: Project, folder: Path) -> None:
-    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), torch.float32, CPU).requires_grad_(False)
-    add_lora(denoiser, project)
+    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), torch.float32).requires_grad_(False)
+    add_adapter(denoiser, project)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in denoiser.named_parameters():
             if "lora_B" in name:
                 weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
-    flux.save_lora(folder, lora_layers(denoiser), lora_metadata(denoiser))
+    folder.mkdir(parents=True, exist_ok=True)
+    flux.save_lora(folder / LORA_NAME, adapter_layers(denoiser), adapter_metadata(denoiser))
 
 
 def _run(folder: Path, *arguments: object, code: int = 0) -> Result:
@@ -92,7 +96,7 @@ def test_a_picture_equals_that_of_the_pipeline_with_the_lora_loaded(folder: Path
 def test_the_lora_of_the_run_is_the_default_and_nothing_is_overwritten(folder: Path) -> None:
     first, second = (_run(folder, "--prompt", "A cat, on/the mat!", *FEW) for _ in range(2))
     samples = folder / "work" / "runs" / "default" / "samples"
-    assert "128x96, 2 steps, seed 42, guidance 3.5" in first.stdout and "LoRA" in first.stdout
+    assert "128x96, 2 steps, seed 42, guidance 3.5" in first.stdout and "layers, scale 1" in first.stdout
     assert f"wrote {samples / 'A-cat-on-the-mat-42.png'}" in first.stdout
     assert f"wrote {samples / 'A-cat-on-the-mat-42-2.png'}" in second.stdout
     assert np.array_equal(_read(samples / "A-cat-on-the-mat-42.png"), _read(samples / "A-cat-on-the-mat-42-2.png"))
@@ -175,12 +179,12 @@ def test_what_is_asked_for_in_vain_is_told(folder: Path, tmp_path: Path) -> None
         ("--image", tmp_path / "gone.jpg"): "gone.jpg: no such file; --image takes the path of a picture",
         ("--image", tmp_path / "text.jpg"): "text.jpg: cannot be read as a picture",
         ("--image", tmp_path): "cannot be read as a picture",
-        ("--lora", tmp_path / "none"): "none: no LoRA there; name a .safetensors file, or its folder",
+        ("--lora", tmp_path / "none"): "none: no LoRA there; name a .safetensors file, its folder, or a checkpoint's",
         ("--lora", tmp_path / "gone.safetensors"): "no LoRA there",
         ("--lora", tmp_path / "text.jpg"): "text.jpg: cannot be read",
         ("--width", "100"): "--width 100: must be a multiple of 16 pixels; 96 is the nearest",
         ("--output", tmp_path / "out.jpg"): "pictures are written as PNG; end its name in .png",
-        ("--set", "tracker_run_name=other"): "no LoRA there; run: train run",
+        ("--set", "tracker_run_name=other"): "nothing is trained yet; run: train run",
     }
     for asked, told in cases.items():
         assert told in _run(folder, "--prompt", "x", *FEW, *asked, code=1).stderr
@@ -194,6 +198,47 @@ def test_of_several_files_one_must_be_named(folder: Path, tmp_path: Path) -> Non
     assert "several LoRA files (a.safetensors, b.safetensors); name one with --lora" in told
     (tmp_path / "b.safetensors").unlink()
     assert _summary(folder, "--prompt", "x", *FEW, "--lora", tmp_path)["lora"] == str(tmp_path / "a.safetensors")
+
+
+def test_checkpoints_and_whole_weights_are_sampled_as_they_were_trained(folder: Path, tmp_path: Path) -> None:
+    project, state = open_project(folder), Cursor()
+    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), torch.float32).requires_grad_(False)
+    parameters = add_adapter(denoiser, project)
+    stored = load_file(project.run_folder / LORA_NAME)
+    load_adapter(denoiser, {name.removeprefix("transformer."): one for name, one in stored.items()})
+    optimizer = torch.optim.AdamW(parameters)
+    mark = checkpoint.Mark(3, state, {"lora_alpha": None, "lora_rank": 8})
+    one = checkpoint.save(tmp_path, checkpoint.State(denoiser, parameters, optimizer, None, None), mark, keep=0)
+    expected, found, other, half = (
+        _summary(folder, "--prompt", "x", *FEW, *asked)
+        for asked in (
+            (),
+            ("--lora", one),
+            ("--lora", one, "--set", "lora_alpha=1"),  # the checkpoint says what its alpha was
+            ("--lora", one, "--scale", 0.5),
+        )
+    )
+    assert found["layers"] == other["layers"] == 14 and found["lora"] == str(one)
+    assert np.array_equal(_read(expected["path"]), _read(found["path"]))
+    assert np.array_equal(_read(expected["path"]), _read(other["path"]))
+    assert not np.array_equal(_read(expected["path"]), _read(half["path"]))
+
+    whole = flux.load_denoiser(locate(project, project.family.denoiser), torch.float32)
+    with torch.no_grad():
+        for name, weight in whole.named_parameters():
+            if name.endswith("proj_out.weight"):
+                weight.mul_(1.5)
+    whole.save_pretrained(tmp_path / "full" / "transformer")
+    full = ("--set", "model_type=full", "--set", f"output_dir={tmp_path / 'full'}", "--without")
+    trained = _summary(folder, "--prompt", "x", *FEW, *full)
+    assert trained["lora"] == str(tmp_path / "full" / "transformer") and trained["layers"] == 0
+    base = _read(_summary(folder, "--prompt", "x", *FEW, "--scale", 0)["path"])
+    assert not np.array_equal(_read(trained["path"]), base)
+    assert np.array_equal(_read(trained["compared"])[37:133, 20:148], base)
+    assert "--scale: whole weights" in _run(folder, "--prompt", "x", *full, "--scale", 2, code=1).stderr
+
+    (one / "lora.safetensors").write_bytes(b"damaged")
+    assert "choose another checkpoint" in _run(folder, "--prompt", "x", *FEW, "--lora", one, code=1).stderr
 
 
 def test_help_has_an_example_and_the_readme_the_command() -> None:
