@@ -68,6 +68,15 @@ PHOTOS: tuple[Crop, ...] = (
     Crop("gravel_stones", "gravel.png", (0, 64, 512, 352), (456, 256)),
 )
 
+# Of other photographs than all the rest, to see what a model does to pictures it was not trained on.
+HELD_OUT: tuple[Crop, ...] = (
+    # retina.jpg: 1411 x 1411, colour
+    Crop("retina_disc", "retina.jpg", (60, 480, 660, 930), (352, 264)),
+    Crop("retina_vessels", "retina.jpg", (520, 260, 1120, 860), (288, 288)),
+    # grass.png: 512 x 512, black and white
+    Crop("grass_blades", "grass.png", (0, 0, 384, 288), (352, 264)),
+)
+
 # The edit task "colorize": these are the targets; each reference is the same crop as a faded black-and-white print.
 EDITS: tuple[Crop, ...] = (
     Crop("astronaut", "astronaut.png", (0, 0, 512, 512), (400, 400)),
@@ -107,14 +116,16 @@ def save(image: Image.Image, path: Path, *, exif_rotated: bool = False) -> None:
 
 
 def main() -> None:
-    """Write the images of photos/ and edits/ anew."""
+    """Write the images of photos/, held_out/ and edits/ anew."""
     for crop in PHOTOS:
         save(cut(crop), HERE / "photos" / f"{crop.name}.jpg", exif_rotated=crop.exif_rotated)
+    for crop in HELD_OUT:
+        save(cut(crop), HERE / "held_out" / f"{crop.name}.jpg")
     for crop in EDITS:
         image = cut(crop)
         save(image, HERE / "edits" / "target" / f"{crop.name}.jpg")
         save(fade(image), HERE / "edits" / "reference" / f"{crop.name}.jpg")
-    print(f"{len(PHOTOS)} photos and {len(EDITS)} edit pairs written below {HERE.name}/")
+    print(f"{len(PHOTOS)} photos, {len(HELD_OUT)} held out, {len(EDITS)} edit pairs written below {HERE.name}/")
 
 
 if __name__ == "__main__":

@@ -16,16 +16,20 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from families.protocol import Block, Posterior, TextEmbeds
+from families.protocol import Block, Posterior, Sampling, TextEmbeds
 from families.quantize import quantize_weights
-from families.runtime import check_whole
+from families.runtime import check_whole, library_silenced
 from families.tiny import clip_tokenizer, seeded, t5_tokenizer
+from schemas.console import log
 from schemas.errors import UserError
 
 _PATCH = 2  # latent pixels of a token's side
+_TOLD = 300  # most characters of a library's message
 
 
 def load_image_encoder(
@@ -203,6 +207,106 @@ def save_lora(path: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -
         transformer_lora_adapter_metadata=metadata,
         weight_name=path.name,
     )
+
+
+class _Sampler(FluxKontextPipeline):  # type: ignore[misc]
+    """FluxKontextPipeline between text embeds and latents, for any number of references that are latents already."""
+
+    references: Sequence[Tensor] = ()
+    place = torch.device("cpu")
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.place  # weights that are offloaded lie elsewhere
+
+    def prepare_latents(self, image: None, *others: Any, **named: Any) -> tuple[Tensor, Tensor | None, Tensor, Any]:
+        """Draw the noise as the pipeline does; tokens and positions of references are those of `velocity`."""
+        latents, _, ids, _ = super().prepare_latents(image, *others, **named)
+        if not self.references:
+            return latents, None, ids, None
+        tokens = torch.cat([pack(one) for one in self.references], dim=1)
+        return latents, tokens.to(latents), ids, torch.cat(list(reference_ids(self.references))).to(ids)
+
+
+def load_pipeline(checkpoint: Path) -> FluxKontextPipeline:
+    """Load the scheduler into Kontext's pipeline: without references it is that of dev and schnell too."""
+    try:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(checkpoint, subfolder="scheduler")
+    except (OSError, ValueError) as fault:
+        raise UserError(
+            f"{checkpoint / 'scheduler'}: missing or damaged, and pictures are sampled by it; fetch the checkpoint "
+            "again, or set validation_disable"
+        ) from fault
+    nothing = dict.fromkeys(("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipeline = _Sampler(scheduler=scheduler, **nothing)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(
+    pipeline: FluxKontextPipeline,
+    denoiser: FluxTransformer2DModel,
+    text: TextEmbeds,
+    negative: TextEmbeds | None,
+    references: Sequence[Tensor],
+    how: Sampling,
+) -> Tensor:
+    """Sample with FluxKontextPipeline itself, up to where it would decode."""
+    dtype = denoiser.x_embedder.weight.dtype
+    against: dict[str, Any] = {}
+    if negative is not None and how.guidance_real > 1:
+        against = _embeds(negative, dtype, "negative_") | {"true_cfg_scale": how.guidance_real}
+    pipeline.register_modules(transformer=denoiser)
+    pipeline.references, pipeline.place = references, text.embed.device
+    tokens = pipeline(
+        **_embeds(text, dtype, ""),
+        **against,
+        width=how.width,
+        height=how.height,
+        max_area=how.width * how.height,  # or it is scaled to 1024²
+        num_inference_steps=how.steps,
+        guidance_scale=how.guidance,
+        generator=torch.Generator().manual_seed(how.seed),
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    return unpack(tokens, how.height // pipeline.vae_scale_factor, how.width // pipeline.vae_scale_factor)
+
+
+def _embeds(text: TextEmbeds, dtype: torch.dtype, prefix: str) -> dict[str, Tensor]:
+    assert text.pooled is not None, "the family has pooled embeds"
+    return {f"{prefix}prompt_embeds": text.embed.to(dtype), f"{prefix}pooled_prompt_embeds": text.pooled.to(dtype)}
+
+
+def load_adapter(denoiser: FluxTransformer2DModel, file: Path, strength: float) -> int:
+    """Read a file as the pipeline does, and load it into the transformer itself.
+
+    That takes LoKr too, which the pipeline takes for no LoRA, and quantised layers, whose shapes the pipeline asks for.
+    """
+    try:
+        with library_silenced():
+            weights, alphas, metadata = FluxKontextPipeline.lora_state_dict(
+                file.parent,
+                weight_name=file.name,
+                use_safetensors=True,
+                return_alphas=True,
+                return_lora_metadata=True,
+            )
+            denoiser.load_lora_adapter(weights, network_alphas=alphas, metadata=metadata, prefix="transformer")
+    except (OSError, SafetensorError) as fault:
+        raise UserError(f"{file}: cannot be read: {fault}; give a file of safetensors that is whole") from fault
+    except (ValueError, RuntimeError, LookupError, TypeError) as fault:
+        told = " ".join(str(fault).split())[:_TOLD]
+        raise UserError(f"{file}: does not fit this model ({told}); is it the LoRA of another one?") from fault
+    layers = sum(isinstance(module, BaseTunerLayer) for module in denoiser.modules())
+    named = len({name.rpartition(".lo")[0] for name in weights})
+    if not layers:
+        raise UserError(f"{file}: none of its {named} layers is one of this model; is it the LoRA of another one?")
+    if layers < named:
+        log.warning("%s: %d of its %d layers are none of this model; they are left out", file, named - layers, named)
+    names = list(denoiser.peft_config)
+    denoiser.set_adapters(names, [strength] * len(names))
+    return layers
 
 
 def build_tiny(folder: Path, flavour: str) -> None:

@@ -43,6 +43,18 @@ class Block:
     output: int | None  # place of that tensor in what it returns; None if it returns no tuple
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a picture is sampled."""
+
+    width: int  # pixels, a multiple of the family's smallest alignment
+    height: int
+    steps: int  # of denoising
+    guidance: float  # that the model is told, if it takes one
+    guidance_real: float  # true classifier-free guidance, away from the negative prompt; 1 is none
+    seed: int  # of the noise, drawn on the CPU
+
+
 class Family(Protocol):
     """A module of this package. `checkpoint` is a folder in the Hub layout throughout."""
 
@@ -111,3 +123,26 @@ class Family(Protocol):
 
     def save_lora(self, path: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Write an adapter's weights as the family's pipeline loads them, with the adapter's metadata."""
+
+    def load_pipeline(self, checkpoint: Path) -> Any:
+        """Load what `sample` needs besides encoders and denoiser; raises UserError if it is not there."""
+
+    def sample(
+        self,
+        pipeline: Any,
+        denoiser: nn.Module,
+        text: TextEmbeds,
+        negative: TextEmbeds | None,
+        references: Sequence[Tensor],
+        how: Sampling,
+    ) -> Tensor:
+        """Sample the normalised latents of one picture, 1 × C × H × W, with the family's own pipeline.
+
+        References are as `velocity` takes them. All is computed on the device of `text`.
+        """
+
+    def load_adapter(self, denoiser: nn.Module, file: Path, strength: float) -> int:
+        """Put a file of LoRA or LoKr weights, in any layout that the family's pipeline reads, on the denoiser.
+
+        Returns the number of layers it changes; raises UserError if there are none, or it cannot be read.
+        """

@@ -4,7 +4,9 @@ import gc
 import importlib
 import logging
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -26,6 +28,19 @@ def family_of(project: Project) -> Family:
         library.set_verbosity(logging.ERROR)
         library.disable_progress_bar()
     return cast(Family, importlib.import_module(project.family.module))
+
+
+@contextmanager
+def library_silenced() -> Iterator[None]:
+    """Keep warnings and errors that diffusers logs itself out of the output: whoever calls it tells what happened."""
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers_logging.set_verbosity(before)
 
 
 def default_device() -> torch.device:

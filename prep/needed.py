@@ -101,8 +101,8 @@ def needed_of(project: Project) -> Needed:
         tables[target.id] = rows if kept else rows.filter(pc.is_null(rows["reject"]))
     asked = list(chain.from_iterable(map(_prompts, tables.values())))
     distinct = pc.unique(pa.chunked_array(asked, pa.string())).to_pylist() if asked else []
-    prompts = sorted({*distinct, *project.prompt_library.values(), ""})
-    return Needed(tables, prompts, sum(map(len, asked)) + len(project.prompt_library) + 1)
+    further = project.further_prompts
+    return Needed(tables, sorted({*distinct, *further}), sum(map(len, asked)) + len(further))
 
 
 def _prompts(pairs: pa.Table) -> list[pa.Array]:

@@ -63,6 +63,17 @@ class Project:
         """Return the sets that have images of their own."""
         return tuple(dataset for dataset in self.datasets if dataset.dataset_type != "text_embeds")
 
+    @property
+    def sampled_prompts(self) -> Mapping[str, str]:
+        """Return the prompts that pictures are sampled from, by name: those of the library, then the one more."""
+        prompt = self.trainer.validation_prompt
+        return {**self.prompt_library, **({"validation_prompt": prompt} if prompt is not None else {})}
+
+    @property
+    def further_prompts(self) -> tuple[str, ...]:
+        """Return what is cached besides captions, each once: the empty prompt, and what pictures are sampled with."""
+        return tuple(dict.fromkeys(["", self.trainer.validation_negative_prompt, *self.sampled_prompts.values()]))
+
     def command(self, name: str) -> str:
         """Spell a command for this project, as an error's advice."""
         folder = self.config_path.parent

@@ -271,6 +271,10 @@ class TrainSummary:
     data_wait: float | None = None  # share of the steps' time that they waited for data
     peak_memory_gib: float | None = None  # of the accelerator
     seconds: float = 0.0  # in all
+    psnr: float | None = None  # dB, mean of the held-out pairs that were sampled last, against their targets
+    reference_psnr: float | None = None  # of their references
+    ssim: float | None = None
+    reference_ssim: float | None = None
     command: str = "train run"
 
     def lines(self) -> Iterator[str]:
@@ -291,7 +295,55 @@ class TrainSummary:
             yield f"  {self.skipped} samples left out: their images could not be encoded"
         if self.stopped:
             yield f"stopped after step {self.last_step}; the same command goes on from there"
+        yield from self._samples()
         yield f"LoRA {self.lora}"
+
+    def _samples(self) -> Iterator[str]:
+        if self.psnr is None or self.ssim is None:
+            return
+        if self.reference_psnr is None or self.reference_ssim is None:
+            yield f"samples: PSNR {self.psnr:.1f} dB, SSIM {self.ssim:.3f}"
+        else:
+            yield (
+                f"samples: PSNR {self.psnr:.1f} dB, references {self.reference_psnr:.1f} dB, "
+                f"SSIM {self.ssim:.3f}, references {self.reference_ssim:.3f}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSummary:
+    """What `train sample` did."""
+
+    path: str
+    compared: str | None  # the same picture beside the one before training; null if that was not asked for
+    lora: str  # file of an adapter, or folder of a checkpoint or of whole weights
+    layers: int  # of the model that an adapter changes; 0 of whole weights
+    scale: float
+    prompt: str
+    width: int
+    height: int
+    seed: int
+    steps: int
+    guidance: float | None  # that the model was told; null if it takes none
+    guidance_real: float
+    device: str
+    warnings: tuple[str, ...]
+    seconds: float
+    command: str = "train sample"
+
+    def lines(self) -> Iterator[str]:
+        """Yield the closing report."""
+        told = f", guidance {self.guidance:g}" if self.guidance is not None else ""
+        real = f", true guidance {self.guidance_real:g}" if self.guidance_real > 1 else ""
+        yield (
+            f"{self.width}x{self.height}, {counted(self.steps, 'step')}, seed {self.seed}{told}{real}: "
+            f"{self.seconds:.1f} s ({self.device})"
+        )
+        adapted = f": {counted(self.layers, 'layer')}, scale {self.scale:g}"
+        yield f"trained {self.lora}{adapted if self.layers else ''}"
+        yield f"wrote {self.path}"
+        if self.compared is not None:
+            yield f"beside the one before training: {self.compared}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,6 +470,7 @@ Summary = (
     | PairsSummary
     | CacheSummary
     | TrainSummary
+    | SampleSummary
     | ReportSummary
     | PlanSummary
     | StatusSummary

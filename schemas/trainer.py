@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from schemas.arguments import parsed_arguments
 from schemas.options import Options, option
+from schemas.sizes import checked_sizes, picture_sizes
 
 Precision: TypeAlias = Literal["no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto"]
 BasePrecision: TypeAlias = Literal[
@@ -55,6 +56,7 @@ def _as_object(value: str | dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 Arguments: TypeAlias = Annotated[str | dict[str, Any] | None, AfterValidator(_as_object)]
+PictureSizes: TypeAlias = Annotated[str | int | float, AfterValidator(checked_sizes)]
 
 
 class TrainerConfig(Options):
@@ -287,7 +289,9 @@ class TrainerConfig(Options):
 
     # Evaluation and samples
     eval_dataset_id: str | None = option(
-        None, "dataset held out of training: its loss is measured, and its pairs are sampled"
+        None,
+        "dataset held out of training: its loss is measured, and its pairs are sampled; null is those of "
+        "`dataset_type` eval",
     )
     eval_steps_interval: int = option(500, "steps between evaluations, besides first and last; 0 is none", ge=0)
     num_eval_images: int = option(4, "pairs of that set that are evaluated and sampled; 0 is all", ge=0)
@@ -310,9 +314,10 @@ class TrainerConfig(Options):
     validation_guidance_real: float = option(
         1.0, "true classifier-free guidance, two forward passes a step; 1 is none", ge=0
     )
-    validation_resolution: str | int = option(
+    validation_resolution: PictureSizes = option(
         "1024x1024",
-        "size of pictures sampled from prompts, WIDTHxHEIGHT or an edge; those of pairs have their target's",
+        "size of pictures sampled from prompts: WIDTHxHEIGHT, an edge, or megapixels; several are separated by commas; "
+        "pictures of pairs have their target's",
     )
     validation_num_inference_steps: int = option(28, "denoising steps of sampled pictures", ge=1)
     validation_seed: int = option(42, "of the noise that sampled pictures start from, the same every time", ge=0)
@@ -331,6 +336,11 @@ class TrainerConfig(Options):
                 f"flux_guidance_min {self.flux_guidance_min} is above flux_guidance_max {self.flux_guidance_max}"
             )
         return self
+
+    @property
+    def validation_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Return the sizes, width and height, of pictures sampled from prompts."""
+        return picture_sizes(self.validation_resolution)
 
     @property
     def strength(self) -> float:

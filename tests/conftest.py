@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; last bits depend on how many compute
 
 DEMO = Path(__file__).parent.parent / "datasets_demo"
+FOLDERS = {
+    "deblur": ("photos",),
+    "jpeg": ("photos", "held_out"),
+    "edits": ("edits/target", "edits/reference"),
+}
 
 
 @pytest.fixture(scope="session")
@@ -26,16 +32,18 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "models"
 
 
-@pytest.fixture
-def make_project(tmp_path: Path, tiny_models: Path) -> Callable[..., Path]:
-    """Copy a demo project with at most six of its photographs, at 128 px; keywords replace trainer options."""
+@pytest.fixture(scope="session")
+def copy_demo(tiny_models: Path) -> Callable[..., Path]:
+    """Copy a demo project into a folder; see `make_project`."""
 
-    def make(name: str = "edits", photos: int = 6, **options: object) -> Path:
+    def copy(parent: Path, name: str = "edits", photos: int = 6, **options: object) -> Path:
         from schemas.config_file import read_json
 
-        folder = tmp_path / name
+        folder = parent / name
         folder.mkdir(parents=True)
-        for pictures in ("photos",) if name != "edits" else ("edits/target", "edits/reference"):
+        for file in (DEMO / name).glob("prompts.json"):
+            shutil.copy2(file, folder)
+        for pictures in FOLDERS[name]:
             kept = folder / pictures.removeprefix("edits/")
             kept.mkdir()
             for picture in sorted((DEMO / pictures).glob("*.jpg"))[:photos]:
@@ -54,4 +62,10 @@ def make_project(tmp_path: Path, tiny_models: Path) -> Callable[..., Path]:
         shutil.copytree(tiny_models, folder / "work" / "models")
         return folder
 
-    return make
+    return copy
+
+
+@pytest.fixture
+def make_project(tmp_path: Path, copy_demo: Callable[..., Path]) -> Callable[..., Path]:
+    """Copy a demo project with at most six of its photographs, at 128 px; keywords replace trainer options."""
+    return partial(copy_demo, tmp_path)

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 
 from families import flux, open_project
-from families.checkpoints import locate
+from families.checkpoints import encoder_keys, locate
 from families.protocol import TextEmbeds
 from families.routing import Routing
 from families.runtime import choose_attention, release_memory
@@ -23,9 +23,12 @@ from schemas.errors import UserError
 from schemas.shards import ShardIndex
 from schemas.trainer import Route, TrainerConfig
 from train.adapter import add_adapter
-from train.data import Batch
+from train.data import Batch, Shelf
+from train.likeness import psnr
 from train.loop import run
 from train.memory import checkpoint_blocks, enough_memory, offload_blocks
+from train.pictures import Pictures, SampleReport, pictures_of
+from train.sample import Request, sample
 from train.step import step_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -211,3 +214,37 @@ def test_real_memory_that_runs_out_in_training_is_told_with_numbers() -> None:
     told = r"memory is full: \d+\.\d of \d+\.\d GiB were in use at most; what saves memory"
     with pytest.raises(UserError, match=told), enough_memory(TrainerConfig(), torch.device("cuda")):
         torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
+
+
+def _sampled(project: object, device: str, denoiser: torch.nn.Module) -> tuple[Pictures, SampleReport]:
+    pictures = pictures_of(project, Shelf(project, encoder_keys(project)), torch.device(device))
+    assert pictures is not None
+    return pictures, pictures.sample(denoiser, 1 if device == "cpu" else 2)
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_pictures_sampled_on_the_gpu_are_those_of_the_cpu(make_project: object, offloaded: bool) -> None:
+    project = open_project(make_project("jpeg", validation_guidance_real=2.0))
+    scan(project), pairs(project), cache(project)
+    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), torch.float32).requires_grad_(False)
+    add_adapter(denoiser, project)
+    _, expected = _sampled(project, "cpu", denoiser)
+    if offloaded:
+        offload_blocks(flux, denoiser, torch.device("cuda"), project.trainer)
+    else:
+        denoiser.cuda()
+    pictures, report = _sampled(project, "cuda", denoiser)
+    assert {one.device.type for one in pictures._encoder.parameters()} == {"cpu"}  # until the next event
+    assert report.names == expected.names
+    assert psnr(torch.from_numpy(report.pixels), torch.from_numpy(expected.pixels)) > 35
+    assert report.psnr == pytest.approx(expected.psnr, abs=0.1)
+
+
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "fp8-torchao"])
+def test_a_trained_lora_is_sampled_on_the_gpu(make_project: object, precision: str) -> None:
+    options = {"mixed_precision": "bf16", "vae_dtype": "bf16", "base_model_precision": precision}
+    project = open_project(make_project(**options, validation_resolution="128x96", validation_num_inference_steps=3))
+    scan(project), pairs(project), cache(project), run(project, limit=2)
+    image = project.root / "reference" / "astronaut.jpg"
+    summary = sample(project, Request("add colour", (image,), without=True))
+    assert summary.device.startswith("cuda") and Path(summary.path).exists() and summary.layers

@@ -230,6 +230,20 @@ def holds(folder: Path, lora: Path) -> bool:
         return False
 
 
+def is_one(folder: Path) -> bool:
+    """Tell a checkpoint's folder from others."""
+    return (folder / _STATE).is_file()
+
+
+def layers_of(folder: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Read what a checkpoint trained, and the settings it was trained with; raises UserError if it is damaged."""
+    try:
+        settings = _read(folder).mark.settings
+        return load_file(folder / _WEIGHTS), settings
+    except (_Damaged, OSError, SafetensorError) as fault:
+        raise UserError(f"{folder}: {fault}; choose another checkpoint") from fault
+
+
 def same_layers(lora: Path, layers: Mapping[str, Tensor]) -> bool:
     """Tell whether a LoRA file exists and has these weights, named as peft names them."""
     try:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import typer
 
@@ -18,9 +18,24 @@ app = typer.Typer(
 )
 
 
+ProjectPath: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="PROJECT", help="Folder that holds config.json, or the path of such a file.")
+]
+Workspace: TypeAlias = Annotated[Path | None, typer.Option(help="Folder of prep's products.  [default: PROJECT/work]")]
+Root: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Folder that relative paths start from.  [default: the folder of config.json]")
+]
+Settings: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace an option of config.json; repeatable."),
+]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON summary on stdout.")]
+Workers: TypeAlias = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads on a CPU.")]
+
+
 @app.callback()
 def _commands() -> None:
-    """Train a LoRA from cached pairs."""
+    """Train a LoRA from cached pairs, and look at what it does."""
 
 
 @app.command(
@@ -29,21 +44,14 @@ def _commands() -> None:
     "torchrun --nproc-per-node 2 -m train.cli run my-project",
 )
 def run(
-    project: Annotated[
-        Path, typer.Argument(metavar="PROJECT", help="Folder that holds config.json, or the path of such a file.")
-    ],
-    workspace: Annotated[Path | None, typer.Option(help="Folder of prep's products.  [default: PROJECT/work]")] = None,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder that relative paths start from.  [default: the folder of config.json]")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace an option of config.json; repeatable."),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON summary on stdout.")] = False,
+    project: ProjectPath,
+    workspace: Workspace = None,
+    root: Root = None,
+    settings: Settings = None,
+    json: AsJson = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after N steps of this run.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads on a CPU.")] = None,
+    workers: Workers = None,
 ) -> None:
     """Train; the same command resumes a run that was stopped. Ctrl-C finishes the step and writes a checkpoint."""
     with reporting():
@@ -56,6 +64,72 @@ def run(
         summary = train(opened, limit=limit, workers=workers, dry_run=dry_run)
         if talks:
             report(summary, json)
+
+
+@app.command(
+    short_help="Sample a picture with a trained LoRA.",
+    epilog="Example:  train sample my-project --image blurred.jpg --prompt 'sharpen this photo' --without",
+)
+def sample(
+    project: ProjectPath,
+    prompt: Annotated[str, typer.Option(help="What the picture shows, or what is to be done to the image.")],
+    images: Annotated[
+        list[Path] | None, typer.Option("--image", metavar="FILE", help="Picture to edit, or to refer to; repeatable.")
+    ] = None,
+    lora: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="LoRA or LoKr file, its folder, or a checkpoint.  [default: the run folder's]"
+        ),
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
+    without: Annotated[
+        bool, typer.Option("--without", help="Sample without the LoRA too, and set both side by side.")
+    ] = False,
+    negative: Annotated[
+        str | None, typer.Option(help="Prompt to lead away from.  [default: validation_negative_prompt]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise.  [default: validation_seed]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps.  [default: validation_num_inference_steps]")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Guidance that the model is told.  [default: validation_guidance]")
+    ] = None,
+    guidance_real: Annotated[
+        float | None,
+        typer.Option(min=0, help="True guidance, twice the time; 1 is none.  [default: validation_guidance_real]"),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels.  [default: the first image's shape at the area of validation_resolution]"),
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="PNG to write; if it exists, a number is added.  [default: samples/ of the run folder]"
+        ),
+    ] = None,
+    workspace: Workspace = None,
+    root: Root = None,
+    settings: Settings = None,
+    json: AsJson = False,
+    workers: Workers = None,
+) -> None:
+    """Sample one picture with a trained LoRA; without --image from the prompt alone."""
+    with reporting():
+        from families import open_project
+        from train.sample import Request
+        from train.sample import sample as sampled
+
+        opened = open_project(project, root=root, workspace=workspace, overrides=settings or ())
+        warn(opened.warnings)
+        request = Request(
+            prompt, tuple(images or ()), lora, scale, negative, seed, steps, guidance, guidance_real, width, height,
+            output, without,
+        )  # fmt: skip
+        report(sampled(opened, request, workers=workers), json)
 
 
 def main() -> None:

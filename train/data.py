@@ -4,7 +4,7 @@ Opening a `Shelf` checks before the first step that every latent and embed is th
 in order.py, how they are read ahead in loader.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +59,24 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedText:
+    """Prompts on the host, as they are stored; lies in a Room."""
+
+    embed: Tensor  # B × tokens × width, bfloat16 or float8
+    scale: Tensor | None  # B × 1 × 1, of float8
+    pooled: Tensor | None  # B × width, bfloat16
+    num_tokens: tuple[int, ...]
+
+    def to(self, device: torch.device) -> TextEmbeds:
+        """Copy to where the model is, in float32."""
+        embed = _there(self.embed, device)
+        if self.scale is not None:
+            embed = embed * _there(self.scale, device)
+        pooled = _there(self.pooled, device) if self.pooled is not None else None
+        return TextEmbeds(embed, pooled, self.num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """A batch on the host, as it is stored; lies in a Room."""
 
@@ -67,32 +85,21 @@ class Loaded:
     drawn: Tensor | None  # B × C × H × W, standard normal: what the draw of moments takes
     noise: Tensor  # B × C × H × W, standard normal
     references: tuple[Tensor, ...]  # each B × C × h × w, bfloat16
-    embed: Tensor  # B × tokens × width, bfloat16 or float8
-    scale: Tensor | None  # B × 1 × 1, of float8
-    pooled: Tensor | None  # B × width, bfloat16
-    num_tokens: tuple[int, ...]
+    text: LoadedText
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to where the model is, in float32; on an accelerator the copy may be still under way."""
-
-        def there(one: Tensor) -> Tensor:
-            return one.to(device, non_blocking=True).to(torch.float32, copy=device.type == "cpu")
-
-        target = there(self.target)
+        target = _there(self.target, device)
         if self.drawn is not None:
             mean, deviation = target.chunk(2, dim=1)
-            target = mean + deviation * there(self.drawn)
-        embed = there(self.embed)
-        if self.scale is not None:
-            embed = embed * there(self.scale)
-        pooled = there(self.pooled) if self.pooled is not None else None
+            target = mean + deviation * _there(self.drawn, device)
         return Batch(
             sample_ids=tuple(one.sample_id for one in self.showings),
             seeds=tuple(one.seed for one in self.showings),
             latents=target,
-            noise=there(self.noise),
-            references=tuple(map(there, self.references)),
-            text=TextEmbeds(embed, pooled, self.num_tokens),
+            noise=_there(self.noise, device),
+            references=tuple(_there(one, device) for one in self.references),
+            text=self.text.to(device),
         )
 
 
@@ -141,18 +148,16 @@ class Shelf:
         missing: set[str] = set()
         for target in training_sets(project):
             for row in read_pairs(project, target):
-                if row.reject is None:
-                    self._place(row, missing)
-        if missing:
-            raise UserError(
-                f"{len(missing)} latents or text embeds are not cached for this checkpoint and these settings, "
-                f"first {min(missing)}; run: {project.command('prep cache')}"
-            )
+                if row.reject is None and (sample := self.place(row, missing)) is not None:
+                    self.samples.append(sample)
+                else:
+                    self.skipped += row.reject is None
+        check_cached(project, missing)
         if not self.samples:
             raise UserError("no sample is left to train on; prep pairs and prep cache say why each was rejected")
 
-    def _place(self, row: PairRow, missing: set[str]) -> None:
-        """Take a row in, or note what it lacks."""
+    def place(self, row: PairRow, missing: set[str]) -> Sample | None:
+        """Make a sample of a row and note what of it is not cached; None if a picture of it could not be encoded."""
         ours, theirs = self._keys.target, self._keys.reference
         target = Image(row.dataset_id, ours, row.target_key(ours))
         references = tuple(
@@ -160,19 +165,21 @@ class Shelf:
         )
         images = [target, *(image for image, _ in references)]
         if any(image.key in self._of(image).rejects for image in images):
-            self.skipped += 1
-            return
+            return None
         prompts = tuple(row.prompts) or ("",)
-        every = {*prompts, *(text for _, texts in references for text in texts), ""}
         missing |= {
             f"image {image.key} of {row.dataset_id}/{row.target_path}"
             for image in images
             if image.key not in self._of(image)
         }
-        missing |= {f"prompt {text!r}" for text in every if text_key(self._text_encoder, text) not in self._text}
-        self.samples.append(
-            Sample(row.sample_id, target, references, prompts, row.repeats, row.dataset_id, row.variant, row.variants)
+        missing |= self.uncached({*prompts, *(text for _, texts in references for text in texts), ""})
+        return Sample(
+            row.sample_id, target, references, prompts, row.repeats, row.dataset_id, row.variant, row.variants
         )
+
+    def uncached(self, prompts: Iterable[str]) -> set[str]:
+        """Name the prompts whose embeds are not there."""
+        return {f"prompt {text!r}" for text in prompts if text_key(self._text_encoder, text) not in self._text}
 
     def fingerprint(self) -> str:
         """Hash what is trained on, so that a resumed run notices another set of pairs, prompts or encoders."""
@@ -198,18 +205,19 @@ class Shelf:
         references = [self._images(f"reference {number}", images, room) for number, images in enumerate(places)]
         moments = showings[0].target.encoder == self._moments
         shape = [target.shape[1] // 2 if moments else target.shape[1], *target.shape[2:]]
-        embed, scale, pooled, num_tokens = self._texts(showings, room)
+        text = self._texts([one.prompt for one in showings], room)
         return Loaded(
             showings=tuple(showings),
             target=target,
             drawn=_normal("posterior", showings, shape, room) if moments else None,
             noise=_normal("noise", showings, shape, room),
             references=tuple(references),
-            embed=embed,
-            scale=scale,
-            pooled=pooled,
-            num_tokens=num_tokens,
+            text=text,
         )
+
+    def text(self, prompts: Sequence[str], device: torch.device) -> TextEmbeds:
+        """Read the embeds of prompts; raises UserError if a shard is damaged."""
+        return self._texts(prompts, Room()).to(device)
 
     def _images(self, name: str, images: Sequence[Image], room: Room) -> Tensor:
         tensor = room.get(name, (len(images), *self._stored(images[0])), torch.bfloat16)
@@ -217,11 +225,8 @@ class Shelf:
             self._of(image).fill([image.key], {"latent": bits[None]})
         return tensor
 
-    def _texts(
-        self, showings: Sequence[Shown], room: Room
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, ...]]:
-        """Return embeds, their scales, pooled embeds and numbers of tokens."""
-        keys = [text_key(self._text_encoder, one.prompt) for one in showings]
+    def _texts(self, prompts: Sequence[str], room: Room) -> LoadedText:
+        keys = [text_key(self._text_encoder, prompt) for prompt in prompts]
         header = self._text.header_of(keys[0])
         parts = {
             column: room.get(column, (len(keys), *shape), getattr(torch, header.dtypes.get(column, "bfloat16")))
@@ -230,13 +235,22 @@ class Shelf:
         rest = self._text.fill(keys, {column: _bits(tensor) for column, tensor in parts.items()})
         scales = [row["scale"] for row in rest]
         scale = None if scales[0] is None else torch.tensor(scales, dtype=torch.float32).view(-1, 1, 1)
-        return parts["embed"], scale, parts.get("pooled"), tuple(row["num_tokens"] for row in rest)
+        return LoadedText(parts["embed"], scale, parts.get("pooled"), tuple(row["num_tokens"] for row in rest))
 
     def _stored(self, image: Image) -> tuple[int, ...]:
         return tuple(self._of(image).header_of(image.key).shapes["latent"])
 
     def _of(self, image: Image) -> ShardIndex:
         return self._latents[image.store, image.encoder]
+
+
+def check_cached(project: Project, missing: Collection[str]) -> None:
+    """Raise UserError if latents or embeds are missing."""
+    if missing:
+        raise UserError(
+            f"{len(missing)} latents or text embeds are not cached for this checkpoint and these settings, "
+            f"first {min(missing)}; run: {project.command('prep cache')}"
+        )
 
 
 def training_sets(project: Project) -> tuple[DatasetConfig, ...]:
@@ -246,6 +260,10 @@ def training_sets(project: Project) -> tuple[DatasetConfig, ...]:
     if not sets:
         raise UserError("no dataset is left to train on: every one is held out for evaluation")
     return sets
+
+
+def _there(one: Tensor, device: torch.device) -> Tensor:
+    return one.to(device, non_blocking=True).to(torch.float32, copy=device.type == "cpu")
 
 
 def _normal(name: str, showings: Sequence[Shown], shape: Sequence[int], room: Room) -> Tensor:

@@ -248,8 +248,8 @@ def _pixel_keys(project: Project, table: pa.Table) -> Iterator[str]:
 
 
 def texts(project: Project, matches: Sequence[Match], sizes: Sizes, encoder: str | None) -> Need:
-    """Count the prompts: distinct captions, the prompt library and the empty prompt."""
-    own = pa.array(["", *project.prompt_library.values()], pa.string())
+    """Count the prompts: distinct captions, those that pictures are sampled with, and the empty prompt."""
+    own = pa.array(project.further_prompts, pa.string())
     prompts = pc.unique(pa.concat_arrays([own, *(prompts_of(pairs) for pairs in matches)]))
     there, folder = 0, project.text_store / encoder if encoder is not None else None
     if folder is not None and encoder is not None and folder.exists():

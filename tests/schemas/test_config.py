@@ -748,10 +748,28 @@ def test_a_run_must_lie_among_the_runs(name, tmp_path):
     assert fault.startswith("config.json: tracker_run_name = ")
 
 
-@pytest.mark.parametrize("size", [1024, "1024", "1024x1024", "512x768,1024x1024", "0.5"])
-def test_sampled_pictures_may_have_any_size(size, tmp_path):
-    [warning] = open_project(written(tmp_path, {"validation_resolution": size})).warnings
-    assert "validation_resolution has no effect" in warning
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (1024, ((1024, 1024),)),
+        ("768", ((768, 768),)),
+        ("1024x768", ((1024, 768),)),
+        ("512x768, 1024X1024", ((512, 768), (1024, 1024))),
+        ("0.25", ((500, 500),)),
+        (1.0, ((1000, 1000),)),
+    ],
+)
+def test_sampled_pictures_may_have_any_size(size, expected, tmp_path):
+    project = open_project(written(tmp_path, {"validation_resolution": size}))
+    assert project.warnings == () and project.trainer.validation_sizes == expected
+
+
+@pytest.mark.parametrize(
+    "size", ["", "large", "1024x", "x1024", "1024x768x3", "0", "-512", "100x15", "9000", "512x8", "1e999"]
+)
+def test_sizes_of_sampled_pictures_are_checked(size, tmp_path):
+    [fault] = faults_of(written(tmp_path, {"validation_resolution": size}))
+    assert fault.startswith(f'config.json: validation_resolution = "{size}"') and "such as 1024x768" in fault
 
 
 def test_a_schema_named_for_an_editor_is_ignored(tmp_path):
