@@ -15,7 +15,7 @@ def _same(message: str, keys: str) -> dict[str, str]:
 TRAINER_KEYS: Mapping[str, str] = (
     # Other spellings
     {
-        "fused_qkv_projections": "ignored: q, k and v stay apart, as with fuse_qkv_projections",
+        "fused_qkv_projections": "ignored: write fuse_qkv_projections",
         "flow_matching_sigmoid_scale": "ignored: write flow_sigmoid_scale",
         "flux_schedule_shift": "ignored: write flow_schedule_shift",
         "flux_schedule_auto_shift": "ignored: write flow_schedule_auto_shift",

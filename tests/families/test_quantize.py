@@ -1,5 +1,7 @@
 """Which layers are quantised, how much is lost, where they end up, and why it is done before an adapter is added."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,3 +97,9 @@ def test_frozen_weights_of_quanto_keep_their_dtype(load: Callable[[torch.dtype],
     network = quantize_and_place(load(torch.bfloat16), "int8-quanto", SPARED, CPU, "cpu")
     with pytest.raises(ValueError, match="dtype"):
         network.to(torch.float32)
+
+
+def test_libraries_say_nothing_when_they_are_imported_beside_each_other() -> None:
+    code = "import families.quantize, train.adapter, peft.tuners.lora.torchao, torchao.quantization"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
