@@ -15,7 +15,7 @@ def _same(message: str, keys: str) -> dict[str, str]:
 TRAINER_KEYS: Mapping[str, str] = (
     # Other spellings
     {
-        "fused_qkv_projections": "ignored: q, k and v stay apart, as with fuse_qkv_projections",
+        "fused_qkv_projections": "ignored: write fuse_qkv_projections",
         "flow_matching_sigmoid_scale": "ignored: write flow_sigmoid_scale",
         "flux_schedule_shift": "ignored: write flow_schedule_shift",
         "flux_schedule_auto_shift": "ignored: write flow_schedule_auto_shift",
@@ -70,7 +70,6 @@ TRAINER_KEYS: Mapping[str, str] = (
     | {"quantize_activations": "not in this version: only weights are quantized, activations keep their precision"}
     | _same("ignored: TF32 stays at PyTorch's own default", "disable_tf32 allow_tf32")
     # Memory
-    | {"group_offload_type": "ignored: whole blocks are moved; their gradients need all their weights at once"}
     | _same(
         "not in this version: save memory with base_model_precision, gradient_checkpointing and enable_group_offload",
         """

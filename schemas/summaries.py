@@ -271,6 +271,8 @@ class TrainSummary:
     data_wait: float | None = None  # share of the steps' time that they waited for data
     peak_memory_gib: float | None = None  # of the accelerator
     seconds: float = 0.0  # in all
+    first_eval_loss: float | None = None  # on the held-out pairs, the first of this run
+    eval_loss: float | None = None  # the last
     psnr: float | None = None  # dB, mean of the held-out pairs that were sampled last, against their targets
     reference_psnr: float | None = None  # of their references
     ssim: float | None = None
@@ -295,6 +297,8 @@ class TrainSummary:
             yield f"  {self.skipped} samples left out: their images could not be encoded"
         if self.stopped:
             yield f"stopped after step {self.last_step}; the same command goes on from there"
+        if self.first_eval_loss is not None and self.eval_loss is not None:
+            yield f"held-out pairs: loss {self.first_eval_loss:.4f} to {self.eval_loss:.4f}"
         yield from self._samples()
         yield f"LoRA {self.lora}"
 

@@ -104,6 +104,11 @@ class TrainerConfig(Options):
         "frozen weights of blocks wait on the CPU, in memory that is locked there, until their turn: less memory, "
         "slower (CUDA alone, with `gradient_checkpointing`, not quantised)",
     )
+    group_offload_type: Literal["block_level"] = option(
+        "block_level",
+        "what is moved together: whole blocks; single layers (`leaf_level`) would save nothing, for the gradients of a "
+        "block need all its weights at once",
+    )
     group_offload_blocks_per_group: int = option(1, "with `enable_group_offload`: blocks that are moved together", ge=1)
     group_offload_use_stream: bool = option(
         False, "with `enable_group_offload`: copy the next blocks while these compute; faster, for the memory of both"

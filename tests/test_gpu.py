@@ -13,6 +13,7 @@ from peft import LoraConfig
 from families import flux, open_project
 from families.checkpoints import encoder_keys, locate
 from families.protocol import TextEmbeds
+from families.quantize import quantize_and_place
 from families.routing import Routing
 from families.runtime import choose_attention, release_memory
 from prep.cache import cache
@@ -38,7 +39,8 @@ def _step(project: object, device: str, dtype: torch.dtype) -> tuple[float, dict
     choose_attention()
     place = torch.device(device)
     denoiser = flux.load_denoiser(locate(project, project.family.denoiser), dtype)
-    denoiser.requires_grad_(False).to(place)
+    precision, via = project.trainer.base_model_precision, project.trainer.quantize_via
+    quantize_and_place(denoiser.requires_grad_(False), precision, project.family.unquantised, place, via)
     add_adapter(denoiser, project)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(3)
@@ -78,15 +80,53 @@ def test_loss_and_gradients_on_the_gpu_agree_with_the_cpu(make_project: object) 
     assert _error(others, gradients) < 2 * rounding
 
 
-@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "fp8-quanto"])
-def test_all_stages_run_on_the_gpu_in_bfloat16(make_project: object, precision: str) -> None:
-    options = {"mixed_precision": "bf16", "vae_dtype": "bf16", "base_model_precision": precision}
+PRECISIONS = ("no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "int8-torchao", "fp8-torchao")
+
+
+@pytest.mark.parametrize("kind", ["standard", "lycoris"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_all_stages_run_on_the_gpu_in_bfloat16(make_project: object, precision: str, kind: str) -> None:
+    options = {"mixed_precision": "bf16", "vae_dtype": "bf16", "base_model_precision": precision, "lora_type": kind}
     project = open_project(make_project(**options))
     scan(project), pairs(project), cache(project)
     summary = run(project)
     assert summary.device.startswith("cuda")
     assert summary.last_step == 12
     assert summary.loss is not None and np.isfinite(summary.loss)
+
+
+@pytest.mark.parametrize("mixed", ["bf16", "no"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradients_over_quantised_weights_are_those_of_the_cpu(
+    make_project: object, precision: str, mixed: str
+) -> None:
+    options = {"base_model_precision": precision, "flux_lora_target": "all+ffs"}
+    project = open_project(make_project(mixed_precision=mixed, **options))
+    exact = open_project(project.config_path.parent, overrides=["mixed_precision=no"])
+    expected = _step(exact, "cpu", torch.float32)[1]
+    dtype = torch.bfloat16 if mixed == "bf16" else torch.float32
+    found = _step(project, "cuda", dtype)[1]
+    assert found.keys() == expected.keys()
+    assert _error(found, expected) < (0.1 if mixed == "bf16" else 1e-3)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
+def test_the_gpu_never_holds_all_layers_unquantised_and_the_way_there_does_not_show(precision: str) -> None:
+    def network() -> torch.nn.Sequential:
+        torch.manual_seed(1)
+        layers = [torch.nn.Linear(2048, 2048, dtype=torch.bfloat16) for _ in range(16)]
+        return torch.nn.Sequential(*layers).requires_grad_(False)
+
+    place, picture = torch.device("cuda"), torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    quantised = quantize_and_place(network(), precision, (), place, "accelerator")
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 0.8 * 16 * 2048 * 2048 * 2
+    moved = quantize_and_place(network(), precision, (), place, "cpu")
+    one, other = quantised(picture).float(), moved(picture).float()
+    assert (one - other).norm() < 0.02 * one.norm()
 
 
 def _rows(folder: Path) -> dict[str, dict[str, np.ndarray]]:

@@ -9,19 +9,21 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoKrConfig, LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lokr.layer import factorization
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from families.runtime import family_of
 from schemas.errors import UserError
 from schemas.keys import seed_of
+from schemas.lycoris import LoKr
 from schemas.paths import resolved
 from schemas.project import Project
 from schemas.storage import name_aside, sync, write_aside
@@ -43,7 +45,7 @@ def add_adapter(denoiser: nn.Module, project: Project) -> list[nn.Parameter]:
         # What cannot be merged need not be: adapters are saved apart.
         warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
         try:
-            denoiser.add_adapter(_peft_config(project))  # type: ignore[operator]
+            denoiser.add_adapter(_peft_config(denoiser, project))  # type: ignore[operator]
         except ValueError as fault:
             raise UserError(f"flux_lora_target {preset_of(project)!r} wraps no layer of this model: {fault}") from fault
     named = [(name, parameter) for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
@@ -149,7 +151,7 @@ def _is_adapted(denoiser: nn.Module) -> bool:
     return bool(getattr(denoiser, "peft_config", None))
 
 
-def _peft_config(project: Project) -> LoraConfig | LoKrConfig:
+def _peft_config(denoiser: nn.Module, project: Project) -> LoraConfig | LoKrConfig:
     trainer, lokr = project.trainer, project.lokr
     pattern = project.family.lora_targets[preset_of(project)]
     if lokr is None:
@@ -164,9 +166,19 @@ def _peft_config(project: Project) -> LoraConfig | LoKrConfig:
         r=lokr.rank,
         alpha=lokr.alpha,
         decompose_factor=lokr.factor,
+        alpha_pattern=dict.fromkeys(_whole_layers(denoiser, pattern, lokr), lokr.rank),
         target_modules=pattern,
         init_weights="lycoris",
     )
+
+
+def _whole_layers(denoiser: nn.Module, pattern: str, lokr: LoKr) -> Iterator[str]:
+    """Yield layers too small for the rank: both their matrices are whole, which LyCORIS gives the strength 1."""
+    for name, layer in denoiser.named_modules():
+        if isinstance(layer, nn.Linear) and not lokr.whole and re.fullmatch(pattern, name):
+            sides = [factorization(size, lokr.factor)[1] for size in (layer.in_features, layer.out_features)]
+            if lokr.rank >= max(sides) / 2:
+                yield name
 
 
 def _drawn(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

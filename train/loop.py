@@ -39,9 +39,11 @@ from train.memory import checkpoint_blocks, enough_memory, offload_blocks
 from train.metrics import Metrics
 from train.optimizer import make_optimizer, make_schedule
 from train.order import Cursor, turns
+from train.pictures import pictures_of
 from train.plan import Plan, is_done, plan_of, record_of, result_of, supply_of
 from train.processes import Processes, processes
 from train.step import base_dtype, step_loss
+from train.watch import Watch
 
 CPU = torch.device("cpu")
 
@@ -91,6 +93,8 @@ def run(
 
         torch.set_num_threads(workers or torch.get_num_threads())
         family = family_of(project)
+        pictures = pictures_of(project, supply.shelf, device) if ranks.first else None
+        watch = Watch(project, supply.shelf, supply.held if ranks.first else (), pictures, device)
         state = _load(project, family, supply.weights, device, plan.steps)
         if plan.resumed is not None:
             checkpoint.load(plan.resumed, state)
@@ -99,7 +103,7 @@ def run(
         record = record_of(project)
         quiet = not ranks.first
         with enough_memory(project.trainer, device), Metrics(project, plan.first, record, quiet=quiet) as metrics:
-            done = _train(project, plan, family, state, ranks, metrics)
+            done = _train(project, plan, state, ranks, (metrics, watch))
         if ranks.first:
             _finish(project, state, record)
 
@@ -114,15 +118,17 @@ def run(
         seconds_per_step=median(done.seconds) if done.seconds else None,
         data_wait=done.waited / max(sum(done.seconds), 1e-9) if done.seconds else None,
         peak_memory_gib=_peak_gib(device),
+        **watch.numbers(),
         seconds=time.monotonic() - start,
     )
 
 
 def _train(  # noqa: PLR0915 - one step and what it needs, read top to bottom
-    project: Project, plan: Plan, family: Family, state: checkpoint.State, ranks: Processes, metrics: Metrics
+    project: Project, plan: Plan, state: checkpoint.State, ranks: Processes, told: tuple[Metrics, Watch]
 ) -> _Done:
-    """Take the steps of a run, one after the other, and write its checkpoints."""
-    config, folder, done = project.trainer, project.run_folder, _Done(plan.first)
+    """Take the steps of a run, one after the other; evaluate, sample and write checkpoints when it is time."""
+    config, folder, done, family = project.trainer, project.run_folder, _Done(plan.first), family_of(project)
+    metrics, watch = told
     cursor = plan.resumed.mark.cursor if plan.resumed is not None else Cursor()
     routes = config.tread_config.routes if config.tread_config is not None else ()
     routing = Routing(family.blocks(state.denoiser), routes) if routes else None
@@ -132,6 +138,8 @@ def _train(  # noqa: PLR0915 - one step and what it needs, read top to bottom
         progress("train", plan.last, "step", done=plan.first, quiet=not ranks.first) as bar,
         stops() as asked_to_stop,
     ):
+        if plan.first == 0:
+            watch.look(state, 0, plan.steps, metrics)
         for step, (turn, batches) in zip(range(plan.first + 1, plan.last + 1), loader, strict=False):
             began, loss, odd = time.monotonic(), 0.0, list[str]()
 
@@ -170,8 +178,9 @@ def _train(  # noqa: PLR0915 - one step and what it needs, read top to bottom
             )
             _tell(bar, done, rate, ranks.device)
 
-            # Now and then.
+            # Now and then: look, and save.
             ends = step == plan.last or bool(stop)
+            watch.look(state, step, plan.steps, metrics)
             if ranks.first:
                 mark = checkpoint.Mark(step, turn.after, plan.supply.settings)
                 if ends or _due(step, config.checkpointing_steps):

@@ -3,7 +3,7 @@
 All that can be refused is refused here; nothing is written. A further thing to check goes into `supply_of`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,8 @@ from schemas.project import Project
 from schemas.trainer import DEFAULT_STEPS
 from train import checkpoint
 from train.adapter import LORA_NAME
-from train.data import Shelf, training_sets
+from train.data import Shelf, Shown, training_sets
+from train.held_out import held_out, held_out_sets
 from train.metrics import check_tracker
 from train.optimizer import check_optimizer
 from train.order import epoch_batches
@@ -29,6 +30,7 @@ class Supply:
 
     shelf: Shelf
     weights: Path | None  # the checkpoint of the model; null if it is not on this machine, in a dry run
+    held: Sequence[Shown]  # pairs that are evaluated, and not trained on
     settings: Mapping[str, Any]  # that its numbers depend on
 
 
@@ -55,8 +57,9 @@ def supply_of(project: Project, ranks: Processes, dry_run: bool) -> Supply:
     with ranks.first_alone():  # one process builds or fetches the checkpoint
         shelf = Shelf(project, encoder_keys(project, remember=not dry_run))
         weights = here(project, denoiser) if dry_run else locate(project, denoiser)
+        held = held_out(project, shelf)
         settings = checkpoint.settings_of(project, shelf, weights, ranks.count, remember=not dry_run)
-    return Supply(shelf, weights, settings)
+    return Supply(shelf, weights, held, settings)
 
 
 def plan_of(project: Project, supply: Supply, ranks: Processes, limit: int | None) -> Plan:
@@ -96,7 +99,9 @@ def record_of(project: Project) -> dict[str, Any]:
     return {
         "config": project.trainer.model_dump(mode="json") | {"model_flavour": project.flavour},
         "versions": {name: version(name) for name in ("pairline", "torch", "diffusers", "transformers", "peft")},
-        "datasets": {one.id: digest(_provenance(project, one.id)) for one in training_sets(project)},
+        "datasets": {
+            one.id: digest(_provenance(project, one.id)) for one in (*training_sets(project), *held_out_sets(project))
+        },
     }
 
 

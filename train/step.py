@@ -92,8 +92,12 @@ def drawn_times(batch: Batch, num_tokens: int, config: TrainerConfig) -> Tensor:
     drawn = torch.tensor([chosen.draw(_rng(seed, "time"), config) for seed in batch.seeds], dtype=torch.float32)
     if not chosen.shifted:
         return drawn
-    shift = flow.auto_shift(num_tokens) if config.flow_schedule_auto_shift else config.flow_schedule_shift or 1.0
-    return flow.shifted(drawn, shift)
+    return flow.shifted(drawn, shift_of(num_tokens, config))
+
+
+def shift_of(num_tokens: int, config: TrainerConfig) -> float:
+    """Return how far times are moved towards noise, for a target of this many tokens."""
+    return flow.auto_shift(num_tokens) if config.flow_schedule_auto_shift else config.flow_schedule_shift or 1.0
 
 
 def drawn_guidance(batch: Batch, config: TrainerConfig) -> Tensor:

@@ -47,15 +47,30 @@ def test_every_flavour_has_a_checkpoint_and_text_settings(name: str) -> None:
     assert spec.default_lora_target in spec.lora_targets
 
 
-@pytest.mark.parametrize(
-    ("preset", "count"), [("mmdit", 190), ("all", 266), ("context", 76), ("context+ffs", 114), ("all+ffs", 419)]
-)
-def test_flux_presets_wrap_as_many_layers_of_the_real_model_as_simpletuners(preset: str, count: int) -> None:
+# Modules, and parameters at rank 16 in millions, of SimpleTuner's presets and of diffusers' Kontext example.
+PRESETS = {
+    "mmdit": (190, 18.68), "all": (266, 26.15), "context": (76, 7.47), "context+ffs": (114, 16.81),
+    "all+ffs": (419, 65.42), "all+ffs+embedder": (420, 65.47), "ai-toolkit": (495, 85.97), "tiny": (2, 0.59),
+    "nano": (1, 0.29), "diffusers": (380, 54.17),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def flux_layers() -> dict[str, torch.nn.Linear]:
+    """The linear layers of full-size FLUX.1, without their numbers."""
     with torch.device("meta"):
         model = FluxTransformer2DModel(guidance_embeds=True)
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+@pytest.mark.parametrize("preset", FAMILIES["flux"].lora_targets)
+def test_flux_presets_wrap_as_many_layers_of_the_real_model_as_elsewhere(
+    flux_layers: dict[str, torch.nn.Linear], preset: str
+) -> None:
     pattern = re.compile(FAMILIES["flux"].lora_targets[preset])
-    assert sum(pattern.fullmatch(name) is not None for name in linear) == count
+    wrapped = [layer for name, layer in flux_layers.items() if pattern.fullmatch(name)]
+    parameters = sum(16 * (layer.in_features + layer.out_features) for layer in wrapped)
+    assert (len(wrapped), round(parameters / 1e6, 2)) == PRESETS[preset]
 
 
 @pytest.mark.parametrize("flavour", ["dev", "schnell", "kontext"])
