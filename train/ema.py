@@ -17,6 +17,12 @@ def make_average(parameters: Sequence[nn.Parameter], config: TrainerConfig) -> E
     return EMAModel(parameters, decay=config.ema_decay) if config.use_ema else None
 
 
+def update(average: EMAModel | None, parameters: Sequence[nn.Parameter], step: int, config: TrainerConfig) -> None:
+    """Take the weights after a step into the average, every `ema_update_interval` steps."""
+    if average is not None and step % config.ema_update_interval == 0:
+        average.step(parameters)
+
+
 @contextmanager
 def averaged(average: EMAModel | None, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Have the average in place of the trained weights for a while; without one, the weights themselves."""

@@ -4,7 +4,7 @@ It draws nothing, and leaves no trace in training. What it measures is in `evalu
 `Evaluation`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from families.protocol import Family
 from schemas.trainer import TrainerConfig
 from train import flow
+from train.data import Batch
 from train.step import drawn_guidance, sample_losses, shift_of
 
 _QUANTILES = 4
@@ -37,10 +38,8 @@ class Evaluation:
 def evaluate(
     family: Family,
     denoiser: nn.Module,
-    shelf: Shelf,
-    held: Sequence[Shown],
+    batches: Iterable[Batch],
     config: TrainerConfig,
-    device: torch.device,
 ) -> Evaluation:
     """Measure the loss of batches of one held-out pair each, at `eval_timesteps` times."""
     training = denoiser.training

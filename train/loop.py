@@ -31,7 +31,7 @@ from schemas.storage import write_aside
 from schemas.summaries import TrainSummary
 from train import checkpoint
 from train.adapter import LORA_NAME, adapter_layers, add_adapter, check_gradients, save_adapter, start_from_file
-from train.ema import averaged, make_average
+from train.ema import averaged, make_average, update
 from train.fusing import fuse
 from train.interrupt import stops
 from train.loader import Loader
@@ -103,6 +103,8 @@ def run(
         record = record_of(project)
         quiet = not ranks.first
         with enough_memory(project.trainer, device), Metrics(project, plan.first, record, quiet=quiet) as metrics:
+            if plan.first == 0:
+                watch.look(state, 0, plan.steps, metrics)
             done = _train(project, plan, state, ranks, (metrics, watch))
         if ranks.first:
             _finish(project, state, record)
@@ -123,11 +125,11 @@ def run(
     )
 
 
-def _train(  # noqa: PLR0915 - one step and what it needs, read top to bottom
+def _train(
     project: Project, plan: Plan, state: checkpoint.State, ranks: Processes, told: tuple[Metrics, Watch]
 ) -> _Done:
     """Take the steps of a run, one after the other; evaluate, sample and write checkpoints when it is time."""
-    config, folder, done, family = project.trainer, project.run_folder, _Done(plan.first), family_of(project)
+    config, family, done = project.trainer, family_of(project), _Done(plan.first)
     metrics, watch = told
     cursor = plan.resumed.mark.cursor if plan.resumed is not None else Cursor()
     routes = config.tread_config.routes if config.tread_config is not None else ()
@@ -138,8 +140,6 @@ def _train(  # noqa: PLR0915 - one step and what it needs, read top to bottom
         progress("train", plan.last, "step", done=plan.first, quiet=not ranks.first) as bar,
         stops() as asked_to_stop,
     ):
-        if plan.first == 0:
-            watch.look(state, 0, plan.steps, metrics)
         for step, (turn, batches) in zip(range(plan.first + 1, plan.last + 1), loader, strict=False):
             began, loss, odd = time.monotonic(), 0.0, list[str]()
 
@@ -164,8 +164,7 @@ def _train(  # noqa: PLR0915 - one step and what it needs, read top to bottom
             state.optimizer.step()
             state.schedule.step()
             state.optimizer.zero_grad(set_to_none=True)
-            if state.average is not None and step % config.ema_update_interval == 0:
-                state.average.step(state.parameters)
+            update(state.average, state.parameters, step, config)
 
             # What there is to tell.
             done.step = step
@@ -182,14 +181,19 @@ def _train(  # noqa: PLR0915 - one step and what it needs, read top to bottom
             ends = step == plan.last or bool(stop)
             watch.look(state, step, plan.steps, metrics)
             if ranks.first:
-                mark = checkpoint.Mark(step, turn.after, plan.supply.settings)
-                if ends or _due(step, config.checkpointing_steps):
-                    checkpoint.save(folder, state, mark, keep=config.checkpoints_total_limit)
-                elif _due(step, config.checkpointing_rolling_steps):
-                    checkpoint.save(folder, state, mark, keep=config.checkpoints_rolling_total_limit, rolling=True)
+                _save(project, state, checkpoint.Mark(step, turn.after, plan.supply.settings), ends=ends)
             if ends:
                 break
     return done
+
+
+def _save(project: Project, state: checkpoint.State, mark: checkpoint.Mark, *, ends: bool) -> None:
+    """Write the checkpoint that is due after a step, if one is."""
+    config, folder = project.trainer, project.run_folder
+    if ends or _due(mark.step, config.checkpointing_steps):
+        checkpoint.save(folder, state, mark, keep=config.checkpoints_total_limit)
+    elif _due(mark.step, config.checkpointing_rolling_steps):
+        checkpoint.save(folder, state, mark, keep=config.checkpoints_rolling_total_limit, rolling=True)
 
 
 def _due(step: int, every: int) -> bool:

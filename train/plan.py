@@ -96,12 +96,11 @@ def _steps(project: Project, shelf: Shelf, count: int) -> int:
 
 def record_of(project: Project) -> dict[str, Any]:
     """Return what a run is made from: options, versions, and the pair tables, by what made them."""
+    sets = (*training_sets(project), *held_out_sets(project))
     return {
         "config": project.trainer.model_dump(mode="json") | {"model_flavour": project.flavour},
         "versions": {name: version(name) for name in ("pairline", "torch", "diffusers", "transformers", "peft")},
-        "datasets": {
-            one.id: digest(_provenance(project, one.id)) for one in (*training_sets(project), *held_out_sets(project))
-        },
+        "datasets": {one.id: digest(_provenance(project, one.id)) for one in sets},
     }
 
 
