@@ -107,6 +107,12 @@ class _Sampled:
     target: Tensor | None = None
 
 
+def check_pictures(project: Project, shelf: Shelf) -> None:
+    """Raise UserError if something that is to be sampled is not cached; loads and fetches nothing."""
+    if not project.trainer.validation_disable:
+        _orders(project, shelf)
+
+
 def pictures_of(project: Project, shelf: Shelf, device: torch.device) -> "Pictures | None":
     """Return what samples a run's pictures, or None if there are none to sample.
 

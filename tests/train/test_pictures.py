@@ -27,7 +27,7 @@ from train.data import Shelf
 from train.grid import Cell, drawn
 from train.held_out import held_out, held_out_pairs
 from train.likeness import psnr, ssim
-from train.pictures import Pictures, SampleReport, pictures_of
+from train.pictures import Pictures, SampleReport, check_pictures, pictures_of
 
 CPU = torch.device("cpu")
 
@@ -220,8 +220,9 @@ def test_of_several_references_all_are_shown_together_or_the_first(folder: Path,
 
 def test_what_is_not_cached_is_told_before_the_first_step(folder: Path) -> None:
     project, shelf = _opened(folder, validation_prompt="never cached")
-    with pytest.raises(UserError, match="first prompt 'never cached'; run: prep cache"):
-        pictures_of(project, shelf, CPU)
+    for check in (pictures_of, check_pictures):
+        with pytest.raises(UserError, match="first prompt 'never cached'; run: prep cache"):
+            check(project, shelf, *([CPU] if check is pictures_of else []))
     project, shelf = _opened(folder, validation_negative_prompt="nor this")
     assert pictures_of(project, shelf, CPU) is not None  # it is not used
     project, shelf = _opened(folder, validation_negative_prompt="nor this", validation_guidance_real=2.0)
