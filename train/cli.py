@@ -40,7 +40,7 @@ def _commands() -> None:
 
 @app.command(
     short_help="Train a LoRA; resumes by itself.",
-    epilog="Examples:  train run my-project --set learning_rate=2e-4 --set tracker_run_name=higher-rate;  "
+    epilog="Example:  train run my-project --set learning_rate=2e-4 --set tracker_run_name=higher-rate;  on 2 GPUs:  "
     "torchrun --nproc-per-node 2 -m train.cli run my-project",
 )
 def run(

@@ -21,6 +21,7 @@ from train.held_out import held_out, held_out_sets
 from train.metrics import check_tracker
 from train.optimizer import check_optimizer
 from train.order import epoch_batches
+from train.pictures import check_pictures
 from train.processes import Processes
 
 
@@ -58,6 +59,7 @@ def supply_of(project: Project, ranks: Processes, dry_run: bool) -> Supply:
         shelf = Shelf(project, encoder_keys(project, remember=not dry_run))
         weights = here(project, denoiser) if dry_run else locate(project, denoiser)
         held = held_out(project, shelf)
+        check_pictures(project, shelf)
         settings = checkpoint.settings_of(project, shelf, weights, ranks.count, remember=not dry_run)
     return Supply(shelf, weights, held, settings)
 

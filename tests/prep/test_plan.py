@@ -66,14 +66,11 @@ def _batched(project: Project, epoch: int = 0) -> Counter[tuple[str, ...]]:
 
     shelf = Shelf(project, encoder_keys(project))
 
-    def size(image) -> str:
-        _, height, width = shelf.shape(image)
-        return f"{width * 8}x{height * 8}"
+    def sizes(showing) -> tuple[str, ...]:
+        target, _, *references = shelf.shapes(showing)
+        return tuple(f"{width * 8}x{height * 8}" for _, height, width in (target, *references))
 
-    return Counter(
-        (*(size(image) for image in (batch[0].target, *batch[0].references)), str(len(batch)))
-        for batch in epoch_batches(project, shelf, epoch)
-    )
+    return Counter((*sizes(batch[0]), str(len(batch))) for batch in epoch_batches(project, shelf, epoch))
 
 
 def _planned(summary: PlanSummary) -> Counter[tuple[str, ...]]:
