@@ -80,10 +80,7 @@ def project_of(folder, samples, prompts, pixels, checkpoint=None):
     store = project.text_store / KEYS.text
     for first in range(0, len(said), size := rows_of_shard(header.row_bytes)):
         some = said[first : first + size]
-        embeds, pooled = (
-            rng.integers(0, 1 << 16, (len(some), *shape), np.uint16) for shape in ((TOKENS, WIDTH), (POOLED,))
-        )
-        named = zip(some, embeds, pooled, strict=True)
+        named = [(text, normal(rng, TOKENS, WIDTH), normal(rng, POOLED)) for text in some]
         write_shard(store, header, [text_row(text_key(KEYS.text, text), text, *one, 77) for text, *one in named])
     return project
 

@@ -93,7 +93,9 @@ def settings_of(
         "model_flavour": project.flavour,
         "batches_per_step": project.trainer.gradient_accumulation_steps * processes,
         "samples": shelf.fingerprint(),
-        "lycoris_config": asdict(project.lokr) if project.lokr is not None else None,  # the file's content
+        "lycoris_config": project.lokr.model_dump(mode="json")
+        if project.lokr is not None
+        else None,  # what the file says
     }
     if weights is not None:
         settings["weights"] = fingerprint(project, weights, project.family.denoiser, remember=remember)
