@@ -12,7 +12,8 @@ from schemas.trainer import TrainerConfig
 def make_average(parameters: Sequence[nn.Parameter], config: TrainerConfig) -> EMAModel | None:
     """Start an average at the present weights, where `use_ema` asks for one.
 
-    After n updates its decay is (1 + n) / (10 + n), at most `ema_decay`, so that a short run has an average too.
+    The first update takes the weights as they are; after n its decay is (1 + n) / (10 + n), at most `ema_decay`, so
+    that a short run has an average too.
     """
     return EMAModel(parameters, decay=config.ema_decay) if config.use_ema else None
 

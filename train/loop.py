@@ -8,6 +8,7 @@ processes.py; the model itself in its family's module.
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,6 @@ import torch
 from torch import nn
 
 from families import Source, open_project
-from families.protocol import Family
 from families.quantize import quantize_and_place
 from families.routing import Routing
 from families.runtime import choose_attention, default_device, family_of
@@ -59,6 +59,15 @@ class _Done:
     waited: float = 0.0  # seconds that steps waited for data
 
 
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """What goes on around the steps."""
+
+    metrics: Metrics
+    watch: Watch
+    asked_to_stop: Callable[[], bool]
+
+
 def run(
     project: Source, *, limit: int | None = None, workers: int | None = None, dry_run: bool = False
 ) -> TrainSummary:
@@ -92,20 +101,16 @@ def run(
             return replace(summary, seconds=time.monotonic() - start)
 
         torch.set_num_threads(workers or torch.get_num_threads())
-        family = family_of(project)
+        asked_to_stop = held.enter_context(stops())
+        held.enter_context(enough_memory(project.trainer, device))
         pictures = pictures_of(project, supply.shelf, device) if ranks.first else None
         watch = Watch(project, supply.shelf, supply.held if ranks.first else (), pictures, device)
-        state = _load(project, family, supply.weights, device, plan.steps)
-        if plan.resumed is not None:
-            checkpoint.load(plan.resumed, state)
-        else:
-            start_from_file(state.denoiser, project)
+        state = _load(project, plan, supply.weights, device)
         record = record_of(project)
-        quiet = not ranks.first
-        with enough_memory(project.trainer, device), Metrics(project, plan.first, record, quiet=quiet) as metrics:
-            if plan.first == 0:
+        with Metrics(project, plan.first, record, quiet=not ranks.first) as metrics:
+            if plan.first == 0 and not asked_to_stop():
                 watch.look(state, 0, plan.steps, metrics)
-            done = _train(project, plan, state, ranks, (metrics, watch))
+            done = _train(project, plan, state, ranks, _Around(metrics, watch, asked_to_stop))
         if ranks.first:
             _finish(project, state, record)
 
@@ -125,12 +130,9 @@ def run(
     )
 
 
-def _train(
-    project: Project, plan: Plan, state: checkpoint.State, ranks: Processes, told: tuple[Metrics, Watch]
-) -> _Done:
+def _train(project: Project, plan: Plan, state: checkpoint.State, ranks: Processes, around: _Around) -> _Done:
     """Take the steps of a run, one after the other; evaluate, sample and write checkpoints when it is time."""
     config, family, done = project.trainer, family_of(project), _Done(plan.first)
-    metrics, watch = told
     cursor = plan.resumed.mark.cursor if plan.resumed is not None else Cursor()
     routes = config.tread_config.routes if config.tread_config is not None else ()
     routing = Routing(family.blocks(state.denoiser), routes) if routes else None
@@ -138,7 +140,6 @@ def _train(
     with (
         Loader(plan.supply.shelf, planned, ranks.device) as loader,
         progress("train", plan.last, "step", done=plan.first, quiet=not ranks.first) as bar,
-        stops() as asked_to_stop,
     ):
         for step, (turn, batches) in zip(range(plan.first + 1, plan.last + 1), loader, strict=False):
             began, loss, odd = time.monotonic(), 0.0, list[str]()
@@ -151,7 +152,7 @@ def _train(
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += part.item()
                 odd += [] if torch.isfinite(part) else batch.sample_ids
-            loss, stop = ranks.sum(loss, asked_to_stop())
+            loss, stop = ranks.sum(loss, around.asked_to_stop())
             if not math.isfinite(loss):
                 raise UserError(f"step {step}: the loss is {loss}; samples: {', '.join(odd) or 'of another process'}")
 
@@ -172,14 +173,15 @@ def _train(
             done.seconds.append(time.monotonic() - began)
             done.samples += turn.samples
             waited, done.waited = loader.waited - done.waited, loader.waited
-            metrics.write(
+            around.metrics.write(
                 step, epoch=turn.epoch, loss=loss, lr=rate, grad_norm=norm, seconds=done.seconds[-1], data_wait=waited
             )
             _tell(bar, done, rate, ranks.device)
 
             # Now and then: look, and save.
             ends = step == plan.last or bool(stop)
-            watch.look(state, step, plan.steps, metrics)
+            if not stop:
+                around.watch.look(state, step, plan.steps, around.metrics)
             if ranks.first:
                 _save(project, state, checkpoint.Mark(step, turn.after, plan.supply.settings), ends=ends)
             if ends:
@@ -214,9 +216,9 @@ def _peak_gib(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
-def _load(project: Project, family: Family, folder: Path, device: torch.device, steps: int) -> checkpoint.State:
+def _load(project: Project, plan: Plan, folder: Path, device: torch.device) -> checkpoint.State:
     """Load, freeze, quantise, then adapt: in this order, or the adapter would be quantised as well."""
-    config = project.trainer
+    config, family = project.trainer, family_of(project)
     choose_attention()
     denoiser = family.load_denoiser(folder, base_dtype(config))
     if config.fuse_qkv_projections:
@@ -236,8 +238,14 @@ def _load(project: Project, family: Family, folder: Path, device: torch.device, 
     if config.enable_group_offload:
         offload_blocks(family, denoiser, device, config)
     optimizer = make_optimizer(parameters, config)
-    schedule = make_schedule(optimizer, config, steps)
-    return checkpoint.State(denoiser.train(), parameters, optimizer, schedule, make_average(parameters, config))
+    schedule = make_schedule(optimizer, config, plan.steps)
+    if plan.resumed is None:
+        start_from_file(denoiser, project)
+    average = make_average(parameters, config)
+    state = checkpoint.State(denoiser.train(), parameters, optimizer, schedule, average)
+    if plan.resumed is not None:
+        checkpoint.load(plan.resumed, state)
+    return state
 
 
 def _clip(state: checkpoint.State, step: int, limit: float) -> float:

@@ -1,11 +1,11 @@
 """Several processes on the real command: the same weights as one process on the same global batch."""
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,29 +17,49 @@ from prep.cache import cache
 from prep.pairs import pairs
 from prep.scan import scan
 from schemas.project import Project
+from train.cli import app
 from train.loop import run
 
 MakeProject = Callable[..., Path]
 
 
-def _together(folder: Path, count: int, *options: str) -> list[subprocess.CompletedProcess[str]]:
+@dataclass(frozen=True)
+class _Ended:
+    code: int
+    stdout: str
+    stderr: str
+
+
+def _rank(arguments: list[str], environment: dict[str, str], told: tuple[Path, Path]) -> None:
+    """Be the command, in a process whose libraries are loaded."""
+    os.environ.update(environment)
+    for number, file in zip((1, 2), told, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    app(arguments, prog_name="train")
+
+
+def _together(folder: Path, count: int, *options: str) -> list[_Ended]:
     """Run `train run` in processes that find each other as torchrun's do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    sets = [part for option in options for part in ("--set", option)]
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
+    arguments = ["run", str(folder), *(part for option in options for part in ("--set", option))]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.loop", "train.cli"])
+    told = [(folder / f"out-{rank}.txt", folder / f"err-{rank}.txt") for rank in range(count)]
     started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "train.cli", "run", str(folder), *sets],
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-                              "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        context.Process(
+            target=_rank, args=(arguments, meeting | {"RANK": str(rank), "WORLD_SIZE": str(count)}, told[rank])
         )
         for rank in range(count)
-    ]  # fmt: skip
-    told = [process.communicate(timeout=240) for process in started]
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(240)
     return [
-        subprocess.CompletedProcess(one.args, one.returncode, *text) for one, text in zip(started, told, strict=True)
+        _Ended(process.exitcode if process.exitcode is not None else -1, out.read_text(), err.read_text())
+        for process, (out, err) in zip(started, told, strict=True)
     ]
 
 
@@ -55,7 +75,7 @@ def test_two_processes_train_what_one_does_on_the_same_global_batch(make_project
     one = open_project(folder, overrides=["tracker_run_name=one", "gradient_accumulation_steps=2"])
     run(one)
     for process in _together(folder, 2, "tracker_run_name=two"):
-        assert process.returncode == 0, process.stderr
+        assert process.code == 0, process.stderr
     two = open_project(folder, overrides=["tracker_run_name=two"])
     expected, found = _weights(one), _weights(two)
     assert expected.keys() == found.keys()
@@ -76,7 +96,7 @@ def test_a_run_of_two_processes_is_resumed_by_one_that_accumulates_twice(make_pr
     whole = open_project(folder, overrides=["tracker_run_name=whole", *twice])
     run(whole)
     first, second = _together(folder, 2, "tracker_run_name=parts", "max_train_steps=2")
-    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.code == second.code == 0, first.stderr + second.stderr
     assert "LoRA" in first.stdout and not second.stdout
     parts = open_project(folder, overrides=["tracker_run_name=parts", *twice])
     assert run(parts).first_step == 2
@@ -88,5 +108,5 @@ def test_a_loss_that_is_not_finite_ends_all_processes_and_names_the_samples(make
     folder = make_project("deblur", photos=4, max_train_steps=3, learning_rate=1e30, max_grad_norm=0)
     scan(folder), pairs(folder), cache(folder)
     told = _together(folder, 2)
-    assert [process.returncode for process in told] == [1, 1], told[0].stderr
+    assert [process.code for process in told] == [1, 1], told[0].stderr
     assert "step" in told[0].stderr and "samples: " in told[0].stderr

@@ -1,0 +1,247 @@
+"""A run as a whole: what it looks at, what it leaves, and that looking changes nothing."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from families import flux, open_project
+from families.checkpoints import encoder_keys, locate
+from prep.cache import cache
+from prep.pairs import pairs
+from prep.scan import scan
+from schemas import console
+from schemas.errors import UserError
+from schemas.project import Project
+from train.adapter import LORA_NAME, add_adapter
+from train.data import Shelf
+from train.ema import averaged, make_average, update
+from train.evaluate import evaluate, times_of
+from train.held_out import held_out
+from train.loop import run
+from train.step import sample_losses
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, copy_demo: Callable[..., Path]) -> Path:
+    """The JPEG demo with its held-out pairs, small and cached."""
+    small = {"max_train_steps": 6, "checkpointing_steps": 0, "eval_timesteps": 4, "validation_resolution": "64x64",
+             "validation_num_inference_steps": 2, "eval_steps_interval": 3, "validation_steps": 3}  # fmt: skip
+    project = copy_demo(tmp_path_factory.mktemp("run"), "jpeg", photos=4, **small)
+    scan(project), pairs(project), cache(project)
+    return project
+
+
+def _project(folder: Path, name: str, *overrides: str) -> Project:
+    return open_project(folder, overrides=[f"tracker_run_name={name}", *overrides])
+
+
+def _weights(project: Project, name: str = LORA_NAME) -> dict[str, torch.Tensor]:
+    return load_file(project.run_folder / name)
+
+
+def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _metrics(project: Project) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (project.run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_evaluations_and_samples_change_no_bit_of_what_is_trained(folder: Path) -> None:
+    watched = _project(folder, "watched", "lora_dropout=0.1", "use_ema=true")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    summary = run(watched)
+    blind = _project(folder, "blind", "lora_dropout=0.1", "use_ema=true", "eval_steps_interval=0",
+                     "validation_disable=true", "report_to=none")  # fmt: skip
+    run(blind)
+    assert _equal(_weights(watched), _weights(blind))
+    assert _equal(_weights(watched, f"ema/{LORA_NAME}"), _weights(blind, f"ema/{LORA_NAME}"))
+    assert not _equal(_weights(watched), _weights(watched, f"ema/{LORA_NAME}"))
+    assert before.shape == torch.get_rng_state().shape
+
+    told = _metrics(watched)
+    assert [one["step"] for one in told if "eval_loss" in one] == [0, 3, 6]
+    assert [one["step"] for one in told if "samples/psnr" in one] == [3, 6]
+    assert {path.name for path in (watched.run_folder / "samples").iterdir()} == {"step-3", "step-6"}
+    assert not (blind.run_folder / "samples").exists() and not (blind.run_folder / "tensorboard").exists()
+    last = [one for one in told if "eval_loss" in one][-1]
+    assert summary.eval_loss == last["eval_loss"] != summary.first_eval_loss
+    lines = "\n".join(summary.lines())
+    assert f"held-out pairs: loss {summary.first_eval_loss:.4f} to {summary.eval_loss:.4f}" in lines
+    assert f"samples: PSNR {summary.psnr:.1f} dB, references {summary.reference_psnr:.1f} dB" in lines
+
+
+def test_tensorboard_has_curves_and_pictures_and_a_resumed_run_repeats_none(folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    project = _project(folder, "board")
+    run(project, limit=4)
+    assert run(project).first_step == 4
+    events = EventAccumulator(str(project.run_folder / "tensorboard"))
+    events.Reload()
+    assert [one.step for one in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [one.step for one in events.Scalars("eval_loss")] == [0, 3, 6]
+    assert [one.step for one in events.Images("samples")] == [3, 6]
+
+
+def test_a_stopped_run_neither_evaluates_nor_samples_out_of_turn(folder: Path) -> None:
+    project = _project(folder, "limited")
+    summary = run(project, limit=2)
+    assert summary.psnr is None and [one["step"] for one in _metrics(project) if "eval_loss" in one] == [0]
+
+
+def test_the_evaluation_is_the_mean_over_a_fixed_grid_of_times(folder: Path) -> None:
+    project = _project(folder, "evaluated")
+    shelf, config = Shelf(project, encoder_keys(project)), project.trainer
+    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), torch.float32)
+    add_adapter(denoiser.requires_grad_(False), project)
+    held = held_out(project, shelf)
+    assert len(held) == 3
+    denoiser.train()
+
+    def seen() -> object:
+        return evaluate(flux, denoiser, (shelf.load([one], CPU) for one in held), config)
+
+    first = seen()
+    torch.manual_seed(99)
+    assert seen() == first
+    assert denoiser.training
+    expected: list[list[float]] = []
+    with torch.no_grad():
+        for one in held:
+            batch = shelf.load([one], CPU)
+            grid = times_of(flux.num_tokens(batch.latents.shape[1:]), config)
+            assert len(grid) == 4 and all(low < high for low, high in pairwise([0.0, *grid.tolist(), 1.0]))
+            losses = [sample_losses(flux, denoiser, batch, t[None], torch.ones(1), config).item() for t in grid]
+            expected.append(losses)
+    columns = [sum(column) / len(held) for column in zip(*expected, strict=True)]
+    assert first.by_time == pytest.approx(tuple(columns))
+    assert first.loss == pytest.approx(sum(columns) / 4)
+
+
+def test_the_average_follows_its_decay_and_gives_the_weights_back(folder: Path) -> None:
+    config = _project(folder, "average", "use_ema=true", "ema_decay=0.5", "ema_update_interval=2").trainer
+    weight = torch.nn.Parameter(torch.zeros(3))
+    average = make_average([weight], config)
+    expected, updates = torch.zeros(3), 0
+    for step in range(1, 9):
+        weight.data += 1
+        update(average, [weight], step, config)
+        if step % 2 == 0:
+            decay = min(0.5, (1 + updates) / (10 + updates)) if updates else 0.0
+            updates += 1
+            expected = decay * expected + (1 - decay) * weight.data
+    with averaged(average, [weight]):
+        torch.testing.assert_close(weight.data, expected)
+    assert torch.equal(weight.data, torch.full((3,), 8.0))
+
+
+def test_checkpoints_of_both_kinds_have_limits_of_their_own(folder: Path) -> None:
+    project = _project(folder, "limits", "max_train_steps=12", "checkpointing_steps=5", "checkpoints_total_limit=2",
+                       "checkpointing_rolling_steps=2", "checkpoints_rolling_total_limit=2", "eval_steps_interval=0",
+                       "validation_disable=true")  # fmt: skip
+    run(project)
+    names = {path.name for path in project.run_folder.glob("checkpoint-*")}
+    assert names == {"checkpoint-10", "checkpoint-12", "checkpoint-6-rolling", "checkpoint-8-rolling"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ['tread_config={"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -1}]}',
+         "scheduled_sampling_max_step_offset=100", "scheduled_sampling_probability=0.8", "loss_type=huber"],
+        ["lora_type=lycoris", "flow_use_beta_schedule=true", "flux_guidance_mode=random-range", "use_ema=true"],
+        ["optimizer=prodigy", "fuse_qkv_projections=true", "gradient_checkpointing_interval=2",
+         "gradient_accumulation_steps=2", "conditioning_dropout_probability=0.5"],
+    ],
+    ids=["tread and rollout", "lokr", "fused, prodigy"],
+)  # fmt: skip
+def test_every_kind_of_training_resumes_to_the_same_bits(folder: Path, options: list[str]) -> None:
+    quiet = ["eval_steps_interval=0", "validation_disable=true", "report_to=none", *options]
+    name = options[0].partition("=")[0]
+    whole, parts = _project(folder, f"{name} whole", *quiet), _project(folder, f"{name} parts", *quiet)
+    first = run(whole)
+    run(parts, limit=2), run(parts)
+    assert _equal(_weights(whole), _weights(parts))
+    assert first.loss is not None and first.loss > 0
+
+
+def test_all_weights_are_trained_and_load_as_a_checkpoint_does(folder: Path) -> None:
+    quiet = ["eval_steps_interval=0", "validation_disable=true", "report_to=none"]
+    full = [*quiet, "model_type=full", "learning_rate=1e-4", "max_grad_norm=0.5"]
+    whole, parts = _project(folder, "full whole", *full), _project(folder, "full parts", *full)
+    summary = run(whole)
+    run(parts, limit=3), run(parts)
+    trained, again = (
+        FluxTransformer2DModel.from_pretrained(one.run_folder, subfolder="transformer") for one in (whole, parts)
+    )
+    before = flux.load_denoiser(locate(whole, whole.family.denoiser), torch.float32).state_dict()
+    assert _equal(trained.state_dict(), again.state_dict())
+    assert summary.trainable_parameters == sum(one.numel() for one in before.values())
+    assert not any(
+        torch.equal(before[name], tensor) for name, tensor in trained.state_dict().items() if tensor.ndim > 1
+    )
+    assert run(whole).first_step == 6
+
+
+def test_run_folder_and_adapter_say_what_made_them(folder: Path) -> None:
+    project = _project(folder, "record", "eval_steps_interval=0", "validation_disable=true")
+    run(project)
+    settings = json.loads((project.run_folder / "settings.json").read_text())
+    with safe_open(project.run_folder / LORA_NAME, "pt") as file:
+        header = file.metadata()
+    assert json.loads(header["pairline"]) == settings
+    assert set(settings["datasets"]) == {"photos", "held-out"}
+    assert settings["config"]["learning_rate"] == project.trainer.learning_rate
+    assert settings["config"]["model_flavour"] == "kontext"
+    assert {"torch", "diffusers", "peft", "pairline"} <= settings["versions"].keys()
+    assert json.loads(header["lora_adapter_metadata"])["transformer.lora_alpha"] == 8
+
+
+def _slowly(folder: Path) -> None:
+    run(_project(folder, "shared", "max_train_steps=2000", "eval_steps_interval=0", "validation_disable=true"))
+
+
+def test_a_second_run_in_the_same_folder_is_told_who_is_at_work(folder: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.loop"])
+    process = context.Process(target=_slowly, args=(folder,))
+    process.start()
+    project = _project(folder, "shared", "max_train_steps=2000", "eval_steps_interval=0", "validation_disable=true")
+    limit = time.monotonic() + 60
+    while not (project.run_folder / "metrics.jsonl").exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+    with pytest.raises(UserError, match=rf"train run \(process {process.pid} .*is at work there"):
+        run(project)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 0
+    assert [path.name for path in project.run_folder.glob("checkpoint-*")]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console.log, "propagate", True)
+    project = _project(folder, "infinite", "learning_rate=1e30", "max_grad_norm=0", "validation_disable=true",
+                       "eval_steps_interval=0")  # fmt: skip
+    shelf = Shelf(project, encoder_keys(project))
+    with pytest.raises(UserError, match=r"step \d+: the loss is (nan|inf); samples: \w+") as told:
+        run(project)
+    assert any(one.sample_id in str(told.value) for one in shelf.samples)
+    assert not (project.run_folder / LORA_NAME).exists()
