@@ -51,14 +51,14 @@ _NESTED: Mapping[str, type[Options]] = {
 
 # Where a default differs from SimpleTuner's, or decides how a run goes: the reason.
 _WHY: Mapping[str, str] = {
-    "learning_rate": "what diffusers' examples train LoRA with; upstream's 4e-7 is for whole models. Lion wants about a "
-    "tenth of it, LoKr up to ten times as much",
+    "learning_rate": "what diffusers' examples train LoRA with; upstream's 4e-7 is for whole models. Lion wants about "
+    "a tenth of it, LoKr up to ten times as much",
     "max_grad_norm": "one odd sample cannot throw a run; upstream clips each value at 2, which is next to nothing",
     "lora_dropout": "noise and time are another at every showing; upstream has 0.1",
     "caption_dropout_probability": "FLUX.1 is distilled of guidance: it is never run without its prompt",
     "flow_schedule_auto_shift": "FLUX was trained with times shifted by resolution; the target's tokens alone count",
     "flux_guidance_value": "what distilled models are trained at, as their makers advise; sampling may tell them more",
-    "gradient_checkpointing": "a third slower, and two thirds of the memory are free",
+    "gradient_checkpointing": "a third slower, two thirds of the memory are free",
     "base_model_precision": "exact and fastest; `int8-quanto` is the next choice, for cards of 24 GB",
     "quantize_via": "a layer at a time: seconds instead of minutes, and never the whole model in bf16 there",
     "mixed_precision": "what the model is run in; adapters are float32 all the same",
