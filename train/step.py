@@ -115,12 +115,9 @@ def base_dtype(config: TrainerConfig) -> torch.dtype:
 
 
 def autocast(config: TrainerConfig, device: torch.device) -> torch.autocast:
-    """Run the float32 adapters in bfloat16.
-
-    Not over quanto's kernels for float8 and four bits and less: they refuse the float32 that autocast makes of norms.
-    """
-    half = config.mixed_precision == "bf16" and config.base_model_precision in ("no_change", "int8-quanto")
-    return torch.autocast(device.type, torch.bfloat16, enabled=half)
+    """Run the float32 adapters in bfloat16; not over quantised weights of float32, which cannot be cast."""
+    exact = config.base_model_precision != "no_change" and base_dtype(config) == torch.float32
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16" and not exact)
 
 
 def _rng(seed: int, stage: str) -> np.random.Generator:
