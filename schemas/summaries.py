@@ -300,7 +300,7 @@ class TrainSummary:
         if self.first_eval_loss is not None and self.eval_loss is not None:
             yield f"held-out pairs: loss {self.first_eval_loss:.4f} to {self.eval_loss:.4f}"
         yield from self._samples()
-        yield f"wrote {self.lora}"
+        yield f"trained weights: {self.lora}"
 
     def _samples(self) -> Iterator[str]:
         if self.psnr is None or self.ssim is None:

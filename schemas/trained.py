@@ -3,7 +3,9 @@
 A new rule is a function here and a name in `TRAINING_RULES`; `schemas.rules` runs them with its own.
 """
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from schemas.config_file import Findings, shown
 from schemas.errors import Fault
@@ -67,12 +69,34 @@ def _inactive(trainer: TrainerConfig) -> Iterator[str]:
             yield f"{key} has no effect: lycoris_config says what LoKr is like"
     elif trainer.lycoris_config is not None:
         yield "lycoris_config has no effect without lora_type: lycoris"
-    if "lr_num_cycles" in given and trainer.lr_scheduler != "cosine_with_restarts":
-        yield "lr_num_cycles has no effect without lr_scheduler: cosine_with_restarts"
-    if "lr_power" in given and trainer.lr_scheduler != "polynomial":
-        yield "lr_power has no effect without lr_scheduler: polynomial"
+    for key, (needed, acts, told) in _NEEDS.items():
+        changed = key in given and getattr(trainer, key) != type(trainer).model_fields[key].default
+        if changed and not acts(getattr(trainer, needed)):
+            yield f"{key} has no effect {told}"
     if trainer.optimizer == "prodigy" and trainer.learning_rate < _PRODIGY_RATE:
         yield f"learning_rate {trainer.learning_rate:g}: prodigy finds the rate and multiplies it by this, usually by 1"
+
+
+# Option -> the option that it needs, the values of that with which it acts, and how to say so.
+_NEEDS: Mapping[str, tuple[str, Callable[[Any], bool], str]] = {
+    "lr_num_cycles": ("lr_scheduler", "cosine_with_restarts".__eq__, "without lr_scheduler: cosine_with_restarts"),
+    "lr_power": ("lr_scheduler", "polynomial".__eq__, "without lr_scheduler: polynomial"),
+    "lr_warmup_steps": ("lr_scheduler", "constant".__ne__, "under lr_scheduler: constant"),
+    "flow_schedule_shift": ("flow_schedule_auto_shift", operator.not_, "beside flow_schedule_auto_shift"),
+    "flow_beta_schedule_alpha": ("flow_use_beta_schedule", bool, "without flow_use_beta_schedule"),
+    "flow_beta_schedule_beta": ("flow_use_beta_schedule", bool, "without flow_use_beta_schedule"),
+    "flux_guidance_min": ("flux_guidance_mode", "random-range".__eq__, "without flux_guidance_mode: random-range"),
+    "flux_guidance_max": ("flux_guidance_mode", "random-range".__eq__, "without flux_guidance_mode: random-range"),
+    "huber_c": ("loss_type", "l2".__ne__, "under loss_type: l2"),
+    "ema_decay": ("use_ema", bool, "without use_ema"),
+    "ema_update_interval": ("use_ema", bool, "without use_ema"),
+    "gradient_checkpointing_interval": ("gradient_checkpointing", bool, "without gradient_checkpointing"),
+    "scheduled_sampling_probability": (
+        "scheduled_sampling_max_step_offset",
+        bool,
+        "without scheduled_sampling_max_step_offset",
+    ),
+}
 
 
 TRAINING_RULES: tuple[Callable[[Project, str, Findings], None], ...] = (_rule_full, _rule_fused, _rule_inactive)

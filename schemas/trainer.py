@@ -177,7 +177,9 @@ class TrainerConfig(Options):
 
     # Time, guidance, conditioning
     flow_schedule_auto_shift: bool = option(True, "shift times by the number of target tokens, as FLUX was trained")
-    flow_schedule_shift: float = option(3.0, "fixed shift, when the automatic one is off; 0 and 1 are none", ge=0)
+    flow_schedule_shift: float = option(
+        3.0, "fixed shift, when the automatic one is off, which giving this one does; 0 and 1 are none", ge=0
+    )
     flow_sigmoid_scale: float = option(1.0, "times are drawn as sigmoid(scale × normal)", gt=0)
     flow_use_uniform_schedule: bool = option(False, "draw times uniformly instead")
     flow_use_beta_schedule: bool = option(False, "draw times from a beta distribution instead")
@@ -300,7 +302,7 @@ class TrainerConfig(Options):
     )
     eval_steps_interval: int = option(500, "steps between evaluations, besides first and last; 0 is none", ge=0)
     num_eval_images: int = option(4, "pairs of that set that are evaluated and sampled; 0 is all", ge=0)
-    eval_timesteps: int = option(16, "times at which each of them is evaluated, the same ones every time", ge=1)
+    eval_timesteps: int = option(16, "times at which each of them is evaluated, the same ones every time", ge=4)
     validation_disable: bool = option(False, "sample no pictures")
     validation_steps: int = option(
         500,
@@ -333,6 +335,14 @@ class TrainerConfig(Options):
         "where metrics and samples go, besides metrics.jsonl; `wandb` needs `pip install 'pairline[wandb]'`",
     )
     tracker_project_name: str = option("pairline", "project under which wandb shows the run")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fixed_shift(cls, given: Any) -> Any:
+        """Take a shift that is given for what is meant, unless the automatic one is asked for as well."""
+        if isinstance(given, dict) and "flow_schedule_shift" in given and "flow_schedule_auto_shift" not in given:
+            return given | {"flow_schedule_auto_shift": False}
+        return given
 
     @model_validator(mode="after")
     def _guidance_range(self) -> "TrainerConfig":

@@ -43,7 +43,7 @@ _FREE = {
     "checkpointing_steps", "checkpoints_total_limit", "checkpointing_rolling_steps", "checkpoints_rolling_total_limit",
     "resume_from_checkpoint", "pretrained_model_name_or_path", "gradient_checkpointing",
     "gradient_checkpointing_interval", "quantize_via", "enable_group_offload", "group_offload_type",
-    "group_offload_blocks_per_group", "group_offload_use_stream", "init_lora", "gradient_accumulation_steps",
+    "group_offload_blocks_per_group", "group_offload_use_stream", "gradient_accumulation_steps",
     "eval_steps_interval", "num_eval_images", "eval_timesteps", "user_prompt_library",
 }  # fmt: skip
 
@@ -128,10 +128,20 @@ def save(run_folder: Path, state: State, mark: Mark, *, keep: int, rolling: bool
         raise UserError(
             f"{folder}: cannot be written: {fault}; the same command resumes from the one before"
         ) from fault
-    if keep:
-        for old in [one for one in checkpoints(run_folder) if one.name.endswith("-rolling") == rolling][:-keep]:
-            _delete(old)
+    _make_room(run_folder, folder, keep)
     return folder
+
+
+def _make_room(run_folder: Path, newest: Path, keep: int) -> None:
+    """Delete all but the last `keep` of a kind, 0 keeps all, and those after the newest, which were passed over."""
+    existing, rolling = checkpoints(run_folder), newest.name.endswith("-rolling")
+    later = [one for one in existing if _step(one) > _step(newest)]
+    alike = [one for one in existing if one.name.endswith("-rolling") == rolling and one not in later]
+    for old in [*later, *(alike[:-keep] if keep else [])]:
+        try:
+            _delete(old)
+        except OSError as fault:
+            log.warning("%s: cannot be deleted: %s", old, fault.strerror or fault)
 
 
 def load(stored: Stored, state: State) -> None:
@@ -204,8 +214,10 @@ def check(stored: Stored, settings: Mapping[str, Any]) -> None:
     changed = [key for key in settings if settings[key] != earlier.get(key, defaults.get(key))]
     if changed:
         hidden = {"samples": "the pairs themselves", "weights": "the model's weights"}
+        named = {"batches_per_step": "gradient_accumulation_steps × processes"}
         listed = [
-            hidden.get(key) or f"{key} {json.dumps(earlier.get(key))} -> {json.dumps(settings[key])}" for key in changed
+            hidden.get(key) or f"{named.get(key, key)} {json.dumps(earlier.get(key))} -> {json.dumps(settings[key])}"
+            for key in changed
         ]
         raise UserError(
             f"{stored.folder}: written under other settings ({', '.join(listed)}); "

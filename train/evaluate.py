@@ -4,7 +4,8 @@ It draws nothing, and leaves no trace in training. What it measures is in `evalu
 `Evaluation`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -34,6 +35,17 @@ class Evaluation:
         return {"eval_loss": self.loss, **quarters}
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Have a network in its mode for use, and then in that it was in."""
+    before = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(before)
+
+
 @torch.no_grad()
 def evaluate(
     family: Family,
@@ -42,17 +54,18 @@ def evaluate(
     config: TrainerConfig,
 ) -> Evaluation:
     """Measure the loss of batches of one held-out pair each, at `eval_timesteps` times."""
-    training = denoiser.training
-    denoiser.eval()
     losses: list[list[float]] = []  # of each showing, by time
-    for batch in batches:
-        device = batch.latents.device
-        grid = times_of(family.num_tokens(batch.latents.shape[1:]), config)
-        guidance = drawn_guidance(batch, config).to(device) if family.takes_guidance(denoiser) else None
-        losses.append(
-            [sample_losses(family, denoiser, batch, time[None].to(device), guidance, config).item() for time in grid]
-        )
-    denoiser.train(training)
+    with evaluating(denoiser):
+        for batch in batches:
+            device = batch.latents.device
+            grid = times_of(family.num_tokens(batch.latents.shape[1:]), config)
+            guidance = drawn_guidance(batch, config).to(device) if family.takes_guidance(denoiser) else None
+            losses.append(
+                [
+                    sample_losses(family, denoiser, batch, time[None].to(device), guidance, config).item()
+                    for time in grid
+                ]
+            )
     by_time = [fmean(column) for column in zip(*losses, strict=True)]
     edges = [round(len(by_time) * part / _QUANTILES) for part in range(_QUANTILES + 1)]
     quarters = [by_time[low:high] for low, high in pairwise(edges) if low < high]

@@ -17,6 +17,7 @@ from schemas.errors import UserError
 from train.data import Batch, Loaded, Room, Shelf, Shown
 from train.order import Turn
 
+CPU = torch.device("cpu")
 AHEAD = 4  # batches that are read, or being read, before they are asked for
 _READERS = 2
 
@@ -50,6 +51,7 @@ class Loader(AbstractContextManager["Loader"]):
         self._places: Queue[_Place | None] = Queue()
         for _ in range(AHEAD):
             self._places.put(_Place(device))
+        self._closing = threading.Event()
         self._planned: Queue[Turn | BaseException] = Queue()
         self._reads: Queue[_Read] = Queue()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
@@ -59,6 +61,7 @@ class Loader(AbstractContextManager["Loader"]):
 
     def __exit__(self, *_: object) -> None:
         """Stop reading ahead."""
+        self._closing.set()
         self._places.put(None)
         self._readers.shutdown(cancel_futures=True)
         self._planner.join(timeout=60)
@@ -94,10 +97,12 @@ class Loader(AbstractContextManager["Loader"]):
                     if place is None:
                         return
                     self._reads.put((self._readers.submit(self._read, showings, place), place))
-        except RuntimeError:  # the readers were shut down meanwhile
-            return
         except BaseException as fault:  # noqa: BLE001 - raised again where it can be told
-            self._planned.put(fault)
+            if not self._closing.is_set():  # else the readers are gone, and nobody waits
+                failed: Future[Loaded] = Future()
+                failed.set_exception(fault)
+                self._reads.put((failed, _Place(CPU)))  # whichever of the two the step waits for
+                self._planned.put(fault)
 
     def _read(self, showings: tuple[Shown, ...], place: _Place) -> Loaded:
         try:

@@ -40,7 +40,7 @@ from train.metrics import Metrics
 from train.optimizer import make_optimizer, make_schedule
 from train.order import Cursor, turns
 from train.pictures import pictures_of
-from train.plan import Plan, is_done, plan_of, record_of, result_of, supply_of
+from train.plan import FINISHED, Plan, is_done, plan_of, record_of, result_of, supply_of
 from train.processes import Processes, processes
 from train.step import base_dtype, step_loss
 from train.watch import Watch
@@ -86,6 +86,8 @@ def run(
             held.enter_context(only_one(folder, "train run"))
             checkpoint.sweep(folder)
         plan = plan_of(project, supply, ranks, limit)
+        if not ranks.agree((plan.first, plan.last, plan.supply.settings)):
+            raise UserError("the processes do not go on from the same checkpoint; give them one run folder, shared")
         summary = TrainSummary(
             run_folder=str(folder),
             lora=None if dry_run else str(result_of(project)),
@@ -107,12 +109,14 @@ def run(
         watch = Watch(project, supply.shelf, supply.held if ranks.first else (), pictures, device)
         state = _load(project, plan, supply.weights, device)
         record = record_of(project)
+        if ranks.first:
+            _write_record(folder, record)
         with Metrics(project, plan.first, record, quiet=not ranks.first) as metrics:
             if plan.first == 0 and not asked_to_stop():
                 watch.look(state, 0, plan.steps, metrics)
             done = _train(project, plan, state, ranks, _Around(metrics, watch, asked_to_stop))
         if ranks.first:
-            _finish(project, state, record)
+            _finish(project, state, record, done.step)
 
     tenth = max(1, len(done.losses) // 10)
     return replace(
@@ -141,8 +145,10 @@ def _train(project: Project, plan: Plan, state: checkpoint.State, ranks: Process
         Loader(plan.supply.shelf, planned, ranks.device) as loader,
         progress("train", plan.last, "step", done=plan.first, quiet=not ranks.first) as bar,
     ):
-        for step, (turn, batches) in zip(range(plan.first + 1, plan.last + 1), loader, strict=False):
+        stream = iter(loader)
+        for step in range(plan.first + 1, plan.last + 1):
             began, loss, odd = time.monotonic(), 0.0, list[str]()
+            turn, batches = next(stream)
 
             # Forward and backward, a batch at a time; each weighs as many samples as it has.
             for batch in batches:
@@ -157,9 +163,9 @@ def _train(project: Project, plan: Plan, state: checkpoint.State, ranks: Process
                 raise UserError(f"step {step}: the loss is {loss}; samples: {', '.join(odd) or 'of another process'}")
 
             # The gradients of all processes, scaled down to the norm that is allowed; then the update.
-            ranks.sum_gradients(state.parameters)
             if step == plan.first + 1:
                 check_gradients(state.denoiser.named_parameters(), project)
+            ranks.sum_gradients(state.parameters)
             norm = _clip(state, step, config.max_grad_norm)
             rate = state.schedule.get_last_lr()[0]
             state.optimizer.step()
@@ -178,20 +184,18 @@ def _train(project: Project, plan: Plan, state: checkpoint.State, ranks: Process
             )
             _tell(bar, done, rate, ranks.device)
 
-            # Now and then: look, and save.
-            ends = step == plan.last or bool(stop)
-            if not stop:
-                around.watch.look(state, step, plan.steps, around.metrics)
+            # Now and then: save, then look; a run that was asked to stop looks no more.
             if ranks.first:
-                _save(project, state, checkpoint.Mark(step, turn.after, plan.supply.settings), ends=ends)
-            if ends:
+                _save(project, plan, state, (step, turn.after), ends=step == plan.last or bool(stop))
+            if stop:
                 break
+            around.watch.look(state, step, plan.steps, around.metrics)
     return done
 
 
-def _save(project: Project, state: checkpoint.State, mark: checkpoint.Mark, *, ends: bool) -> None:
+def _save(project: Project, plan: Plan, state: checkpoint.State, at: tuple[int, Cursor], *, ends: bool) -> None:
     """Write the checkpoint that is due after a step, if one is."""
-    config, folder = project.trainer, project.run_folder
+    config, folder, mark = project.trainer, project.run_folder, checkpoint.Mark(*at, plan.supply.settings)
     if ends or _due(mark.step, config.checkpointing_steps):
         checkpoint.save(folder, state, mark, keep=config.checkpoints_total_limit)
     elif _due(mark.step, config.checkpointing_rolling_steps):
@@ -256,16 +260,21 @@ def _clip(state: checkpoint.State, step: int, limit: float) -> float:
     return norm
 
 
-def _finish(project: Project, state: checkpoint.State, record: dict[str, Any]) -> None:
-    """Write what was trained, as pipelines load it, and what made it, unless they are there as they should be."""
-    folder, layers = project.run_folder, adapter_layers(state.denoiser)
-    text = json.dumps(record, indent=2)
-    settings = folder / "settings.json"
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Say in the run folder what is trained with what, unless it is said there."""
+    text, settings = json.dumps(record, indent=2), folder / "settings.json"
     if not settings.exists() or settings.read_text() != text:
         with write_aside(settings) as aside:
             aside.write_text(text)
+
+
+def _finish(project: Project, state: checkpoint.State, record: dict[str, Any], step: int) -> None:
+    """Write what was trained, as pipelines load it, unless it is there as it should be; last, that it is whole."""
+    folder, layers = project.run_folder, adapter_layers(state.denoiser)
     if not checkpoint.same_layers(folder / LORA_NAME, layers):
         save_adapter(folder, project, state.denoiser, layers, record)
     if state.average is not None:
         with averaged(state.average, state.parameters):
             save_adapter(folder / "ema", project, state.denoiser, adapter_layers(state.denoiser), record)
+    with write_aside(folder / FINISHED) as aside:
+        aside.write_text(json.dumps({"step": step}))

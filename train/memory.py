@@ -16,6 +16,8 @@ from families.protocol import Family
 from schemas.errors import UserError
 from schemas.trainer import TrainerConfig
 
+_GOES_ON = ", and the run can be resumed with it"
+
 
 def checkpoint_blocks(family: Family, denoiser: nn.Module, interval: int) -> None:
     """Have the activations of every `interval`th block recomputed in the backward pass, from the first on."""
@@ -135,16 +137,16 @@ def advice(config: TrainerConfig) -> str:
 def _savings(config: TrainerConfig) -> Iterator[str]:
     quantised = config.base_model_precision != "no_change"
     if not config.gradient_checkpointing:
-        yield "gradient_checkpointing: true (a third slower)"
+        yield f"gradient_checkpointing: true (a third slower{_GOES_ON})"
     elif config.gradient_checkpointing_interval > 1:
-        yield "gradient_checkpointing_interval: 1"
+        yield f"gradient_checkpointing_interval: 1 (slower{_GOES_ON})"
     if config.model_type == "lora" and not (quantised or config.enable_group_offload):
         yield "base_model_precision: int8-quanto (half the bytes of the frozen weights)"
     if config.train_batch_size > 1:
-        smaller, turns = config.train_batch_size // 2, config.gradient_accumulation_steps * 2
-        yield f"train_batch_size: {smaller} with gradient_accumulation_steps: {turns}"
-    if config.optimizer != "adamw8bit":
-        yield "optimizer: adamw8bit"
+        turns = config.gradient_accumulation_steps * config.train_batch_size
+        yield f"train_batch_size: 1 with gradient_accumulation_steps: {turns} (as many samples a step)"
+    if config.model_type == "lora" and config.optimizer != "adamw8bit":
+        yield "optimizer: adamw8bit (pip install 'pairline[adamw8bit]')"
     if config.model_type == "lora" and not config.enable_group_offload:
         plain = " with base_model_precision: no_change" if quantised else ""
         yield f"enable_group_offload: true{plain} (frozen blocks wait on the CPU, slower)"

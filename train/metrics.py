@@ -103,7 +103,7 @@ class Metrics(AbstractContextManager["Metrics"]):
         if quiet:
             return
         path = project.run_folder / "metrics.jsonl"
-        kept = "".join(f"{line}\n" for line, step in _lines(path) if step <= first_step)
+        kept = "".join(f"{line}\n" for line, step in _lines(path) if first_step and step <= first_step)
         if not path.exists() or path.read_text(errors="replace") != kept:
             with write_aside(path) as aside:
                 aside.write_text(kept)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from families.checkpoints import locate
 from families.protocol import Sampling, TextEmbeds
 from families.runtime import dtype_of, family_of, release_memory
-from schemas.console import progress
+from schemas.console import log, progress
 from schemas.keys import seed_of
 from schemas.project import Project
 from schemas.trainer import TrainerConfig
 from train.data import Shelf, Shown, check_cached
+from train.evaluate import evaluating
 from train.grid import Cell, Pixels, drawn, save_picture
 from train.held_out import held_out_pairs
 from train.likeness import psnr, ssim
@@ -149,7 +150,7 @@ class Pictures:
         folder = self._project.run_folder / "samples" / f"step-{step}"
         with (
             torch.no_grad(),
-            _evaluating(denoiser),
+            evaluating(denoiser),
             progress(f"samples after step {step}", len(self._orders), "picture") as bar,
         ):
             sampled: list[_Sampled] = []
@@ -212,6 +213,12 @@ class Pictures:
         return Cell(pictures, (f"{order.name}: {_told(score)}", order.prompt)), score
 
     def _decoded(self, latents: Tensor) -> Tensor:
+        try:
+            return self._family.decode_latents(self._encoder, latents)[0].cpu()
+        except torch.OutOfMemoryError:
+            log.warning("samples: decoded in tiles from now on, for the accelerator's memory is full")
+        release_memory()
+        self._encoder.enable_tiling()
         return self._family.decode_latents(self._encoder, latents)[0].cpu()
 
     @contextmanager
@@ -271,16 +278,6 @@ def _file_names(names: Iterable[str]) -> Iterator[str]:
             chosen = f"{plain}-{number}"
         taken.add(chosen.casefold())
         yield chosen
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    before = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(before)
 
 
 def _told(score: Score) -> str:

@@ -3,6 +3,7 @@
 All that can be refused is refused here; nothing is written. A further thing to check goes into `supply_of`.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,6 +24,8 @@ from train.optimizer import check_optimizer
 from train.order import epoch_batches
 from train.pictures import check_pictures
 from train.processes import Processes
+
+FINISHED = "finished.json"  # of a run folder: after how many steps all that it was to write was there
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +87,14 @@ def is_done(project: Project, plan: Plan) -> bool:
     """Tell whether every step is taken and what it made is there as it should be."""
     if plan.resumed is None or plan.first < plan.last:
         return False
-    result = result_of(project)
-    return result.is_dir() or checkpoint.holds(plan.resumed.folder, result)
+    folder, result = project.run_folder, result_of(project)
+    try:
+        finished = json.loads((folder / FINISHED).read_text())["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    average = not project.trainer.use_ema or (folder / "ema" / result.name).exists()
+    whole = result.is_dir() or checkpoint.holds(plan.resumed.folder, result)
+    return finished == plan.first and average and whole
 
 
 def _steps(project: Project, shelf: Shelf, count: int) -> int:

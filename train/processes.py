@@ -9,10 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from schemas.errors import UserError
+from schemas.keys import seed_of
 
 _PATIENCE = timedelta(hours=2)  # others wait while the first evaluates and samples
 _AT_ONCE = 64 << 20  # numbers summed together
@@ -37,7 +41,7 @@ class Processes:
             return
         for group in _groups(parameters):
             flat = torch.cat([_gradient(one).reshape(-1) for one in group])
-            dist.all_reduce(flat)
+            _all_reduce(flat)
             parts = torch.split(flat, [one.numel() for one in group])
             for parameter, part in zip(group, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
@@ -47,8 +51,13 @@ class Processes:
         if self.count == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        _all_reduce(total)
         return list(total.tolist())
+
+    def agree(self, what: object) -> bool:
+        """Tell whether all processes have the same to say."""
+        number = float(seed_of(what) >> 11)  # exact in float64
+        return self.count == 1 or _all_reduced(number, self.device) == -_all_reduced(-number, self.device)
 
     def wait(self) -> None:
         """Wait for all others to come here."""
@@ -78,6 +87,20 @@ def processes(device: torch.device) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
+
+
+def _all_reduced(number: float, device: torch.device) -> float:
+    """Return the largest of all processes' numbers."""
+    largest = torch.tensor(number, dtype=torch.float64, device=device)
+    _all_reduce(largest, dist.ReduceOp.MAX)
+    return float(largest.item())
+
+
+def _all_reduce(tensor: Tensor, how: Any = dist.ReduceOp.SUM) -> None:
+    try:
+        dist.all_reduce(tensor, how)
+    except RuntimeError as fault:
+        raise UserError("another process ended, or cannot be reached; it says why") from fault
 
 
 def _gradient(parameter: Tensor) -> Tensor:

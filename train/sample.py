@@ -6,7 +6,8 @@ it is asked for is a `Request`; what may be sampled with is in `_trained`.
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,6 +64,11 @@ def sample(project: Source, request: Request, *, workers: int | None = None) -> 
     `workers` is the number of CPU threads. Raises UserError if an image, the adapter or the checkpoint is missing,
     damaged or does not fit, before anything large is loaded where that can be told.
     """
+    with _enough_memory():
+        return _sample(project, request, workers)
+
+
+def _sample(project: Source, request: Request, workers: int | None) -> SampleSummary:
     start = time.monotonic()
     project = _asked(open_project(project), request)
     config, device, spec = project.trainer, default_device(), project.family
@@ -118,6 +124,17 @@ def sample(project: Source, request: Request, *, workers: int | None = None) -> 
         warnings=project.warnings,
         seconds=time.monotonic() - start,
     )
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as fault:
+        raise UserError(
+            "the accelerator's memory is full; a smaller --width and --height, base_model_precision: int8-quanto, "
+            "vae_enable_tiling: true, or text_encoder_2_precision: int8-quanto take less"
+        ) from fault
 
 
 def _asked(project: Project, request: Request) -> Project:

@@ -26,7 +26,6 @@ class Times:
 
     option: str
     draw: Callable[[np.random.Generator, TrainerConfig], float]
-    shifted: bool = True
 
 
 # Besides the usual one, sigmoid; a configuration chooses one at most.
@@ -35,7 +34,7 @@ TIMES = (
     Times(
         "flow_use_beta_schedule", lambda rng, one: rng.beta(one.flow_beta_schedule_alpha, one.flow_beta_schedule_beta)
     ),
-    Times("flux_fast_schedule", lambda rng, _: flow.fast_time(rng), shifted=False),
+    Times("flux_fast_schedule", lambda rng, _: flow.fast_time(rng)),
 )
 _USUAL = Times("", lambda rng, one: flow.sigmoid_time(rng, one.flow_sigmoid_scale))
 
@@ -90,13 +89,13 @@ def drawn_times(batch: Batch, num_tokens: int, config: TrainerConfig) -> Tensor:
     """Draw one time per sample, shifted by the number of the target's tokens."""
     chosen = next((one for one in TIMES if getattr(config, one.option)), _USUAL)
     drawn = torch.tensor([chosen.draw(_rng(seed, "time"), config) for seed in batch.seeds], dtype=torch.float32)
-    if not chosen.shifted:
-        return drawn
     return flow.shifted(drawn, shift_of(num_tokens, config))
 
 
 def shift_of(num_tokens: int, config: TrainerConfig) -> float:
     """Return how far times are moved towards noise, for a target of this many tokens."""
+    if config.flux_fast_schedule:
+        return 1.0
     return flow.auto_shift(num_tokens) if config.flow_schedule_auto_shift else config.flow_schedule_shift or 1.0
 
 

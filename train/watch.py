@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from families.runtime import family_of
+from families.runtime import family_of, release_memory
 from schemas.console import log
 from schemas.project import Project
 from train.checkpoint import State
@@ -66,7 +66,16 @@ class Watch:
 
     def _sample(self, state: State, step: int, metrics: Metrics) -> None:
         assert self._pictures is not None, "asked for only where there are pictures to sample"
-        self.samples = self._pictures.sample(state.denoiser, step)
+        try:
+            self.samples = self._pictures.sample(state.denoiser, step)
+        except torch.OutOfMemoryError:
+            log.warning(
+                "step %d: the accelerator's memory is full, so nothing is sampled any more; a smaller "
+                "validation_resolution, or validation_disable; training goes on", step
+            )  # fmt: skip
+            self._pictures = None
+            release_memory()
+            return
         metrics.write(step, **self.samples.values())
         metrics.picture(step, "samples", self.samples.pixels)
         log.info("step %d: samples in %s", step, self.samples.grid)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -126,3 +127,19 @@ def test_sets_are_weighed_by_repeats_and_probability(make_project: MakeProject) 
         plain = [one for one in shown if not one.references]
         assert len(shown) - len(plain) == 6 and len(plain) == 3 * 4
         assert len({one.seed for one in shown}) == len(shown)
+
+
+def test_a_fault_of_planning_reaches_the_step_and_no_thread_stays(make_project: MakeProject) -> None:
+    project, shelf = _cached(make_project("edits"))
+
+    def broken() -> Iterator[Turn]:
+        yield from _taken(turns(project, shelf, Cursor()), 2)
+        raise RecursionError("planning failed")
+
+    before = threading.active_count()
+    with pytest.raises(RecursionError, match="planning failed"), Loader(shelf, broken(), CPU) as loader:
+        for _, batches in loader:
+            list(batches)
+    with Loader(shelf, turns(project, shelf, Cursor()), CPU):
+        pass
+    assert threading.active_count() == before

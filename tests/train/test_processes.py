@@ -97,7 +97,7 @@ def test_a_run_of_two_processes_is_resumed_by_one_that_accumulates_twice(make_pr
     run(whole)
     first, second = _together(folder, 2, "tracker_run_name=parts", "max_train_steps=2")
     assert first.code == second.code == 0, first.stderr + second.stderr
-    assert "wrote" in first.stdout and not second.stdout
+    assert "trained weights" in first.stdout and not second.stdout
     parts = open_project(folder, overrides=["tracker_run_name=parts", *twice])
     assert run(parts).first_step == 2
     for name, tensor in _weights(whole).items():

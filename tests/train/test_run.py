@@ -29,6 +29,9 @@ from train.ema import averaged, make_average, update
 from train.evaluate import evaluate, times_of
 from train.held_out import held_out
 from train.loop import run
+from train.pictures import Pictures
+from train.plan import FINISHED
+from train.processes import Processes
 from train.step import sample_losses
 
 CPU = torch.device("cpu")
@@ -245,3 +248,95 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(
         run(project)
     assert any(one.sample_id in str(told.value) for one in shelf.samples)
     assert not (project.run_folder / LORA_NAME).exists()
+
+
+def test_a_layer_that_loses_its_gradient_is_noticed_by_each_of_several_processes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summed: list[int] = []
+    monkeypatch.setattr(Processes, "sum_gradients", lambda self, parameters: summed.append(len(parameters)))
+    project = _project(folder, "lost", "eval_steps_interval=0", "validation_disable=true", "report_to=none")
+    load = flux.load_denoiser
+
+    def deaf(*arguments: object) -> torch.nn.Module:
+        denoiser = load(*arguments)
+        block = denoiser.single_transformer_blocks[-1]
+        block.act_mlp.register_forward_hook(lambda _module, _args, output: output.detach())
+        return denoiser
+
+    monkeypatch.setattr(flux, "load_denoiser", deaf)
+    with pytest.raises(UserError, match=r"trained tensors receive no gradient, first .*proj_mlp"):
+        run(project)
+    assert not summed
+
+
+def test_a_finished_run_says_so_only_if_all_it_writes_is_there(folder: Path) -> None:
+    quiet = ["eval_steps_interval=0", "validation_disable=true", "report_to=none", "use_ema=true"]
+    project = _project(folder, "whole again", *quiet)
+    run(project)
+    files = [project.run_folder / LORA_NAME, project.run_folder / "ema" / LORA_NAME]
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        file.unlink()
+        assert run(project).first_step == 6
+        assert [one.read_bytes() for one in files] == before
+    full = [*quiet[:3], "model_type=full", "learning_rate=1e-4"]
+    short = _project(folder, "longer", *full)
+    run(short, limit=4)
+    saved = (short.run_folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    finished = (short.run_folder / FINISHED).read_text()
+    run(short)
+    (short.run_folder / FINISHED).write_text(finished)  # as if killed between the last checkpoint and the end
+    (short.run_folder / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(saved)
+    run(short)
+    assert (short.run_folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() != saved
+
+
+def test_a_damaged_checkpoint_never_costs_the_one_just_written(folder: Path) -> None:
+    project = _project(folder, "damaged", "max_train_steps=10", "checkpointing_steps=5", "checkpointing_rolling_steps=2",
+                       "checkpoints_total_limit=1", "eval_steps_interval=0", "validation_disable=true")  # fmt: skip
+    run(project)
+    (project.run_folder / "checkpoint-10" / "optimizer.pt").write_bytes(b"")
+    assert run(project, limit=1).first_step == 8
+    assert {path.name for path in project.run_folder.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-8-rolling"}
+    assert run(project).first_step == 9
+
+
+def test_a_checkpoint_is_there_before_anything_is_sampled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = _project(folder, "saved first", "checkpointing_steps=3")
+    monkeypatch.setattr(Pictures, "sample", lambda self, denoiser, step: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        run(project)
+    assert [path.name for path in project.run_folder.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert (project.run_folder / "settings.json").exists()
+
+
+def test_memory_that_runs_out_while_sampling_ends_the_samples_not_the_run(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console.log, "propagate", True)
+    asked: list[int] = []
+
+    def full(self: Pictures, denoiser: object, step: int) -> None:
+        asked.append(step)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Pictures, "sample", full)
+    assert run(_project(folder, "no room for samples")).last_step == 6
+    assert asked == [3] and "nothing is sampled any more; a smaller validation_resolution" in caplog.text
+
+
+def test_an_average_starts_from_the_adapter_that_training_starts_from(folder: Path) -> None:
+    first = _project(folder, "to start from", "eval_steps_interval=0", "validation_disable=true")
+    run(first)
+    start = [f"init_lora={first.run_folder / LORA_NAME}", "ema_update_interval=6", "validation_disable=true"]
+    one, other = (run(_project(folder, f"from it {ema}", f"use_ema={ema}", *start)) for ema in ("true", "false"))
+    assert one.first_eval_loss == other.first_eval_loss
+
+
+def test_a_shift_that_is_given_is_taken_and_what_does_nothing_is_told(folder: Path) -> None:
+    given = _project(folder, "shift", "flow_schedule_shift=2.5")
+    assert not given.trainer.flow_schedule_auto_shift and _project(folder, "none").trainer.flow_schedule_auto_shift
+    both = _project(folder, "both", "flow_schedule_shift=2.5", "flow_schedule_auto_shift=true", "huber_c=0.2")
+    assert any("flow_schedule_shift has no effect beside flow_schedule_auto_shift" in one for one in both.warnings)
+    assert any("huber_c has no effect under loss_type: l2" in one for one in both.warnings)
