@@ -24,6 +24,7 @@ from families.runtime import choose_attention
 from schemas.project import Project
 from train.adapter import add_adapter
 from train.data import Batch
+from train.memory import checkpoint_blocks
 from train.optimizer import make_optimizer
 from train.step import step_loss
 
@@ -104,7 +105,7 @@ def pairline_step(model: FluxTransformer2DModel, batch: Batch, project: Project)
     """Return a step as `train run` takes it."""
     choose_attention()
     parameters = add_adapter(model, project)
-    model.enable_gradient_checkpointing()
+    checkpoint_blocks(flux, model, 1)
     model.train()
     optimizer = make_optimizer(parameters, project.trainer)
 

@@ -128,6 +128,10 @@ class Sample:
     variant: int = 0  # the epochs that show it: those whose number modulo `variants` is this
     variants: int = 1
 
+    def prompts_beside(self, shown: Sequence[tuple[Image, tuple[str, ...]]]) -> tuple[str, ...]:
+        """Return the prompts that go with some of its references: of one alone its own, if it has any."""
+        return shown[0][1] if len(shown) == 1 and shown[0][1] else self.prompts
+
 
 class Shelf:
     """The stores of a project, opened, and the samples that can be read from them."""

@@ -69,6 +69,7 @@ def _shown(project: Project, sample: Sample) -> Shown:
     chosen = sample.references
     if project.trainer.conditioning_multidataset_sampling == "random":
         chosen = chosen[:1]
-    prompts = chosen[0][1] if len(chosen) == 1 and chosen[0][1] else sample.prompts
     seed = seed_of(project.trainer.validation_seed, "held out", sample.sample_id)
-    return Shown(sample.sample_id, sample.target, tuple(image for image, _ in chosen), prompts[0], seed)
+    return Shown(
+        sample.sample_id, sample.target, tuple(image for image, _ in chosen), sample.prompts_beside(chosen)[0], seed
+    )

@@ -13,14 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from schemas.errors import UserError
 from schemas.project import Project
 from schemas.storage import write_aside
-
-Pixels = npt.NDArray[np.uint8]  # height × width × 3
+from train.grid import Pixels
 
 
 class Tracker(Protocol):

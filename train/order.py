@@ -89,7 +89,7 @@ def _show(project: Project, sample: Sample, seed: int) -> Shown:
     trainer, chosen = project.trainer, sample.references
     if len(chosen) > 1 and trainer.conditioning_multidataset_sampling == "random":
         chosen = (chosen[seed_of(seed, "reference") % len(chosen)],)
-    prompts = chosen[0][1] if len(chosen) == 1 and chosen[0][1] else sample.prompts
+    prompts = sample.prompts_beside(chosen)
     prompt = prompts[seed_of(seed, "prompt") % len(prompts)]
     if _happens(trainer.caption_dropout_probability, seed, "caption dropout"):
         prompt = ""

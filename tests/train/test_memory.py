@@ -103,7 +103,7 @@ def test_advice_names_what_is_not_done_yet_the_cheapest_first() -> None:
     assert named(**saved) == ["enable_group_offload", "resolution"]
     assert "base_model_precision: no_change" in advice(TrainerConfig(**saved))
     assert named(enable_group_offload=True) == ["optimizer", "tread_config", "resolution"]
-    assert "train_batch_size: 2 with gradient_accumulation_steps: 6" in advice(
+    assert "train_batch_size: 1 with gradient_accumulation_steps: 12" in advice(
         TrainerConfig(train_batch_size=4, gradient_accumulation_steps=3)
     )
 

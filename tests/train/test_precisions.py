@@ -16,6 +16,7 @@ from families.quantize import quantize_and_place
 from schemas.project import Project
 from train.adapter import LORA_NAME, adapter_layers, add_adapter, check_gradients, save_adapter
 from train.data import Batch
+from train.memory import checkpoint_blocks
 from train.step import base_dtype, step_loss
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def test_every_precision_trains_every_adapter_and_its_file_loads_into_diffusers(
     assert len(parameters) == 2 * 23
     assert all(one.dtype == torch.float32 for one in parameters)
     if checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        checkpoint_blocks(flux, denoiser, 1)
     optimizer = torch.optim.AdamW(parameters, lr=project.trainer.learning_rate)
     losses = []
     for step in range(1, STEPS + 1):
