@@ -1,8 +1,9 @@
 """`train run`, read top to bottom: what is trained on, where to go on, the model, then one step after the other.
 
-`run` is the whole, `_train` the loop. What is shown when is in order.py, reading ahead in loader.py; time, noise and
-loss of one forward pass in step.py; what is trained in adapter.py; checkpoints in checkpoint.py, several processes in
-processes.py; the model itself in its family's module.
+`run` is the whole, `_train` the loop, `_load` the model. What may not be is refused in plan.py, before anything is loaded.
+What is shown when is in order.py, reading ahead in loader.py; time, noise and loss of one forward pass in step.py, with
+flow.py and rollout.py; what is trained in adapter.py; evaluation and samples in watch.py; checkpoints in checkpoint.py,
+several processes in processes.py, what saves memory in memory.py; the network itself in its family's module.
 """
 
 import json
@@ -228,14 +229,9 @@ def _load(project: Project, plan: Plan, folder: Path, device: torch.device) -> c
     if config.fuse_qkv_projections:
         fuse(denoiser)
     denoiser.requires_grad_(False)
-    waiting = config.enable_group_offload  # on the CPU, until its blocks' turns
-    denoiser = quantize_and_place(
-        denoiser,
-        config.base_model_precision,
-        project.family.unquantised,
-        CPU if waiting else device,
-        config.quantize_via,
-    )
+    place = CPU if config.enable_group_offload else device  # there blocks wait until their turn
+    precision, spared = config.base_model_precision, project.family.unquantised
+    denoiser = quantize_and_place(denoiser, precision, spared, place, config.quantize_via)
     parameters = add_adapter(denoiser, project)
     if config.gradient_checkpointing:
         checkpoint_blocks(family, denoiser, config.gradient_checkpointing_interval)
