@@ -1,9 +1,9 @@
 """`train run`, read top to bottom: what is trained on, where to go on, the model, then one step after the other.
 
-`run` is the whole, `_train` the loop, `_load` the model. What may not be is refused in plan.py, before anything is loaded.
-What is shown when is in order.py, reading ahead in loader.py; time, noise and loss of one forward pass in step.py, with
-flow.py and rollout.py; what is trained in adapter.py; evaluation and samples in watch.py; checkpoints in checkpoint.py,
-several processes in processes.py, what saves memory in memory.py; the network itself in its family's module.
+`run` is the whole, `_train` the loop, `_load` the model. What may not be is refused in plan.py, before anything is
+loaded. What is shown when is in order.py, reading ahead in loader.py; time, noise and loss of one forward pass in
+step.py, with flow.py and rollout.py; what is trained in adapter.py; evaluation and samples in watch.py; checkpoints in
+checkpoint.py, several processes in processes.py, what saves memory in memory.py; the network in its family's module.
 """
 
 import json
