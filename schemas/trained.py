@@ -53,7 +53,9 @@ def _rule_fused(project: Project, _: str, found: Findings) -> None:
 
 
 def _rule_inactive(project: Project, _: str, found: Findings) -> None:
-    found.warnings += [f"{project.config_path.name}: {one}" for one in _inactive(project.trainer)]
+    found.warnings += [
+        f"{project.config_path.name}: {one}" for one in (*_inactive(project.trainer), *_unused(project.trainer))
+    ]
 
 
 def _inactive(trainer: TrainerConfig) -> Iterator[str]:
@@ -73,6 +75,17 @@ def _inactive(trainer: TrainerConfig) -> Iterator[str]:
         yield "lr_power has no effect without lr_scheduler: polynomial"
     if trainer.optimizer == "prodigy" and trainer.learning_rate < _PRODIGY_RATE:
         yield f"learning_rate {trainer.learning_rate:g}: prodigy finds the rate and multiplies it by this, usually by 1"
+
+
+def _unused(trainer: TrainerConfig) -> Iterator[str]:
+    """Yield what another option, usually one left at its default, keeps from having an effect."""
+    if trainer.lr_warmup_steps and trainer.lr_scheduler == "constant":
+        yield "lr_warmup_steps has no effect: lr_scheduler constant has no warm-up, constant_with_warmup has"
+    rolled = trainer.scheduled_sampling_probability or trainer.scheduled_sampling_ramp_steps
+    if rolled and not trainer.scheduled_sampling_max_step_offset:
+        yield "scheduled sampling is off: scheduled_sampling_max_step_offset is 0"
+    if "flow_schedule_shift" in trainer.model_fields_set and trainer.flow_schedule_auto_shift:
+        yield "flow_schedule_shift has no effect: flow_schedule_auto_shift is on; set that to false"
 
 
 TRAINING_RULES: tuple[Callable[[Project, str, Findings], None], ...] = (_rule_full, _rule_fused, _rule_inactive)
