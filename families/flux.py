@@ -295,7 +295,7 @@ def load_adapter(denoiser: FluxTransformer2DModel, file: Path, strength: float) 
             denoiser.load_lora_adapter(weights, network_alphas=alphas, metadata=metadata, prefix="transformer")
     except (OSError, SafetensorError) as fault:
         raise UserError(f"{file}: cannot be read: {fault}; give a file of safetensors that is whole") from fault
-    except (ValueError, RuntimeError, LookupError, TypeError) as fault:
+    except (ValueError, RuntimeError, LookupError, TypeError, AssertionError) as fault:
         told = " ".join(str(fault).split())[:_TOLD]
         raise UserError(f"{file}: does not fit this model ({told}); is it the LoRA of another one?") from fault
     layers = sum(isinstance(module, BaseTunerLayer) for module in denoiser.modules())

@@ -77,6 +77,8 @@ def _inactive(trainer: TrainerConfig) -> Iterator[str]:
         yield f"learning_rate {trainer.learning_rate:g}: prodigy finds the rate and multiplies it by this, usually by 1"
 
 
+_OFFSET = "scheduled_sampling_max_step_offset"
+
 # Option -> the option that it needs, the values of that with which it acts, and how to say so.
 _NEEDS: Mapping[str, tuple[str, Callable[[Any], bool], str]] = {
     "lr_num_cycles": ("lr_scheduler", "cosine_with_restarts".__eq__, "without lr_scheduler: cosine_with_restarts"),
@@ -91,11 +93,8 @@ _NEEDS: Mapping[str, tuple[str, Callable[[Any], bool], str]] = {
     "ema_decay": ("use_ema", bool, "without use_ema"),
     "ema_update_interval": ("use_ema", bool, "without use_ema"),
     "gradient_checkpointing_interval": ("gradient_checkpointing", bool, "without gradient_checkpointing"),
-    "scheduled_sampling_probability": (
-        "scheduled_sampling_max_step_offset",
-        bool,
-        "without scheduled_sampling_max_step_offset",
-    ),
+    "scheduled_sampling_probability": (_OFFSET, bool, f"without {_OFFSET}"),
+    "scheduled_sampling_ramp_steps": (_OFFSET, bool, f"without {_OFFSET}"),
 }
 
 

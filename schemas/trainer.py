@@ -327,7 +327,9 @@ class TrainerConfig(Options):
         "pictures of pairs have their target's",
     )
     validation_num_inference_steps: int = option(28, "denoising steps of sampled pictures", ge=1)
-    validation_seed: int = option(42, "of the noise that sampled pictures start from, the same every time", ge=0)
+    validation_seed: int = option(
+        42, "of the noise that sampled pictures start from, the same every time", ge=0, le=2**64 - 1
+    )
 
     # Trackers
     report_to: Literal["tensorboard", "wandb", "none"] = option(

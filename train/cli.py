@@ -89,7 +89,9 @@ def sample(
     negative: Annotated[
         str | None, typer.Option(help="Prompt to lead away from.  [default: validation_negative_prompt]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise.  [default: validation_seed]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**64 - 1, help="Seed of the noise.  [default: validation_seed]")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps.  [default: validation_num_inference_steps]")
     ] = None,

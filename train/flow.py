@@ -14,6 +14,7 @@ from torch import Tensor
 # FLUX's schedule: the log of the shift grows linearly with the number of target tokens (its scheduler_config.json).
 _TOKENS = (256, 4096)
 _LOG_SHIFT = (0.5, 1.15)
+_LARGEST = 700  # exponent whose exponential is a number
 
 # Times that schnell runs at in four steps; it sees pure noise most.
 _FAST_TIMES = (1.0,) * 7 + (0.75, 0.5, 0.25)
@@ -32,7 +33,8 @@ def shifted(times: Tensor, shift: float) -> Tensor:
 
 def sigmoid_time(rng: np.random.Generator, scale: float) -> float:
     """Draw sigmoid(scale × normal)."""
-    return 1 / (1 + math.exp(-scale * rng.standard_normal()))
+    drawn = scale * rng.standard_normal()
+    return 1 / (1 + math.exp(-drawn)) if drawn > -_LARGEST else 0.0
 
 
 def fast_time(rng: np.random.Generator) -> float:

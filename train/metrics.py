@@ -108,11 +108,17 @@ class Metrics(AbstractContextManager["Metrics"]):
         self._tracker = kind(project, first_step, settings) if kind is not None else None
 
     def write(self, step: int, **values: float | int) -> None:
-        """Append numbers of one step."""
+        """Append numbers of one step; raises UserError if they cannot be written."""
         if self._quiet:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as fault:
+            raise UserError(
+                f"{self._file.name}: cannot be written: {fault.strerror or fault}; "
+                "the same command resumes from the last checkpoint"
+            ) from fault
         if self._tracker is not None:
             self._tracker.scalars(step, values)
 
@@ -124,7 +130,8 @@ class Metrics(AbstractContextManager["Metrics"]):
     def __exit__(self, *_: object) -> None:
         if self._quiet:
             return
-        self._file.close()
+        with suppress(OSError):  # of a line that could not be written, which was told
+            self._file.close()
         if self._tracker is not None:
             self._tracker.close()
 

@@ -15,6 +15,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from families.runtime import default_device
 from schemas.errors import UserError
 from schemas.trainer import TrainerConfig
 
@@ -41,8 +42,19 @@ _BETAS = ("beta1", "beta2")
 
 
 def check_optimizer(config: TrainerConfig) -> None:
-    """Raise UserError if the optimiser's library is not there, or takes other arguments; loads no model."""
+    """Raise UserError if the optimiser's library is not there, or cannot take a step as told to; loads no model."""
     _arguments(_class(config), config)
+    one = nn.Parameter(torch.zeros(4, 4, device=default_device()))
+    one.grad = torch.ones_like(one)
+    trial = make_optimizer([one], config)
+    try:
+        with redirect_stdout(sys.stderr):
+            trial.step()
+    except Exception as fault:  # libraries raise what they like
+        raise UserError(
+            f"optimizer {config.optimizer} cannot take a step with learning_rate {config.learning_rate:g} and "
+            f"optimizer_config {config.optimizer_arguments}: {fault}"
+        ) from fault
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: TrainerConfig) -> torch.optim.Optimizer:
@@ -54,7 +66,7 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainerConfig) -> tor
     try:
         with redirect_stdout(sys.stderr):  # prodigy prints; the standard output is the summary's
             return kind(parameters, lr=config.learning_rate, **arguments)
-    except (TypeError, ValueError, RuntimeError) as fault:
+    except (TypeError, ValueError, LookupError, RuntimeError, ImportError) as fault:
         raise UserError(f"optimizer_config: {config.optimizer} cannot be built with {arguments}: {fault}") from fault
 
 

@@ -35,6 +35,7 @@ from train.step import autocast, base_dtype
 
 CPU = torch.device("cpu")
 _ADAPTER = ("lora_rank", "lora_alpha", "flux_lora_target")  # options that say what a checkpoint's tensors are
+_MOST = 8192  # pixels of a side
 _LONGEST = 60  # letters of a prompt in a file's name
 _ON_WHITE = (255, 255, 255, 255)
 
@@ -93,6 +94,10 @@ def _sample(project: Source, request: Request, workers: int | None) -> SampleSum
     def made(denoiser: nn.Module) -> Pixels:
         with torch.no_grad(), autocast(config, device):
             latents = family.sample(pipeline, denoiser, text, negative[0] if negative else None, references, how)
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                f"{trained}: what is sampled with it is not finite; try another checkpoint, or a lower --scale"
+            )
         pixels: Pixels = family.decode_latents(encoder, latents)[0].cpu().numpy()
         return pixels
 
@@ -198,14 +203,22 @@ def _size(project: Project, request: Request, image: tuple[int, int] | None) -> 
         if asked is not None and (asked < alignment or asked % alignment):
             nearest = runnable(asked, asked, alignment)[0]
             raise UserError(f"{name} {asked}: must be a multiple of {alignment} pixels; {nearest} is the nearest")
-    across, down = image or usual
+    width, height = _asked_size(request, image or usual, usual[0] * usual[1], alignment)
+    if max(width, height) > _MOST:
+        raise UserError(f"the picture would be {width}x{height}: its sides are {_MOST} pixels at most; set both of "
+                        "--width and --height, or crop the image")  # fmt: skip
+    return width, height
+
+
+def _asked_size(request: Request, shape: tuple[int, int], area: int, alignment: int) -> tuple[int, int]:
+    across, down = shape
     if request.width is not None and request.height is not None:
         return request.width, request.height
     if request.width is not None:
         return request.width, runnable(1, request.width * down / across, alignment)[1]
     if request.height is not None:
         return runnable(request.height * across / down, 1, alignment)[0], request.height
-    return runnable(*_of_area((across, down), usual[0] * usual[1]), alignment)
+    return runnable(*_of_area(shape, area), alignment)
 
 
 def _of_area(size: tuple[int, int], area: int) -> tuple[float, float]:

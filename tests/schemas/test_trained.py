@@ -172,3 +172,16 @@ def test_a_file_of_lycoris_that_is_missing_or_broken_is_a_fault_beside_the_other
 def test_ways_to_compute_the_same_are_warnings(tmp_path: Path) -> None:
     [warning] = _opened(tmp_path, LYCORIS, LOKR | {"bypass_mode": True}).warnings
     assert warning.startswith("lycoris.json: bypass_mode has no effect")
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"lr_warmup_steps": 5}, "lr_warmup_steps has no effect"),
+        ({"scheduled_sampling_probability": 0.5}, "scheduled_sampling_probability has no effect"),
+        ({"flow_schedule_shift": 2.0, "flow_schedule_auto_shift": True}, "flow_schedule_shift has no effect"),
+    ],
+)
+def test_what_another_option_keeps_from_having_an_effect_is_told(tmp_path: Path, config: dict, told: str) -> None:
+    [warning] = _opened(tmp_path, config).warnings
+    assert warning.startswith(f"config.json: {told}")

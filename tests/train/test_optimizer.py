@@ -122,3 +122,17 @@ def test_cycles_and_power_reach_the_schedule(
     options: dict[str, object], expected: Callable[[list[float]], bool]
 ) -> None:
     assert expected(_rates(**options))
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("adamw", "betas=0.9/0.99/0.999"), ("adamw", "differentiable=true"), ("prodigy", "slice_p=0")],
+)
+def test_arguments_under_which_no_step_can_be_taken_are_told_beforehand(name: str, given: str) -> None:
+    with pytest.raises(UserError, match="cannot take a step"):
+        check_optimizer(_config(name, optimizer_config=given))
+
+
+def test_a_rate_beyond_all_numbers_is_told_beforehand() -> None:
+    with pytest.raises(UserError, match="cannot take a step with learning_rate 1e\\+300"):
+        check_optimizer(_config(learning_rate=1e300))

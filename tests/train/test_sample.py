@@ -183,6 +183,8 @@ def test_what_is_asked_for_in_vain_is_told(folder: Path, tmp_path: Path) -> None
         ("--lora", tmp_path / "gone.safetensors"): "no LoRA there",
         ("--lora", tmp_path / "text.jpg"): "text.jpg: cannot be read",
         ("--width", "100"): "--width 100: must be a multiple of 16 pixels; 96 is the nearest",
+        ("--width", "16000"): "would be 16000x12000: its sides are 8192 pixels at most",
+        ("--scale", "nan"): "is not finite; try another checkpoint, or a lower --scale",
         ("--output", tmp_path / "out.jpg"): "pictures are written as PNG; end its name in .png",
         ("--set", "tracker_run_name=other"): "nothing is trained yet; run: train run",
     }

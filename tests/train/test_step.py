@@ -64,6 +64,7 @@ def test_times_have_the_distribution_that_is_asked_for() -> None:
     assert abs(normal.mean()) < 0.05 and normal.std() == pytest.approx(1, abs=0.05)
     scaled = _times(flow_sigmoid_scale=0.5)
     assert np.log(scaled / (1 - scaled)).std() == pytest.approx(0.5, abs=0.03)
+    assert set(_times(count=50, flow_sigmoid_scale=1e300)) == {0.0, 1.0}
     uniform = _times(flow_use_uniform_schedule=True)
     assert uniform.mean() == pytest.approx(0.5, abs=0.02) and uniform.var() == pytest.approx(1 / 12, abs=0.005)
     beta = _times(flow_use_beta_schedule=True, flow_beta_schedule_alpha=4.0, flow_beta_schedule_beta=2.0)
