@@ -224,7 +224,9 @@ class TrainerConfig(Options):
 
     # Run folder
     data_backend_config: str = option("multidatabackend.json", "the dataset file, beside this one", stages="")
-    output_dir: str | None = option(None, "run folder; null is `runs/<tracker_run_name>` in the workspace")
+    output_dir: str | None = option(
+        None, "run folder; null is `runs/<tracker_run_name>` in the workspace", min_length=1
+    )
     tracker_run_name: str = option("default", "name of the run", pattern=r"^\w[\w .-]*(/\w[\w .-]*)*$", max_length=200)
     checkpointing_steps: int = option(
         500, "steps between checkpoints; 0 writes only the last", ge=0, alias="checkpoint_step_interval"

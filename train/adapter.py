@@ -47,7 +47,10 @@ def add_adapter(denoiser: nn.Module, project: Project) -> list[nn.Parameter]:
         try:
             denoiser.add_adapter(_peft_config(denoiser, project))  # type: ignore[operator]
         except ValueError as fault:
-            raise UserError(f"flux_lora_target {preset_of(project)!r} wraps no layer of this model: {fault}") from fault
+            others = ", ".join(project.family.lora_targets)
+            raise UserError(
+                f"flux_lora_target: {preset_of(project)!r} wraps no layer of this model; presets: {others}"
+            ) from fault
     named = [(name, parameter) for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
     for name, parameter in named:
         generator = torch.Generator().manual_seed(seed_of(project.trainer.seed, "adapter", name))
@@ -83,17 +86,9 @@ def load_adapter(denoiser: nn.Module, layers: Mapping[str, Tensor]) -> None:
 
 def start_from_file(denoiser: nn.Module, project: Project) -> None:
     """Load `init_lora` into a fresh adapter, if one is named; raises UserError unless it fits in every way."""
-    named = project.trainer.init_lora
-    if named is None:
+    if project.trainer.init_lora is None:
         return
-    path = resolved(project.root, named)
-    path = path / LORA_NAME if path.is_dir() else path
-    try:
-        with safe_open(path, "pt") as file:
-            stored, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        metadata = json.loads(header.get(_METADATA, "{}"))
-    except (OSError, SafetensorError, ValueError) as fault:
-        raise UserError(f"init_lora: {path} cannot be read: {fault}") from fault
+    path, stored, metadata = _start_of(project)
     prefix = f"{project.family.denoiser[0]}."
     foreign = [name for name in stored if not name.startswith(prefix)]
     if foreign:
@@ -107,6 +102,24 @@ def start_from_file(denoiser: nn.Module, project: Project) -> None:
         _check_strength(inner, adapter_metadata(denoiser))
     except UserError as fault:
         raise UserError(f"init_lora: {path}: {fault}") from fault
+
+
+def check_start(project: Project) -> None:
+    """Raise UserError if `init_lora` names a file that is not there, or no adapter."""
+    if project.trainer.init_lora is not None:
+        _start_of(project)
+
+
+def _start_of(project: Project) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """Read the file that `init_lora` names: its path, its tensors, and what it says of itself."""
+    path = resolved(project.root, str(project.trainer.init_lora))
+    path = path / LORA_NAME if path.is_dir() else path
+    try:
+        with safe_open(path, "pt") as file:
+            stored, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return path, stored, json.loads(header.get(_METADATA, "{}"))
+    except (OSError, SafetensorError, ValueError) as fault:
+        raise UserError(f"init_lora: {path} cannot be read: {fault}") from fault
 
 
 def adapter_metadata(denoiser: nn.Module) -> dict[str, Any]:

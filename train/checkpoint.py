@@ -126,10 +126,14 @@ def save(run_folder: Path, state: State, mark: Mark, *, keep: int, rolling: bool
     except (OSError, RuntimeError, SafetensorError) as fault:  # torch and safetensors wrap a full disk in their own
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"{folder}: cannot be written: {fault}; the same command resumes from the one before"
+            f"{folder}: cannot be written: {fault} ({_free(run_folder)}); the same command resumes from the one before"
         ) from fault
     _make_room(run_folder, folder, keep)
     return folder
+
+
+def _free(folder: Path) -> str:
+    return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free there"
 
 
 def _make_room(run_folder: Path, newest: Path, keep: int) -> None:
@@ -233,7 +237,7 @@ def sweep(run_folder: Path) -> None:
 
 def checkpoints(run_folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    named = [path for path in run_folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    named = [path for path in run_folder.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(named, key=lambda path: (_step(path), path.name))
 
 
@@ -274,8 +278,15 @@ def _read(folder: Path) -> Stored:
         document = json.loads((folder / _STATE).read_text())
         cursor = Cursor(int(document["cursor"]["epoch"]), int(document["cursor"]["batch"]))
         mark = Mark(int(document["step"]), cursor, dict(document["settings"]))
-        wrong = [name for name, total in document["files"].items() if _sum(folder / name) != total]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as fault:
+        files = dict(document["files"])
+        if (
+            mark.step != _step(folder)
+            or min(cursor.epoch, cursor.batch) < 0
+            or not {_WEIGHTS, _OPTIMIZER} <= files.keys()
+        ):
+            raise ValueError(f"{_STATE} does not say what the folder's name does")
+        wrong = [name for name, total in files.items() if _sum(folder / name) != total]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as fault:
         raise _Damaged(f"damaged ({str(fault) or type(fault).__name__})") from fault
     if wrong:
         raise _Damaged(f"damaged ({', '.join(wrong)} is not as it was written)")

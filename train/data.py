@@ -114,6 +114,13 @@ class Batch:
     references: tuple[Tensor, ...]  # each B × C × h × w
     text: TextEmbeds
 
+    @property
+    def suspects(self) -> tuple[str, ...]:
+        """Name the samples with numbers that are not finite, or all if every number is."""
+        tensors = (self.latents, *self.references, self.text.embed)
+        odd = [not all(bool(torch.isfinite(one[place]).all()) for one in tensors) for place in range(len(self.seeds))]
+        return tuple(one for one, wrong in zip(self.sample_ids, odd, strict=True) if wrong) or self.sample_ids
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:

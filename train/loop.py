@@ -158,10 +158,13 @@ def _train(project: Project, plan: Plan, state: checkpoint.State, ranks: Process
                 part = step_loss(family, state.denoiser, batch, step, config, routing) * weight
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += part.item()
-                odd += [] if torch.isfinite(part) else batch.sample_ids
+                odd += [] if torch.isfinite(part) else batch.suspects
             loss, stop = ranks.sum(loss, around.asked_to_stop())
             if not math.isfinite(loss):
-                raise UserError(f"step {step}: the loss is {loss}; samples: {', '.join(odd) or 'of another process'}")
+                raise UserError(
+                    f"step {step}: the loss is {loss}; samples: {', '.join(odd) or 'of another process'}; a lower "
+                    "learning_rate may help, and prep cache --verify finds damaged latents"
+                )
 
             # The gradients of all processes, scaled down to the norm that is allowed; then the update.
             if step == plan.first + 1:
@@ -258,10 +261,10 @@ def _clip(state: checkpoint.State, step: int, limit: float) -> float:
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
     """Say in the run folder what is trained with what, unless it is said there."""
-    text, settings = json.dumps(record, indent=2), folder / "settings.json"
-    if not settings.exists() or settings.read_text() != text:
+    text, settings = json.dumps(record, indent=2).encode(), folder / "settings.json"
+    if not settings.exists() or settings.read_bytes() != text:
         with write_aside(settings) as aside:
-            aside.write_text(text)
+            aside.write_bytes(text)
 
 
 def _finish(project: Project, state: checkpoint.State, record: dict[str, Any], step: int) -> None:

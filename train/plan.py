@@ -16,7 +16,7 @@ from schemas.keys import digest
 from schemas.project import Project
 from schemas.trainer import DEFAULT_STEPS
 from train import checkpoint
-from train.adapter import LORA_NAME
+from train.adapter import LORA_NAME, check_start
 from train.data import Shelf, Shown, training_sets
 from train.held_out import held_out, held_out_sets
 from train.metrics import check_tracker
@@ -61,6 +61,7 @@ def supply_of(project: Project, ranks: Processes, dry_run: bool) -> Supply:
     with ranks.first_alone():  # one process builds or fetches the checkpoint
         shelf = Shelf(project, encoder_keys(project, remember=not dry_run))
         weights = here(project, denoiser) if dry_run else locate(project, denoiser)
+        check_start(project)
         held = held_out(project, shelf)
         check_pictures(project, shelf)
         settings = checkpoint.settings_of(project, shelf, weights, ranks.count, remember=not dry_run)

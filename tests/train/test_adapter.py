@@ -101,7 +101,7 @@ def _saved(folder: Path, project: Project, denoiser: nn.Module) -> Path:
 @pytest.mark.parametrize("preset", ["tiny", "nano"])
 def test_a_preset_that_wraps_nothing_is_an_error(opened: Open, preset: str, kind: str) -> None:
     project = opened(flux_lora_target=preset, lora_type=kind)
-    with pytest.raises(UserError, match=f"flux_lora_target '{preset}' wraps no layer of this model"):
+    with pytest.raises(UserError, match=f"flux_lora_target: '{preset}' wraps no layer of this model; presets: mmdit"):
         add_adapter(_network(project), project)
 
 
