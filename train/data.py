@@ -259,8 +259,8 @@ def check_cached(project: Project, missing: Collection[str]) -> None:
     """Raise UserError if latents or embeds are missing."""
     if missing:
         raise UserError(
-            f"{len(missing)} latents or text embeds are not cached for this checkpoint and these settings, "
-            f"first {min(missing)}; run: {project.command('prep cache')}"
+            f"{len(missing)} latents or text embeds are not cached for this checkpoint, flavour {project.flavour} and "
+            f"these settings, first {min(missing)}; run: {project.command('prep cache')}"
         )
 
 
