@@ -68,6 +68,17 @@ def check_whole(folder: Path, model: nn.Module, missing: Sequence[str]) -> None:
         raise UserError(f"{folder}: {len(lost)} tensors are not there, first {lost[0]}; fetch the checkpoint again")
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Have a network in its mode for use, and then in that it was in."""
+    before = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(before)
+
+
 def release_memory() -> None:
     """Give the accelerator back what nothing refers to any more."""
     gc.collect()

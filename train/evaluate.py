@@ -4,8 +4,7 @@ It draws nothing, and leaves no trace in training. What it measures is in `evalu
 `Evaluation`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from families.protocol import Family
+from families.runtime import evaluating
 from schemas.trainer import TrainerConfig
 from train import flow
 from train.data import Batch
@@ -33,17 +33,6 @@ class Evaluation:
         """Name the numbers as metrics.jsonl has them."""
         quarters = {f"eval_loss_q{number}": loss for number, loss in enumerate(self.by_time, 1)}
         return {"eval_loss": self.loss, **quarters}
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Have a network in its mode for use, and then in that it was in."""
-    before = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(before)
 
 
 @torch.no_grad()

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from families.checkpoints import locate
 from families.protocol import Sampling, TextEmbeds
-from families.runtime import dtype_of, family_of, release_memory
+from families.runtime import dtype_of, evaluating, family_of, release_memory
 from schemas.console import log, progress
 from schemas.keys import seed_of
 from schemas.project import Project
 from schemas.trainer import TrainerConfig
 from train.data import Shelf, Shown, check_cached
-from train.evaluate import evaluating
 from train.grid import Cell, Pixels, drawn, save_picture
 from train.held_out import held_out_pairs
 from train.likeness import psnr, ssim

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from families.protocol import Family
 from families.routing import Routing
-from families.runtime import dtype_of
+from families.runtime import dtype_of, evaluating
 from schemas.keys import seed_of
 from schemas.trainer import TrainerConfig
 from train import flow, rollout
@@ -57,7 +57,8 @@ def step_loss(
     if later is None:
         noisy, velocity = flow.noised(batch.latents, batch.noise, times), batch.noise - batch.latents
     else:
-        noisy, velocity = rollout.rolled_out(batch.latents, batch.noise, times, later, predict)
+        with evaluating(denoiser):
+            noisy, velocity = rollout.rolled_out(batch.latents, batch.noise, times, later, predict)
     if routing is not None:
         routing.choose(batch.seeds[0], num_tokens, batch.text.embed.shape[1], times.device)
     return flow.losses(predict(noisy, times), velocity, config.loss_type, config.huber_c).mean()
