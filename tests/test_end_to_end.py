@@ -1,6 +1,7 @@
 """The four stages together on real photographs and real classes, at toy size."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import command
 from diffusers import FluxKontextPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -657,15 +659,18 @@ def test_an_interrupt_finishes_the_step_and_writes_a_checkpoint(
 ) -> None:
     folder = make_project("edits", max_train_steps=400, checkpointing_steps=0)
     _prepare(folder)
-    project = open_project(folder)
-    command = [sys.executable, "-m", "train.cli", "run", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    project, told = open_project(folder), folder / "told.txt"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["commands"])
+    process = context.Process(target=command, args=(["run", str(folder)], {}, told, folder / "log.txt"))
+    process.start()
     while not (project.run_folder / "metrics.jsonl").exists() or len(_lines(project)) < 3:
-        assert process.poll() is None, "it ended before it could be interrupted"
+        assert process.is_alive(), "it ended before it could be interrupted"
         time.sleep(0.005)
-    process.send_signal(number)
-    out, _ = process.communicate()
-    assert process.returncode == 0
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 0
     steps = len(_lines(project))
-    assert f"stopped after step {steps}; the same command goes on from there" in out
+    assert f"stopped after step {steps}; the same command goes on from there" in told.read_text()
     assert run(open_project(folder, overrides=[f"max_train_steps={steps + 1}"])).first_step == steps

@@ -40,7 +40,7 @@ def test_five_kills_at_random_moments_change_no_bit(make_project: MakeProject) -
     whole, killed = (open_project(folder, overrides=[f"tracker_run_name={name}"]) for name in ("whole", "killed"))
     run(whole)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.loop"])
+    context.set_forkserver_preload(["commands"])
     rng = random.Random(20)
     for _ in range(5):
         process = context.Process(target=run, args=(killed,))
@@ -49,7 +49,7 @@ def test_five_kills_at_random_moments_change_no_bit(make_project: MakeProject) -
         limit = time.monotonic() + 120
         while len(_steps_told(killed)) <= before + 2 and process.is_alive() and time.monotonic() < limit:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.4))
+        time.sleep(rng.uniform(0, 0.3))
         assert process.pid is not None and process.is_alive(), "it ended before it could be killed"
         os.kill(process.pid, signal.SIGKILL)
         process.join()

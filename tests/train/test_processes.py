@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import command
 from safetensors.torch import load_file
 
 from families import open_project
@@ -17,7 +17,6 @@ from prep.cache import cache
 from prep.pairs import pairs
 from prep.scan import scan
 from schemas.project import Project
-from train.cli import app
 from train.loop import run
 
 MakeProject = Callable[..., Path]
@@ -30,14 +29,6 @@ class _Ended:
     stderr: str
 
 
-def _rank(arguments: list[str], environment: dict[str, str], told: tuple[Path, Path]) -> None:
-    """Be the command, in a process whose libraries are loaded."""
-    os.environ.update(environment)
-    for number, file in zip((1, 2), told, strict=True):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    app(arguments, prog_name="train")
-
-
 def _together(folder: Path, count: int, *options: str) -> list[_Ended]:
     """Run `train run` in processes that find each other as torchrun's do."""
     with socket.socket() as free:
@@ -45,14 +36,12 @@ def _together(folder: Path, count: int, *options: str) -> list[_Ended]:
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
     arguments = ["run", str(folder), *(part for option in options for part in ("--set", option))]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.loop", "train.cli"])
+    context.set_forkserver_preload(["commands"])
     told = [(folder / f"out-{rank}.txt", folder / f"err-{rank}.txt") for rank in range(count)]
-    started = [
-        context.Process(
-            target=_rank, args=(arguments, meeting | {"RANK": str(rank), "WORLD_SIZE": str(count)}, told[rank])
-        )
-        for rank in range(count)
-    ]
+    started = []
+    for rank in range(count):
+        environment = meeting | {"RANK": str(rank), "WORLD_SIZE": str(count)}
+        started.append(context.Process(target=command, args=(arguments, environment, *told[rank])))
     for process in started:
         process.start()
     for process in started:

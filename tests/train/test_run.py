@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_with
 from diffusers import FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -215,16 +216,13 @@ def test_run_folder_and_adapter_say_what_made_them(folder: Path) -> None:
     assert json.loads(header["lora_adapter_metadata"])["transformer.lora_alpha"] == 8
 
 
-def _slowly(folder: Path) -> None:
-    run(_project(folder, "shared", "max_train_steps=2000", "eval_steps_interval=0", "validation_disable=true"))
-
-
 def test_a_second_run_in_the_same_folder_is_told_who_is_at_work(folder: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.loop"])
-    process = context.Process(target=_slowly, args=(folder,))
+    context.set_forkserver_preload(["commands"])
+    options = ["max_train_steps=2000", "eval_steps_interval=0", "validation_disable=true"]
+    process = context.Process(target=run_with, args=(folder, ["tracker_run_name=shared", *options]))
     process.start()
-    project = _project(folder, "shared", "max_train_steps=2000", "eval_steps_interval=0", "validation_disable=true")
+    project = _project(folder, "shared", *options)
     limit = time.monotonic() + 60
     while not (project.run_folder / "metrics.jsonl").exists() and time.monotonic() < limit:
         time.sleep(0.01)
