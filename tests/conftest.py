@@ -20,11 +20,6 @@ FOLDERS = {
 }
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Have one worker more than processors: many tests wait for other processes."""
-    return (os.cpu_count() or 1) + 1
-
-
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace's `models` folder that holds tiny Kontext."""

@@ -109,9 +109,8 @@ def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "optimi-lion"])
-def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(make_project: MakeProject, optimizer: str) -> None:
-    options = {"optimizer": optimizer, "lr_scheduler": "cosine", "lora_dropout": 0.1, "max_train_steps": 10}
+def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(make_project: MakeProject) -> None:
+    options = {"optimizer": "optimi-lion", "lr_scheduler": "cosine", "lora_dropout": 0.1, "max_train_steps": 10}
     folder = make_project("edits", **options)
     _prepare(folder)
     whole, parts = (open_project(folder, overrides=[f"tracker_run_name={name}"]) for name in ("whole", "parts"))
@@ -134,9 +133,8 @@ def _lines(project: Project) -> list[str]:
     return (project.run_folder / "metrics.jsonl").read_text().splitlines()
 
 
-@pytest.mark.parametrize("alpha", [None, 2.0])
-def test_the_saved_lora_gives_the_pipeline_the_trained_model(make_project: MakeProject, alpha: float | None) -> None:
-    folder = make_project("edits", lora_alpha=alpha, max_train_steps=6, learning_rate=1e-2)
+def test_the_saved_lora_gives_the_pipeline_the_trained_model(make_project: MakeProject) -> None:
+    folder = make_project("edits", lora_alpha=2.0, max_train_steps=6, learning_rate=1e-2)
     project, _ = _prepare(folder)
     run(project)
     checkpoint = locate(project, project.family.denoiser)

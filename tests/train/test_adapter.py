@@ -16,9 +16,6 @@ from families import flux, open_project
 from families.checkpoints import locate
 from families.protocol import TextEmbeds
 from families.quantize import quantize_and_place
-from prep.cache import cache
-from prep.pairs import pairs
-from prep.scan import scan
 from schemas.errors import UserError
 from schemas.project import Project
 from train.adapter import (
@@ -33,7 +30,6 @@ from train.adapter import (
 from train.checkpoint import same_layers
 from train.data import Batch
 from train.fusing import fuse
-from train.loop import run
 from train.step import base_dtype, step_loss
 
 CPU = torch.device("cpu")
@@ -314,34 +310,6 @@ def test_layers_trained_apart_cannot_be_fused(opened: Open) -> None:
     fused = _adapted(opened(fuse_qkv_projections="true"))
     with pytest.raises(UserError, match=r"to_q\.lora_A\.weight .* trained apart.*fuse_qkv_projections"):
         load_adapter(fused, adapter_layers(_trained(opened())))
-
-
-# In the loop
-
-
-@pytest.mark.parametrize(
-    ("options", "product"),
-    [
-        ({"lora_type": "lycoris"}, LORA_NAME),
-        ({"fuse_qkv_projections": True, "base_model_precision": "int8-torchao"}, LORA_NAME),
-        ({"model_type": "full", "optimizer": "optimi-adamw"}, "transformer"),
-    ],
-)
-def test_every_kind_of_training_resumes_to_the_same_weights(
-    make_project: Callable[..., Path], options: dict[str, object], product: str
-) -> None:
-    folder = make_project(photos=2, mixed_precision="bf16", max_train_steps=4, **options)
-    scan(folder), pairs(folder), cache(folder)
-    whole, parts = (open_project(folder, overrides=[f"tracker_run_name={name}"]) for name in ("whole", "parts"))
-    run(whole)
-    run(parts, limit=2)
-    assert run(parts).first_step == 2
-    files = [_tensors(project.run_folder / product) for project in (whole, parts)]
-    assert _equal(*files)
-
-
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(next(path.glob("*.safetensors")) if path.is_dir() else path)
 
 
 # All weights

@@ -168,7 +168,7 @@ def test_checkpoints_of_both_kinds_have_limits_of_their_own(folder: Path) -> Non
     [
         ['tread_config={"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -1}]}',
          "scheduled_sampling_max_step_offset=100", "scheduled_sampling_probability=0.8", "loss_type=huber"],
-        ["lora_type=lycoris", "flow_use_beta_schedule=true", "flux_guidance_mode=random-range", "use_ema=true"],
+        ["lora_type=lycoris", "base_model_precision=int8-torchao", "flow_use_beta_schedule=true", "flux_guidance_mode=random-range", "use_ema=true"],
         ["optimizer=prodigy", "fuse_qkv_projections=true", "gradient_checkpointing_interval=2",
          "gradient_accumulation_steps=2", "conditioning_dropout_probability=0.5"],
     ],
