@@ -22,7 +22,7 @@ demo: .venv/installed
 	@echo "Run it again: nothing is done twice. Your own project: README.md."
 
 test: .venv/installed-dev
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
