@@ -60,7 +60,7 @@ _WHY: Mapping[str, str] = {
     "flux_guidance_value": "what distilled models are trained at, as their makers advise; sampling may tell them more",
     "gradient_checkpointing": "a third slower, two thirds of the memory are free",
     "base_model_precision": "exact and fastest; `int8-quanto` is the next choice, for cards of 24 GB",
-    "quantize_via": "a layer at a time: seconds instead of minutes, and never the whole model in bf16 there",
+    "quantize_via": "a layer at a time: the accelerator never holds the whole model in bf16",
     "mixed_precision": "what the model is run in; adapters are float32 all the same",
     "checkpointing_steps": "a quarter of an hour on one H200",
     "num_eval_images": "with 16 times each these are 64 forward passes, the same every time: small differences show",

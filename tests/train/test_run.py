@@ -66,8 +66,6 @@ def _metrics(project: Project) -> list[dict[str, float]]:
 
 def test_evaluations_and_samples_change_no_bit_of_what_is_trained(folder: Path) -> None:
     watched = _project(folder, "watched", "lora_dropout=0.1", "use_ema=true")
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
     summary = run(watched)
     blind = _project(folder, "blind", "lora_dropout=0.1", "use_ema=true", "eval_steps_interval=0",
                      "validation_disable=true", "report_to=none")  # fmt: skip
@@ -75,7 +73,6 @@ def test_evaluations_and_samples_change_no_bit_of_what_is_trained(folder: Path) 
     assert _equal(_weights(watched), _weights(blind))
     assert _equal(_weights(watched, f"ema/{LORA_NAME}"), _weights(blind, f"ema/{LORA_NAME}"))
     assert not _equal(_weights(watched), _weights(watched, f"ema/{LORA_NAME}"))
-    assert before.shape == torch.get_rng_state().shape
 
     told = _metrics(watched)
     assert [one["step"] for one in told if "eval_loss" in one] == [0, 3, 6]
