@@ -13,6 +13,7 @@ from rows import filled, header_of, row_of, tensors
 
 from families import open_project
 from families.checkpoints import locate
+from families.protocol import Placement
 from families.runtime import family_of
 from schemas.shards import ShardIndex, write_shard
 
@@ -27,9 +28,9 @@ def tiny_embeds(folder):
     photos = folder / "photos"
     photos.mkdir()
     opened = open_project(project(folder / "tiny", photos, None), need_images=False)
-    family, settings = family_of(opened), opened.family.text_settings[opened.flavour]
-    device = torch.device("cpu")
-    encoders = family.load_text_encoders(locate(opened, opened.family.text_encoders), torch.bfloat16, device)
+    family, settings = family_of(opened), opened.text_settings
+    checkpoint = locate(opened, opened.family.text_encoders)
+    encoders = family.load_text_encoders(checkpoint, torch.bfloat16, Placement(torch.device("cpu")), settings)
     prompts = [f"make photo {number} sharper, and keep its colours as they are" for number in range(64)]
     return family.encode_prompts(encoders, prompts, settings).embed.to(torch.bfloat16)
 

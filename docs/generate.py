@@ -55,7 +55,8 @@ _WHY: Mapping[str, str] = {
     "a tenth of it, LoKr up to ten times as much",
     "max_grad_norm": "one odd sample cannot throw a run; upstream clips each value at 2, which is next to nothing",
     "lora_dropout": "noise and time are another at every showing; upstream has 0.1",
-    "caption_dropout_probability": "FLUX.1 is distilled of guidance: it is never run without its prompt",
+    "caption_dropout_probability": "FLUX.1 and FLUX.2 dev are distilled of guidance: they are never run without their "
+    "prompt; klein is, in every step of classifier-free guidance",
     "flow_schedule_auto_shift": "FLUX was trained with times shifted by resolution; the target's tokens alone count",
     "flux_guidance_value": "what distilled models are trained at, as their makers advise; sampling may tell them more",
     "gradient_checkpointing": "a third slower, two thirds of the memory are free",
@@ -328,9 +329,9 @@ def _families_table() -> str:
         presets = ", ".join(
             f"`{one}`" + (" (default)" * (one == spec.default_lora_target)) for one in spec.lora_targets
         )
-        for flavour, hub_id in spec.flavours.items():
+        for flavour, model in spec.flavours.items():
             chosen = " (default)" if flavour == spec.default_flavour else ""
-            lines.append(f"| `{name}` | `{flavour}`{chosen} | `{hub_id}` | {spec.alignment} px | {presets} |")
+            lines.append(f"| `{name}` | `{flavour}`{chosen} | `{model.checkpoint}` | {spec.alignment} px | {presets} |")
     return "\n".join(lines) + "\n"
 
 

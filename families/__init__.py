@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from schemas.family import Expected, FamilySpec, Width
+from schemas.family import Expected, FamilySpec, Flavour, Width
 from schemas.loading import check_folders, load_project
 from schemas.project import Project
 
@@ -18,6 +18,7 @@ for _library in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao
     logging.getLogger(_library).setLevel(logging.ERROR)
 
 # Presets name q, k and v both apart and fused (`fuse_qkv_projections`): a network has the one or the other.
+_T5_WIDTH = Width(4096, "text_encoder_2", "d_model")
 _FLUX_ATTENTION = r"attn\.(to_[qkv]|to_qkv|to_out\.0)"
 _FLUX_CONTEXT = r"attn\.(add_[qkv]_proj|to_added_qkv|to_add_out)"
 _FLUX_FF, _FLUX_FF_CONTEXT = (rf"{name}\.net\.(0\.proj|2)" for name in ("ff", "ff_context"))
@@ -27,10 +28,29 @@ _FLUX_ALL_FFS = rf"{_FLUX_ATTENTION}|{_FLUX_CONTEXT}|{_FLUX_FF}|{_FLUX_FF_CONTEX
 FAMILIES: Mapping[str, FamilySpec] = {
     "flux": FamilySpec(
         module="families.flux",
+        # T5 is not masked, so that its rows depend on the length they are padded to.
         flavours={
-            "dev": "black-forest-labs/FLUX.1-dev",
-            "schnell": "black-forest-labs/FLUX.1-schnell",
-            "kontext": "black-forest-labs/FLUX.1-Kontext-dev",
+            "dev": Flavour(
+                "black-forest-labs/FLUX.1-dev",
+                {"max_sequence_length": 512},
+                _T5_WIDTH,
+                told_guidance=True,
+                true_guidance="possible",
+            ),
+            "schnell": Flavour(
+                "black-forest-labs/FLUX.1-schnell",
+                {"max_sequence_length": 256},
+                _T5_WIDTH,
+                told_guidance=False,
+                true_guidance="possible",
+            ),
+            "kontext": Flavour(
+                "black-forest-labs/FLUX.1-Kontext-dev",
+                {"max_sequence_length": 512},
+                _T5_WIDTH,
+                told_guidance=True,
+                true_guidance="possible",
+            ),
         },
         image_encoder=("vae",),
         text_encoders=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
@@ -42,13 +62,10 @@ FAMILIES: Mapping[str, FamilySpec] = {
             "transformer": Expected("FluxTransformer2DModel", {"in_channels": 64}),
         },
         numbered_text_encoders=("text_encoder", "text_encoder_2"),
-        # T5 is not masked, so that its rows depend on the length they are padded to.
-        text_settings={"dev": {"t5_tokens": 512}, "schnell": {"t5_tokens": 256}, "kontext": {"t5_tokens": 512}},
         latent_channels=Width(16, "vae", "latent_channels"),
         latent_scale=8,
-        text_tokens="t5_tokens",
-        text_width=Width(4096, "text_encoder_2", "d_model"),
         pooled_width=Width(768, "text_encoder", "hidden_size"),
+        text_input="joint_attention_dim",
         default_flavour="kontext",
         alignment=64,
         smallest_alignment=16,

@@ -69,13 +69,36 @@ def here(project: Project, components: Sequence[str]) -> Path | None:
     return folder
 
 
+def check_trainable(project: Project, folder: Path) -> None:
+    """Raise UserError for a checkpoint that is distilled, unless that is allowed: a LoRA of it learns greyness."""
+    mark, index = project.model.distilled, folder / "model_index.json"
+    if mark is None or project.trainer.allow_distilled or not index.exists():
+        return
+    if _config(index).get(mark) is True:
+        raise UserError(
+            f"{index}: {mark} is true. A model that is distilled to few steps does not learn from single steps: train "
+            f"on its base ({project.model.checkpoint}) and load the LoRA into either; allow_distilled trains it anyway"
+        )
+
+
+def check_text_input(project: Project, folder: Path, width: int) -> None:
+    """Raise UserError if the denoiser of a checkpoint takes text embeds of another width."""
+    file, key = folder / project.family.denoiser[0] / "config.json", project.family.text_input
+    takes = _config(file).get(key)
+    if takes != width:
+        raise UserError(
+            f"{file}: {key} is {takes}, the cached text embeds are {width} wide: they are of another model; "
+            f"run: {project.command('prep cache')}"
+        )
+
+
 def _missing(project: Project, folder: Path, components: Sequence[str]) -> list[str]:
     """Name what a checkpoint lacks. Weights must be safetensors: other files would not enter an encoder's key."""
     missing = []
     for part in components:
         if not (folder / part).is_dir():
             missing.append(part)
-        elif part in project.family.configs:
+        elif part in _configs(project):
             missing += [f"{part}/{file}" for file in ("config.json",) if not (folder / part / file).exists()]
             missing += [f"{part}/{file}" for file in _missing_weights(folder / part)]
         elif not any((folder / part).iterdir()):
@@ -86,14 +109,19 @@ def _missing(project: Project, folder: Path, components: Sequence[str]) -> list[
 def _check_configs(project: Project, folder: Path, components: Sequence[str]) -> None:
     """Raise UserError for a component that is not what the family loads."""
     for part in components:
-        expected, file = project.family.configs.get(part), folder / part / "config.json"
+        expected, file = _configs(project).get(part), folder / part / "config.json"
         if expected is None:
             continue
         for key, wanted, found in _differences(expected, _config(file)):
+            model = f"{project.trainer.model_family} {project.flavour}"
             raise UserError(
-                f"{file}: {key} is {json.dumps(found)}, {project.trainer.model_family} needs {wanted}; "
-                "is it the checkpoint of another model?"
+                f"{file}: {key} is {json.dumps(found)}, {model} needs {wanted}; is it the checkpoint of another model?"
             )
+
+
+def _configs(project: Project) -> dict[str, Expected]:
+    """Return what the flavour's components must be."""
+    return {**project.family.configs, **project.model.configs}
 
 
 def _differences(expected: Expected, config: dict[str, Any]) -> Iterator[tuple[str, object, object]]:
@@ -181,7 +209,7 @@ def _text_settings(project: Project) -> dict[str, object]:
     """Return the settings that text embeds depend on; of options, those that are not at their defaults."""
     trainer = project.trainer
     precisions = {name: value for name, value in text_precisions(project).items() if value != "no_change"}
-    settings: dict[str, object] = {"dtype": "bf16", **project.family.text_settings[project.flavour]}
+    settings: dict[str, object] = {"dtype": "bf16", **project.text_settings}
     return (
         settings
         | ({"precision": precisions} if precisions else {})
@@ -194,6 +222,20 @@ def text_precisions(project: Project) -> dict[str, str]:
     trainer = project.trainer
     options = (trainer.text_encoder_1_precision, trainer.text_encoder_2_precision)
     return dict(zip(project.family.numbered_text_encoders, options, strict=False))
+
+
+def stored_rows(project: Project, checkpoint: Path, prompts: Sequence[str]) -> list[int]:
+    """Return how many rows of each prompt's embed a shard holds: all, but of equal padding in front one alone.
+
+    Only for flavours whose embeds begin so a tokenizer is loaded, and with it a tensor library.
+    """
+    most = project.text_tokens
+    if not project.model.padding_first:
+        return [most] * len(prompts)
+    runtime = importlib.import_module("families.runtime")
+    family = runtime.family_of(project)
+    counted = family.count_tokens(family.load_tokenizer(checkpoint), prompts, project.text_settings)
+    return [min(count + 1, most) for count in counted]
 
 
 def check_unchanged(checkpoint: Path, before: object, now: object) -> None:
@@ -225,12 +267,16 @@ def encoder_keys(project: Project, *, remember: bool = True) -> EncoderKeys:
     if folder is not None:
         images = image_encoder_keys(project, folder, remember=remember)
         return EncoderKeys(*images, text_encoder_key(project, folder, remember=remember))
-    noted = _recorded(project).get(_record_name(project))
+    recorded = _recorded(project)
+    noted = recorded.get(_record_name(project))
     if noted is None:
+        model = f"{project.trainer.model_family} {project.flavour}"
+        others = sorted({" ".join(name.split(" ")[:3]) for name in recorded})
         raise UserError(
-            f"nothing is cached for checkpoint {project.checkpoint} with vae_dtype {project.trainer.vae_dtype}, "
-            f"posterior {project.trainer.posterior} and the other options of its encoders; "
-            f"run: {project.command('prep cache')}"
+            f"nothing is cached for checkpoint {project.checkpoint}, {model}, with vae_dtype "
+            f"{project.trainer.vae_dtype}, posterior {project.trainer.posterior} and the other options of its encoders"
+            + (f" (there is a cache for {', '.join(others)})" if others else "")
+            + f"; run: {project.command('prep cache')}"
         )
     return EncoderKeys(**noted)
 
@@ -267,7 +313,7 @@ def fingerprint(project: Project, checkpoint: Path, components: Sequence[str], *
         for file in sorted(folder.iterdir()):
             if file.suffix == ".json" and not file.name.endswith(_INDEX):
                 parts.append([component, file.name, _settings(file)])
-            elif file.suffix in (".model", ".txt"):
+            elif file.suffix in (".model", ".txt", ".jinja"):
                 parts.append([component, file.name, others.of(file)])
         if stored := _weights(folder):
             parts.append([component, "weights", combined(map(weights.of, stored))])

@@ -16,24 +16,28 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from families.protocol import Block, Posterior, Sampling, TextEmbeds
-from families.quantize import quantize_weights
-from families.runtime import check_whole, library_silenced
+from families.adapters import AdapterFile, put_adapter
+from families.offloading import Groups, offload
+from families.protocol import Block, Placement, Posterior, Sampling, TextEmbeds
+from families.quantize import quantize_and_place
+from families.runtime import check_whole
 from families.tiny import clip_tokenizer, seeded, t5_tokenizer
-from schemas.console import log
 from schemas.errors import UserError
 
 _PATCH = 2  # latent pixels of a token's side
-_TOLD = 300  # most characters of a library's message
 
 
 def load_image_encoder(
-    checkpoint: Path, dtype: torch.dtype, device: torch.device, *, tiling: bool, slicing: bool
+    checkpoint: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tiling: bool,
+    slicing: bool,
+    groups: Groups | None = None,
 ) -> AutoencoderKL:
     """Load the VAE; raises UserError if its weights are not those that its config.json tells of."""
     try:
@@ -47,7 +51,11 @@ def load_image_encoder(
         vae.enable_tiling()
     if slicing:
         vae.enable_slicing()
-    return vae.to(device).eval().requires_grad_(False)
+    vae.eval().requires_grad_(False)
+    if groups is None:
+        return vae.to(device)
+    offload(vae, [*vae.encoder.down_blocks, vae.encoder.mid_block], device, groups)
+    return vae
 
 
 @torch.no_grad()
@@ -68,7 +76,7 @@ def decode_latents(encoder: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def load_text_encoders(
-    checkpoint: Path, dtype: torch.dtype, device: torch.device, *, precisions: Mapping[str, str], offload: bool
+    checkpoint: Path, dtype: torch.dtype, how: Placement, settings: Mapping[str, Any]
 ) -> FluxKontextPipeline:
     """Load CLIP-L and T5 with their tokenizers, as a pipeline that has nothing else.
 
@@ -76,31 +84,41 @@ def load_text_encoders(
     """
     nothing = {"transformer": None, "vae": None, "image_encoder": None, "feature_extractor": None}
     loaded = {}
+    waiting = how.groups is not None or (how.turns and how.device.type != "cpu")
+    place = torch.device("cpu") if waiting else how.device
     for component, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", T5EncoderModel)):
         encoder, found = kind.from_pretrained(
             checkpoint, subfolder=component, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
         check_whole(checkpoint / component, encoder, found["missing_keys"])
-        quantize_weights(encoder.eval().requires_grad_(False), precisions.get(component, "no_change"))
+        precision = how.precisions.get(component, "no_change")
+        quantize_and_place(encoder.eval().requires_grad_(False), precision, (), place, how.quantize_via)
         loaded[component] = encoder
     pipeline = FluxKontextPipeline.from_pretrained(checkpoint, dtype=dtype, **nothing, **loaded)
-    if not offload or device.type == "cpu":
-        return pipeline.to(device)
-    pipeline.enable_model_cpu_offload(device=device)
+    if how.groups is not None:
+        pipeline.text_encoder.to(how.device)
+        offload(pipeline.text_encoder_2, pipeline.text_encoder_2.encoder.block, how.device, how.groups)
+    elif waiting:
+        pipeline.enable_model_cpu_offload(device=how.device)
     return pipeline
 
 
 @torch.no_grad()
 def encode_prompts(encoders: FluxKontextPipeline, prompts: Sequence[str], settings: Mapping[str, Any]) -> TextEmbeds:
     """Encode prompts with the pipeline's own `encode_prompt`."""
-    length = settings["t5_tokens"]
+    length = settings["max_sequence_length"]
     embed, pooled, _ = encoders.encode_prompt(prompt=list(prompts), prompt_2=None, max_sequence_length=length)
-    return TextEmbeds(embed, pooled, count_tokens(encoders, prompts))
+    return TextEmbeds(embed, pooled, count_tokens(encoders.tokenizer_2, prompts, settings))
 
 
-def count_tokens(encoders: FluxKontextPipeline, prompts: Sequence[str]) -> tuple[int, ...]:
-    """Count T5's tokens, whose rows the transformer reads."""
-    return tuple(len(ids) for ids in encoders.tokenizer_2(list(prompts))["input_ids"])
+def load_tokenizer(checkpoint: Path) -> Any:
+    """Load T5's, whose rows the transformer reads."""
+    return AutoTokenizer.from_pretrained(checkpoint / "tokenizer_2")
+
+
+def count_tokens(tokenizer: Any, prompts: Sequence[str], settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """Count T5's tokens."""
+    return tuple(len(ids) for ids in tokenizer(list(prompts))["input_ids"])
 
 
 def load_denoiser(checkpoint: Path, dtype: torch.dtype) -> FluxTransformer2DModel:
@@ -279,34 +297,19 @@ def _embeds(text: TextEmbeds, dtype: torch.dtype, prefix: str) -> dict[str, Tens
 
 
 def load_adapter(denoiser: FluxTransformer2DModel, file: Path, strength: float) -> int:
-    """Read a file as the pipeline does, and load it into the transformer itself.
+    """Read a file as the pipeline does, and load it into the transformer itself."""
 
-    That takes LoKr too, which the pipeline takes for no LoRA, and quantised layers, whose shapes the pipeline asks for.
-    """
-    try:
-        with library_silenced():
-            weights, alphas, metadata = FluxKontextPipeline.lora_state_dict(
-                file.parent,
-                weight_name=file.name,
-                use_safetensors=True,
-                return_alphas=True,
-                return_lora_metadata=True,
-            )
-            denoiser.load_lora_adapter(weights, network_alphas=alphas, metadata=metadata, prefix="transformer")
-    except (OSError, SafetensorError) as fault:
-        raise UserError(f"{file}: cannot be read: {fault}; give a file of safetensors that is whole") from fault
-    except (ValueError, RuntimeError, LookupError, TypeError, AssertionError) as fault:
-        told = " ".join(str(fault).split())[:_TOLD]
-        raise UserError(f"{file}: does not fit this model ({told}); is it the LoRA of another one?") from fault
-    layers = sum(isinstance(module, BaseTunerLayer) for module in denoiser.modules())
-    named = len({name.rpartition(".lo")[0] for name in weights})
-    if not layers:
-        raise UserError(f"{file}: none of its {named} layers is one of this model; is it the LoRA of another one?")
-    if layers < named:
-        log.warning("%s: %d of its %d layers are none of this model; they are left out", file, named - layers, named)
-    names = list(denoiser.peft_config)
-    denoiser.set_adapters(names, [strength] * len(names))
-    return layers
+    def read() -> AdapterFile:
+        weights, alphas, metadata = FluxKontextPipeline.lora_state_dict(
+            file.parent,
+            weight_name=file.name,
+            use_safetensors=True,
+            return_alphas=True,
+            return_lora_metadata=True,
+        )
+        return AdapterFile(weights, alphas, metadata)
+
+    return put_adapter(denoiser, file, strength, read)
 
 
 def build_tiny(folder: Path, flavour: str) -> None:

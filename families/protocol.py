@@ -4,12 +4,14 @@ prep calls the encoders, train the denoiser; neither asks which family it has.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from families.offloading import Groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,17 @@ class Posterior:
 
     mean: Tensor
     std: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where text encoders run, and in how many bits."""
+
+    device: torch.device
+    precisions: Mapping[str, str] = field(default_factory=dict)  # component -> quantisation
+    quantize_via: str = "cpu"  # or accelerator
+    turns: bool = False  # encoders take turns on the accelerator
+    groups: Groups | None = None  # their layers wait on the CPU instead
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +75,19 @@ class Family(Protocol):
         """Write a small random checkpoint, the same on every machine."""
 
     def load_image_encoder(
-        self, checkpoint: Path, dtype: torch.dtype, device: torch.device, *, tiling: bool, slicing: bool
+        self,
+        checkpoint: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        tiling: bool,
+        slicing: bool,
+        groups: Groups | None = None,
     ) -> Any:
         """Load the encoder that `encode_images` and `decode_latents` take.
 
-        `tiling` encodes large pictures in tiles, `slicing` the pictures of a batch one after the other.
+        `tiling` encodes large pictures in tiles, `slicing` the pictures of a batch one after the other; with `groups`
+        its blocks wait on the CPU.
         """
 
     def encode_images(self, encoder: Any, pixels: Tensor) -> Posterior:
@@ -76,23 +97,17 @@ class Family(Protocol):
         """Decode normalised latents to uint8 pixels, batch × height × width × 3."""
 
     def load_text_encoders(
-        self,
-        checkpoint: Path,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        precisions: Mapping[str, str],
-        offload: bool,
+        self, checkpoint: Path, dtype: torch.dtype, how: Placement, settings: Mapping[str, Any]
     ) -> Any:
-        """Load the encoders that `encode_prompts` takes.
-
-        `precisions` quantises the components it names; with `offload` they take turns on the accelerator.
-        """
+        """Load the encoders that `encode_prompts` takes, no more of them than it needs."""
 
     def encode_prompts(self, encoders: Any, prompts: Sequence[str], settings: Mapping[str, Any]) -> TextEmbeds:
-        """Encode prompts exactly as the family's pipeline does; `settings` are the flavour's of its FamilySpec."""
+        """Encode prompts exactly as the family's pipeline does; `settings` are the project's `text_settings`."""
 
-    def count_tokens(self, encoders: Any, prompts: Sequence[str]) -> tuple[int, ...]:
+    def load_tokenizer(self, checkpoint: Path) -> Any:
+        """Load what `count_tokens` takes."""
+
+    def count_tokens(self, tokenizer: Any, prompts: Sequence[str], settings: Mapping[str, Any]) -> tuple[int, ...]:
         """Count the tokens of prompts before padding and before the cut."""
 
     def load_denoiser(self, checkpoint: Path, dtype: torch.dtype) -> nn.Module:

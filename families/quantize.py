@@ -7,7 +7,7 @@ is there already would be quantised as well.
 from collections.abc import Sequence
 
 import torch
-from optimum.quanto import freeze, qfloat8, qint2, qint4, qint8, quantize
+from optimum.quanto import freeze, qfloat8, qint2, qint4, qint8
 from optimum.quanto.nn import quantize_module
 from optimum.quanto.tensor.weights import WeightQBitsTensor, WeightQBytesTensor
 from torch import nn
@@ -15,16 +15,6 @@ from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, q
 
 _QUANTO = {"int8-quanto": qint8, "int4-quanto": qint4, "int2-quanto": qint2, "fp8-quanto": qfloat8}
 _TORCHAO = {"int8-torchao": Int8WeightOnlyConfig, "fp8-torchao": Float8WeightOnlyConfig}
-
-
-def quantize_weights(network: nn.Module, precision: str) -> None:
-    """Quantise a network in place, where it is, with optimum-quanto; `no_change` leaves it alone."""
-    if precision == "no_change":
-        return
-    quantize(network, weights=_QUANTO[precision])
-    freeze(network)
-    for module in network.modules():
-        _multiply_plainly(module)
 
 
 def quantize_and_place(

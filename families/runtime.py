@@ -15,9 +15,12 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from families.protocol import Family
+from families.checkpoints import text_precisions
+from families.offloading import Groups
+from families.protocol import Family, Placement
 from schemas.errors import UserError
 from schemas.project import Project
+from schemas.trainer import TrainerConfig
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -84,6 +87,19 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def placement(project: Project, device: torch.device) -> Placement:
+    """Say where and how a project's options have text encoders run."""
+    trainer = project.trainer
+    groups = groups_of(trainer) if trainer.group_offload_text_encoder and device.type == "cuda" else None
+    turns, via = trainer.offload_during_startup, trainer.quantize_via
+    return Placement(device, text_precisions(project), via, turns=turns, groups=groups)
+
+
+def groups_of(trainer: TrainerConfig) -> Groups:
+    """Say how the options have blocks wait on the CPU."""
+    return Groups(trainer.group_offload_blocks_per_group, ahead=trainer.group_offload_use_stream)
 
 
 def choose_attention() -> None:

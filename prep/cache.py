@@ -25,6 +25,7 @@ from families.checkpoints import (
     key_of,
     locate,
     record_keys,
+    stored_rows,
 )
 from prep.leases import Leases
 from prep.needed import REFERENCES, TARGETS, Needed, Pictures, needed_of
@@ -37,10 +38,11 @@ from prep.writing import Part
 from schemas.console import Progress, log, progress
 from schemas.errors import UserError
 from schemas.keys import text_keys
+from schemas.planned import sized
 from schemas.project import Project
 from schemas.shards import REJECTS, ShardIndex
 from schemas.stores import Store
-from schemas.summaries import CacheSummary, StoreSummary
+from schemas.summaries import CacheSummary, StoreSummary, counted
 from schemas.trainer import Posterior
 
 _NOT_HERE = "(encoder not known yet)"  # in place of an encoder's key, in a dry run without a checkpoint
@@ -175,6 +177,15 @@ class _Work:
         self.reused = len(self.keys) - len(missing) - rejected
         self.wanted = missing[:limit]
 
+    def cost(self, unit: str) -> str:
+        """Say what is to be encoded takes, and what is saved by storing what is asked for twice once."""
+        sizes = np.asarray(self.row_bytes, np.int64)
+        todo = sizes[self.wanted]
+        each = f"{sized(int(todo.mean()))} {'each' if todo.min() == todo.max() else 'on average'}"
+        said = f"{counted(len(todo), unit)} to encode, {each}, {sized(int(todo.sum()))} in all"
+        saved = (self.asked - len(self.keys)) * int(sizes.mean())
+        return f"{said}; asked for {self.asked} times, storing each once saves {sized(saved)}" if saved > 0 else said
+
     def is_whole(self) -> bool:
         """Tell whether all is there by now, whoever made it."""
         if self.wanted:
@@ -284,16 +295,30 @@ class _Run:
         if checkpoint is not None:
             self.said[TEXT] = describe_text_encoder(project, checkpoint, remember=not self._dry_run)
             key = key_of(self.said[TEXT])
-        sizes = [sizes_of(project).per_prompt] * len(prompts)  # asked once the checkpoint is there
         index = ShardIndex(project.text_store / key)
         keys = list(text_keys(key, prompts))
+        rows = self._text_rows(checkpoint, index, keys, prompts)
+        sizes = [sizes_of(project).of_prompt(one) for one in rows]  # asked once the checkpoint is there
+        folders = [f"{one}-rows" if project.model.padding_first else "" for one in rows]  # a shard has one shape
         own = project.dataset(project.text_dataset) if project.text_dataset is not None else project.trainer
         work = _Work(
-            "text", index, key, keys, [""] * len(prompts), sizes, prompts.__getitem__, needed.asked,
+            "text", index, key, keys, folders, sizes, prompts.__getitem__, needed.asked,
             own.write_batch_size,
         )  # fmt: skip
         self._encode("encode prompts", "prompt", [work], checkpoint, self._engine.texts)
         return work
+
+    def _text_rows(
+        self, checkpoint: Path | None, index: ShardIndex, keys: Sequence[str], prompts: Sequence[str]
+    ) -> list[int]:
+        """Return how many rows of each prompt's embed are stored; what is all there is not counted anew."""
+        project = self._project
+        if checkpoint is None or not project.model.padding_first:
+            return [project.text_tokens] * len(prompts)
+        if all(key in index for key in keys):
+            headers = map(index.header_of, keys)
+            return [header.shapes["embed"][0] - header.pad_rows for header in headers]
+        return stored_rows(project, checkpoint, prompts)
 
     def _checkpoint(self, components: Sequence[str]) -> Path | None:
         """Return the checkpoint's folder; a dry run neither builds nor fetches one."""
@@ -317,6 +342,9 @@ class _Run:
             announce(self._project, work.index.store, said[work.encoder])
         if not any(work.wanted for work in works):
             return
+        for work in works:
+            if work.wanted:
+                log.info("%s", work.cost(unit))
         try:
             for work in works:
                 self._finish(label, unit, work, lambda units: engine(checkpoint, units))

@@ -12,9 +12,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from families.checkpoints import check_unchanged, image_encoder_keys, text_encoder_key, text_precisions
+from families.checkpoints import check_unchanged, image_encoder_keys, text_encoder_key
 from families.protocol import TextEmbeds
-from families.runtime import default_device, dtype_of, family_of, release_memory
+from families.runtime import default_device, dtype_of, family_of, groups_of, placement, release_memory
 from prep.images import Pixels
 from prep.pixels import Picture, Refusal
 from prep.pool import Crash
@@ -45,6 +45,7 @@ class Latents:
             self._device,
             tiling=trainer.vae_enable_tiling,
             slicing=trainer.vae_enable_slicing,
+            groups=groups_of(trainer) if trainer.group_offload_vae and self._device.type == "cuda" else None,
         )
         targets, references = image_encoder_keys(project, checkpoint)  # of what was loaded
         self._choices: dict[str, Choice] = {references: "mode", targets: trainer.posterior}
@@ -119,17 +120,13 @@ class Texts:
     """The text encoders at work: prompts in, text shards out."""
 
     def __init__(self, project: Project, checkpoint: Path) -> None:
-        self._family, self._settings = family_of(project), project.family.text_settings[project.flavour]
+        self._family, self._settings = family_of(project), project.text_settings
         self._checkpoint = checkpoint
-        self._encoders = self._family.load_text_encoders(
-            checkpoint,
-            torch.bfloat16,
-            default_device(),
-            precisions=text_precisions(project),
-            offload=project.trainer.offload_during_startup,
-        )
+        how = placement(project, default_device())
+        self._encoders = self._family.load_text_encoders(checkpoint, torch.bfloat16, how, self._settings)
         self._key = text_encoder_key(project, checkpoint)  # of what was loaded
         self._size = _batch_size(project.trainer.text_encoder_batch_size)
+        self._padding_first = project.model.padding_first
         self._float8 = project.trainer.text_cache_dtype == "float8"
         self._writer = Writer()
 
@@ -147,15 +144,17 @@ class Texts:
             shapes = {"embed": tuple(embeds.embed.shape[1:])}
             if embeds.pooled is not None:
                 shapes["pooled"] = tuple(embeds.pooled.shape[1:])
-            rows, cut = [], []
+            dtypes = {"embed": "float8_e4m3fn"} if self._float8 else {}
+            cut = []
             for number, (key, prompt) in enumerate(batch):
                 pooled = _bits(embeds.pooled[number]) if embeds.pooled is not None else None
-                tokens = embeds.num_tokens[number]
-                rows.append(self._row(key, str(prompt), embeds.embed[number], pooled, min(tokens, kept)))
+                tokens, embed = embeds.num_tokens[number], embeds.embed[number]
+                pad_rows = self._pad_rows(embed, kept - tokens - 1)
+                row = self._row(key, str(prompt), embed[pad_rows:], pooled, min(tokens, kept))
+                header = ShardHeader("TextRow", unit.encoder, shapes, dtypes, pad_rows=pad_rows)
+                yield from self._writer.put(unit, header, [row])
                 if tokens > kept:
                     cut.append(f"{str(prompt)[:60]!r}: {tokens} tokens, the encoder takes {kept}")
-            dtypes = {"embed": "float8_e4m3fn"} if self._float8 else {}
-            yield from self._writer.put(unit, ShardHeader("TextRow", unit.encoder, shapes, dtypes), rows)
             if cut:
                 yield Part(unit.name, cut=tuple(cut))
         yield from self._writer.finish(unit, {}, {})
@@ -182,6 +181,16 @@ class Texts:
                 )
             self._size = (len(batch) + 1) // 2
             log.warning("out of memory with %d prompts; going on with %d", len(batch), self._size)
+
+    def _pad_rows(self, embed: torch.Tensor, count: int) -> int:
+        """Return how many rows in front of an embed need not be stored, being equal to the one that follows them."""
+        if not self._padding_first or count <= 0:
+            return 0
+        if bool((embed[:count] == embed[count]).all()):
+            return count
+        log.warning("rows of padding differ on this device: embeds are stored whole")
+        self._padding_first = False
+        return 0
 
     def _row(self, key: str, prompt: str, embed: torch.Tensor, pooled: Array | None, tokens: int) -> TextRow:
         if not torch.isfinite(embed).all():

@@ -249,7 +249,7 @@ def _ai_toolkit_files(export: Export) -> Mapping[str, str]:
         f"- folder_path: {_quote(export.folder / 'target')}",
         *(control if folders else []),
         '  caption_ext: "txt"',
-        f"  caption_dropout_rate: {export.project.trainer.caption_dropout_probability}",
+        f"  caption_dropout_rate: {export.project.caption_dropout}",
         "  cache_latents_to_disk: true",
         f"  num_repeats: {export.target.repeats + 1}",
         f"  resolution: [{math.isqrt(width * height - 1) + 1}] # whose square holds the largest: no picture is resized",

@@ -216,7 +216,7 @@ def _notes(
     if not all(need.exact for need in latents):
         yield "numbers of latents are upper bounds: files of equal bytes, and equal crops, are encoded once"
     if sizes.assumed:
-        own = project.family.flavours[project.flavour]
+        own = project.model.checkpoint
         yield f"sizes are those of {own}: checkpoint {project.checkpoint} is not on this machine"
     if made.needed:
         yield f'reference pictures are reckoned at {PICTURE_BYTES:g} bytes per pixel; "storage": "ondemand" writes none'

@@ -42,6 +42,8 @@ class Writer:
         """Take rows of a unit in; returns what reached the disk since."""
         if self._unit is None:
             self._unit = _Open(unit)
+        if self._unit.header not in (None, header):
+            self._send(self._unit, len(self._unit.rows))
         self._unit.header = header
         self._unit.rows += rows
         size = min(unit.most_rows, group_rows(header.row_bytes))
@@ -74,7 +76,8 @@ class Writer:
         """Hand a group to the thread."""
         rows, unit.rows = unit.rows[:count], unit.rows[count:]
         if rows:
-            self._asked.append(self._thread.submit(unit.write, rows))
+            assert unit.header is not None, "rows come with it"
+            self._asked.append(self._thread.submit(unit.write, unit.header, rows))
 
     def _landed(self, most: int) -> list[Part]:
         """Return what was written, waiting until no more than `most` writes are under way."""
@@ -91,23 +94,27 @@ class _Open:
     unit: Unit
     header: ShardHeader | None = None
     rows: list[LatentRow | TextRow] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)  # of the shards that were written
+    written: list[tuple[ShardHeader, list[str]]] = field(default_factory=list)  # names of shards, of each header
 
     @property
     def folder(self) -> Store:
         return self.unit.store / self.unit.folder if self.unit.folder else self.unit.store
 
-    def write(self, rows: list[LatentRow | TextRow]) -> Part:
+    def write(self, header: ShardHeader, rows: list[LatentRow | TextRow]) -> Part:
         """Write a group."""
-        assert self.header is not None, "rows come with it"
-        self.names.append(write_shard(self.folder, self.header, rows))  # type: ignore[arg-type]  # of one type
-        return Part(self.unit.name, tuple(row.key for row in rows), bytes=len(rows) * self.header.row_bytes)
+        names = next((names for said, names in self.written if said == header), None)
+        if names is None:
+            names = []
+            self.written.append((header, names))
+        names.append(write_shard(self.folder, header, rows))  # type: ignore[arg-type]  # of one type
+        return Part(self.unit.name, tuple(row.key for row in rows), bytes=len(rows) * header.row_bytes)
 
     def merge(self, rejected: dict[str, str], unsettled: dict[str, str]) -> Part:
-        """Make one shard of the groups."""
-        if len(self.names) > 1:
-            with suppress(FileNotFoundError):  # another encodes the same unit, and merged them first
-                rewrite(self.folder, self.names)
+        """Make one shard of the groups that are alike."""
+        for _, names in self.written:
+            if len(names) > 1:
+                with suppress(FileNotFoundError):  # another encodes the same unit, and merged them first
+                    rewrite(self.folder, names)
         if rejected:
             write_rejects(self.unit.store, [RejectRow(key, reason) for key, reason in sorted(rejected.items())])
         return Part(self.unit.name, rejected=rejected, unsettled=unsettled, last=True)

@@ -5,7 +5,7 @@ The table of families, `families.FAMILIES`, is made of these; prep scan and prep
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,8 @@ class Width:
 
     usual: int
     component: str  # sub-folder of a checkpoint
-    key: str  # in the component's config.json
+    key: str  # in the component's config.json; a dot leads into an object
+    times: int = 1  # values for each of what the key counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +23,22 @@ class Expected:
     """What a component's config.json must say for the family to load it."""
 
     class_name: str | None = None  # its `_class_name`; null for components that carry none
-    values: Mapping[str, int] = field(default_factory=dict)  # key -> value
+    values: Mapping[str, object] = field(default_factory=dict)  # key -> value
     numbers: tuple[str, ...] = ()  # keys that must hold a number
+
+
+@dataclass(frozen=True, slots=True)
+class Flavour:
+    """What one of a family's models has to itself."""
+
+    checkpoint: str  # hub id
+    text_settings: Mapping[str, Any]  # what a text embed depends on besides weights: its rows, layers, chat
+    text_width: Width  # values per row of a text embed
+    told_guidance: bool  # whether the model is told a guidance scale
+    true_guidance: Literal["usual", "possible", "none"]  # whether pipelines sample it with classifier-free guidance
+    configs: Mapping[str, Expected] = field(default_factory=dict)  # in place of the family's own
+    padding_first: bool = False  # its text embeds begin with rows of padding, all the same: a shard holds one of them
+    distilled: str | None = None  # key of model_index.json that is true of checkpoints no LoRA can be trained on
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +46,16 @@ class FamilySpec:
     """Facts of a family that need no tensor."""
 
     module: str  # importable name of the module that loads and runs it
-    flavours: Mapping[str, str]  # flavour -> hub id of its checkpoint
+    flavours: Mapping[str, Flavour]
     image_encoder: tuple[str, ...]  # sub-folders of a checkpoint that decide what a latent is
     text_encoders: tuple[str, ...]  # sub-folders of a checkpoint that decide what a text embed is
     denoiser: tuple[str, ...]  # sub-folders of a checkpoint that training needs
     configs: Mapping[str, Expected]  # sub-folder -> what its config.json must say; others have none
     numbered_text_encoders: tuple[str, ...]  # sub-folders that `text_encoder_1_precision` and so on are about
-    text_settings: Mapping[str, Mapping[str, Any]]  # flavour -> what else decides a text embed: lengths, layers
     latent_channels: Width  # values per cell of a latent
     latent_scale: int  # pixels per cell of a latent, along each side
-    text_tokens: str  # the one of `text_settings` that says how many rows a text embed has
-    text_width: Width  # values per row of a text embed
     pooled_width: Width | None  # values of a pooled embed; null for families without one
+    text_input: str  # key of the denoiser's config.json that says how wide the text embeds are that it takes
     default_flavour: str
     alignment: int  # pixels that target sides are multiples of, unless aspect_bucket_alignment says otherwise
     smallest_alignment: int  # pixels that sides must be multiples of for the model to run at all

@@ -168,6 +168,11 @@ def _family(trainer: TrainerConfig, families: Mapping[str, FamilySpec], path: Pa
     if alignment is not None and alignment % spec.smallest_alignment:
         problem = f"{trainer.model_family} needs a multiple of {spec.smallest_alignment}"
         found.faults.append(Fault(path.name, "aspect_bucket_alignment", problem, shown(alignment)))
+    flavour = spec.flavours.get(trainer.model_flavour or spec.default_flavour)
+    tokens, most = trainer.max_sequence_length, flavour.text_settings["max_sequence_length"] if flavour else None
+    if tokens is not None and most is not None and tokens > most:
+        problem = f"the model reads {most} tokens at most"
+        found.faults.append(Fault(path.name, "max_sequence_length", problem, shown(tokens)))
     return spec
 
 

@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from schemas.datasets import DatasetConfig
-from schemas.family import FamilySpec
+from schemas.family import FamilySpec, Flavour
 from schemas.fetch import url_options
 from schemas.keys import digest
 from schemas.lycoris import LoKr
@@ -19,6 +20,7 @@ from schemas.stores import LocalStore, Store
 from schemas.trainer import TrainerConfig
 
 TINY = "tiny"
+_DROPOUT = 0.1  # of captions, for models that are sampled with classifier-free guidance: it needs the empty prompt
 CONFIG_NAME = "config.json"
 
 
@@ -44,6 +46,36 @@ class Project:
         return self.trainer.model_flavour or self.family.default_flavour
 
     @property
+    def model(self) -> Flavour:
+        """Return what the flavour has to itself."""
+        return self.family.flavours[self.flavour]
+
+    @property
+    def text_settings(self) -> Mapping[str, Any]:
+        """Return what text embeds depend on besides weights; `max_sequence_length` is the number of their rows."""
+        asked = self.trainer.max_sequence_length
+        return {**self.model.text_settings, **({"max_sequence_length": asked} if asked is not None else {})}
+
+    @property
+    def text_tokens(self) -> int:
+        """Return the number of rows of a text embed."""
+        return int(self.text_settings["max_sequence_length"])
+
+    @property
+    def caption_dropout(self) -> float:
+        """Return the share of showings with the empty prompt, what the flavour needs where none is given."""
+        given = self.trainer.caption_dropout_probability
+        return given if given is not None else _DROPOUT if self.model.true_guidance == "usual" else 0.0
+
+    @property
+    def true_guidance(self) -> float:
+        """Return the scale of classifier-free guidance that pictures are sampled with; 1 is none."""
+        trainer, kind = self.trainer, self.model.true_guidance
+        if kind == "usual" and "validation_guidance_real" not in trainer.model_fields_set:
+            return trainer.validation_guidance
+        return trainer.validation_guidance_real if kind != "none" else 1.0
+
+    @property
     def alignment(self) -> int:
         """Return the pixels that target sides are multiples of."""
         return self.trainer.aspect_bucket_alignment or self.family.alignment
@@ -51,7 +83,7 @@ class Project:
     @property
     def checkpoint(self) -> str:
         """Return the checkpoint's folder, hub id, or `tiny`."""
-        return self.trainer.pretrained_model_name_or_path or self.family.flavours[self.flavour]
+        return self.trainer.pretrained_model_name_or_path or self.model.checkpoint
 
     @property
     def targets(self) -> tuple[DatasetConfig, ...]:

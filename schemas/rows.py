@@ -138,7 +138,7 @@ class TextRow:
 
     key: str
     prompt: str
-    embed: bytes  # bfloat16, tokens×width, little-endian; float8 under `text_cache_dtype: float8`
+    embed: bytes  # bfloat16, tokens×width, little-endian; float8 under `text_cache_dtype: float8`; see `pad_rows`
     pooled: bytes | None  # bfloat16, width; null for families without one
     num_tokens: int  # real tokens before padding, as many as are kept
     scale: float | None  # of float8: what its values are multiplied by

@@ -26,7 +26,8 @@ from schemas.keys import canonical, digest
 from schemas.rows import LatentRow, RejectRow, TextRow, UInt64, arrow_schema, as_columns
 from schemas.stores import Footer, Store, store_at
 
-SHARD_FORMAT = 4
+SHARD_FORMAT = 5
+_READABLE = (4, SHARD_FORMAT)  # before 5 there were no `pad_rows`
 SHARD_BYTES = 64 << 20  # of payload; what is merged comes close to it
 REJECTS = "rejects"  # folder of the images that could not be encoded, beside the buckets
 
@@ -35,6 +36,7 @@ _SUMMED = ("prompt", "num_tokens", "scale", "error")  # columns that a row's sum
 _REST = {"LatentRow": {"checksum"}, "TextRow": {*_SUMMED, "checksum"}}  # columns beside those
 _LONGEST_HEADER = 128  # bytes of a page before its values
 _MOST_ROWS = 1 << 24  # of a shard
+_PADDED = "embed"  # column that `pad_rows` is about
 _OPEN_FILES = 128
 _KNOWN_SHARDS = 1 << 14  # of which it is remembered where their rows lie: a few KB each
 _AT_ONCE = getattr(os, "RWF_NOWAIT", 0)  # read what is in memory, and no more
@@ -52,6 +54,7 @@ class ShardHeader:
     encoder: str  # key of the encoder: weights, settings and dtype
     shapes: Mapping[str, tuple[int, ...]]  # per binary column; latent is C×H×W, or 2C×H×W: mean, then deviation
     dtypes: Mapping[str, str] = field(default_factory=dict)  # of binary columns that are not bfloat16
+    pad_rows: int = 0  # of an embed: rows equal to its first that were left out before it
     normalised: bool = True
     format: int = SHARD_FORMAT
 
@@ -61,7 +64,9 @@ class ShardHeader:
 
     def bytes_of(self, column: str) -> int:
         """Return the bytes of one row of a binary column."""
-        return int(np.prod(self.shapes[column])) * np.dtype(self.bits(column)).itemsize
+        rows, *inner = self.shapes[column]
+        stored = rows - self.pad_rows if column == _PADDED else rows
+        return stored * int(np.prod(inner)) * np.dtype(self.bits(column)).itemsize
 
     @property
     def row_bytes(self) -> int:
@@ -69,8 +74,17 @@ class ShardHeader:
         return sum(map(self.bytes_of, self.shapes))
 
     def empty(self, rows: int) -> dict[str, Array]:
-        """Return arrays for the binary columns of some rows."""
+        """Return arrays for the binary columns of some rows, whole."""
         return {name: np.empty((rows, *shape), self.bits(name)) for name, shape in self.shapes.items()}
+
+    def stored(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """View what a shard holds of the arrays of one row."""
+        return {name: one[self.pad_rows :] if name == _PADDED else one for name, one in arrays.items()}
+
+    def complete(self, arrays: Mapping[str, Array]) -> None:
+        """Fill in what a shard does not hold of the arrays of one row."""
+        if self.pad_rows:
+            arrays[_PADDED][: self.pad_rows] = arrays[_PADDED][self.pad_rows]
 
 
 def latent_row(key: str, latent: Array) -> LatentRow:
@@ -97,7 +111,8 @@ def group_rows(row_bytes: int) -> int:
 
 
 def rebuilt(header: ShardHeader, read: Mapping[str, Any]) -> LatentRow | TextRow:
-    """Turn what `ShardIndex.read` gave back into a row."""
+    """Turn what `ShardIndex.read` gave back into a row, as it is stored."""
+    read = {**read, **header.stored({name: read[name] for name in header.shapes})}
     values: dict[str, Any] = {
         name: value.tobytes() if isinstance(value, np.ndarray) else value for name, value in read.items()
     }
@@ -303,14 +318,16 @@ class ShardIndex:
     def _row(self, place: tuple[str, int], key: str, arrays: Mapping[str, Array], wait: bool) -> dict[str, Any] | None:
         name, row = place
         shard, file = self._shard(name)
-        if not shard.read_into(row, arrays, file, wait):
+        stored = shard.header.stored(arrays)
+        if not shard.read_into(row, stored, file, wait):
             return None
         rest = {column: values[row].as_py() for column, values in shard.rest.items()}
-        if _sum(_buffers(arrays), key, rest) != rest["checksum"]:
+        if _sum(_buffers(stored), key, rest) != rest["checksum"]:
             raise UserError(
                 f"{self.store.where(name)}: row {row} ({key}) is damaged, its checksum differs; "
                 "prep cache --verify --repair takes it out and encodes it again"
             )
+        shard.header.complete(arrays)
         return rest
 
     def _shard(self, name: str) -> "tuple[_Shard, _File]":
@@ -373,7 +390,7 @@ class _Shard:
     """One file, looked into: where each row's payload lies in it, and its other columns."""
 
     def __init__(self, store: Store, name: str, header: ShardHeader) -> None:
-        self._where, self._header = store.where(name), header
+        self._where, self.header = store.where(name), header
         try:
             self.path = store.local(name)
             parquet = pq.ParquetFile(self.path)
@@ -408,7 +425,7 @@ class _Shard:
             [value] = pq.ParquetFile(self.path).read([name]).column(name).slice(row, 1).to_pylist()
         except (pa.ArrowException, OSError, ValueError) as fault:
             raise _damaged(self._where, fault) from fault
-        return np.frombuffer(value, self._header.bits(name))
+        return np.frombuffer(value, self.header.bits(name))
 
 
 def _starts(metadata: Any, column: int, row_bytes: int) -> npt.NDArray[np.int64] | None:
@@ -451,7 +468,7 @@ def faults_of(store: Store | Path, name: str) -> dict[str | None, str]:
         file, table = _File(shard.path), pq.ParquetFile(shard.path).read()
         faults: dict[str | None, str] = {}
         for row, key in enumerate(keys):
-            arrays = _at(0, header.empty(1))
+            arrays = header.stored(_at(0, header.empty(1)))
             shard.read_into(row, arrays, file)
             rest = {column: values[row].as_py() for column, values in shard.rest.items()}
             by_others = [table[column][row].as_buffer() for column in header.shapes]  # as other readers see it
@@ -542,9 +559,9 @@ def _header(store: Store, name: str, footer: Footer | Exception) -> tuple[ShardH
             raise footer
         metadata = footer.metadata or {}
         values = json.loads(metadata[b"pairline.shard"])
-        if values["format"] == SHARD_FORMAT:
+        if values["format"] in _READABLE:
             shapes = {column: tuple(shape) for column, shape in values["shapes"].items()}
-            known = {one.name: values[one.name] for one in fields(ShardHeader)}
+            known = {one.name: values[one.name] for one in fields(ShardHeader) if one.name in values}
             header = ShardHeader(**known | {"shapes": shapes})
             keys = json.loads(metadata[b"pairline.keys"])
             if shard_name(keys) != name.rpartition("/")[2]:

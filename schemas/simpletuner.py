@@ -54,7 +54,7 @@ TRAINER_KEYS: Mapping[str, str] = (
     )
     | _same(
         "ignored: the model family fixes how captions are tokenized, padded and encoded",
-        "tokenizer_max_length t5_padding flux_attention_masked_training custom_text_encoder_intermediary_layers",
+        "t5_padding flux_attention_masked_training custom_text_encoder_intermediary_layers",
     )
     | {"fully_unload_text_encoder": "ignored: train run reads cached embeddings and loads no text encoder"}
     # Quantization and precision
@@ -73,7 +73,7 @@ TRAINER_KEYS: Mapping[str, str] = (
     | _same(
         "not in this version: save memory with base_model_precision, gradient_checkpointing and enable_group_offload",
         """
-        group_offload_to_disk_path group_offload_text_encoder group_offload_vae offload_during_save offload_param_path
+        group_offload_to_disk_path offload_during_save offload_param_path
         enable_model_cpu_offload ramtorch ramtorch_target_modules ramtorch_text_encoder ramtorch_vae ramtorch_controlnet
         ramtorch_transformer_percent ramtorch_text_encoder_percent ramtorch_disable_sync_hooks
         ramtorch_disable_extensions musubi_blocks_to_swap musubi_block_swap_device

@@ -77,6 +77,36 @@ def _inactive(trainer: TrainerConfig) -> Iterator[str]:
         yield f"learning_rate {trainer.learning_rate:g}: prodigy finds the rate and multiplies it by this, usually by 1"
 
 
+_GUIDANCE = ("flux_guidance_mode", "flux_guidance_value", "flux_guidance_min", "flux_guidance_max")
+
+
+def _rule_guidance(project: Project, _: str, found: Findings) -> None:
+    """Tell once, whatever is given, of guidance that a flavour does not take."""
+    flavour, given = project.family.flavours.get(project.flavour), project.trainer.model_fields_set
+    if flavour is None:
+        return
+    said = f"no effect: {project.trainer.model_family} {project.flavour}"
+    ignored = [key for key in _GUIDANCE if key in given and not flavour.told_guidance]
+    if ignored:
+        have = "has" if len(ignored) == 1 else "have"
+        found.warnings.append(f"{project.config_path.name}: {', '.join(ignored)} {have} {said} is told no guidance")
+    if flavour.true_guidance == "none" and project.trainer.validation_guidance_real > 1:
+        problem = f"validation_guidance_real has {said} is sampled with the guidance it is told alone"
+        found.warnings.append(f"{project.config_path.name}: {problem}")
+
+
+def _rule_encoders_offload(project: Project, _: str, found: Findings) -> None:
+    trainer = project.trainer
+    for number, _component in enumerate(project.family.numbered_text_encoders, 1):
+        key = f"text_encoder_{number}_precision"
+        if trainer.group_offload_text_encoder and getattr(trainer, key) != "no_change":
+            problem, hint = (
+                "contradicts group_offload_text_encoder",
+                "quantised weights cannot be moved; keep one of the two",
+            )
+            found.faults.append(Fault(project.config_path.name, key, problem, shown(getattr(trainer, key)), hint))
+
+
 _OFFSET = "scheduled_sampling_max_step_offset"
 
 # Option -> the option that it needs, the values of that with which it acts, and how to say so.
@@ -98,4 +128,6 @@ _NEEDS: Mapping[str, tuple[str, Callable[[Any], bool], str]] = {
 }
 
 
-TRAINING_RULES: tuple[Callable[[Project, str, Findings], None], ...] = (_rule_full, _rule_fused, _rule_inactive)
+TRAINING_RULES: tuple[Callable[[Project, str, Findings], None], ...] = (
+    _rule_full, _rule_fused, _rule_encoders_offload, _rule_guidance, _rule_inactive,
+)  # fmt: skip

@@ -74,13 +74,18 @@ class TrainerConfig(Options):
         "null is the flavour's hub id",
         stages="cache train",
     )
+    allow_distilled: bool = option(
+        False,
+        "train on a checkpoint distilled to few steps all the same: LoRA is trained on the base model it came from",
+    )
     base_model_precision: BasePrecision = option(
         "no_change", "quantisation of the frozen weights (optimum-quanto, torchao): less memory, no faster"
     )
     quantize_via: Literal["cpu", "accelerator"] = option(
         "accelerator",
-        "where weights are quantised: on the accelerator, one layer at a time, so that it never holds the whole model "
-        "in bf16; or on the CPU",
+        "where weights are quantised, of text encoders too: on the accelerator, one layer at a time, so that it never "
+        "holds the whole model in bf16; or on the CPU",
+        stages="cache train",
     )
     base_model_default_dtype: Literal["bf16", "fp32"] = option(
         "bf16", "dtype of the frozen weights and so of the computation, under `mixed_precision: bf16`"
@@ -109,9 +114,22 @@ class TrainerConfig(Options):
         "what is moved together: whole blocks; single layers (`leaf_level`) would save nothing, for the gradients of a "
         "block need all its weights at once",
     )
-    group_offload_blocks_per_group: int = option(1, "with `enable_group_offload`: blocks that are moved together", ge=1)
+    group_offload_blocks_per_group: int = option(
+        1, "with group offload: blocks that are moved together", stages="cache train", ge=1
+    )
     group_offload_use_stream: bool = option(
-        False, "with `enable_group_offload`: copy the next blocks while these compute; faster, for the memory of both"
+        False,
+        "with group offload: copy the next blocks while these compute; faster, for the memory of both",
+        stages="cache train",
+    )
+    group_offload_text_encoder: bool = option(
+        False,
+        "while prompts are encoded: layers of the text encoders wait on the CPU until their turn (CUDA alone, "
+        "unquantised encoders)",
+        stages="cache",
+    )
+    group_offload_vae: bool = option(
+        False, "while pictures are encoded: the same for the blocks of the VAE (CUDA alone)", stages="cache"
     )
     text_encoder_1_precision: Precision = option(
         "no_change", "quantisation of the first text encoder (optimum-quanto)", stages="cache train"
@@ -195,8 +213,12 @@ class TrainerConfig(Options):
     flux_guidance_value: float = option(1.0, "guidance under `constant`", ge=0, le=1000)
     flux_guidance_min: float = option(0.0, "lower end under `random-range`", ge=0, le=1000)
     flux_guidance_max: float = option(4.0, "upper end under `random-range`", ge=0, le=1000)
-    caption_dropout_probability: float = option(
-        0.0, "share of showings with the empty prompt; models distilled of guidance, as FLUX.1, need none", ge=0, le=1
+    caption_dropout_probability: float | None = option(
+        None,
+        "share of showings with the empty prompt; null is 0.1 for models that are sampled with classifier-free "
+        "guidance, as FLUX.2 klein, which need it, and 0 for the others",
+        ge=0,
+        le=1,
     )
     conditioning_dropout_probability: float = option(0.0, "share of showings without their references", ge=0, le=1)
     conditioning_multidataset_sampling: Literal["random", "combined"] = option(
@@ -265,6 +287,13 @@ class TrainerConfig(Options):
     text_encoder_batch_size: int = option(
         1, "prompts per text-encoder batch on an accelerator; a CPU takes one at a time", stages="cache", ge=1
     )
+    max_sequence_length: int | None = option(
+        None,
+        "tokens that prompts are padded to, and cut off at; null is the flavour's, which is also the most",
+        stages="cache train",
+        ge=1,
+        alias="tokenizer_max_length",
+    )
     text_cache_dtype: Literal["bf16", "float8"] = option(
         "bf16", "dtype that text embeds are stored in; `float8` halves their bytes", stages="cache train"
     )
@@ -319,9 +348,14 @@ class TrainerConfig(Options):
     validation_negative_prompt: str = option(
         "", "what true guidance (`validation_guidance_real`) leads away from", stages="cache train"
     )
-    validation_guidance: float = option(3.5, "guidance that the model is told; Kontext is best at 2.5", ge=0)
+    validation_guidance: float = option(
+        3.5, "guidance of sampled pictures, that the model is told; Kontext is best at 2.5", ge=0
+    )
     validation_guidance_real: float = option(
-        1.0, "true classifier-free guidance, two forward passes a step; 1 is none", ge=0
+        1.0,
+        "true classifier-free guidance, two forward passes a step; 1 is none; models that always need it, as FLUX.2 "
+        "klein, take `validation_guidance` unless this is given",
+        ge=0,
     )
     validation_resolution: PictureSizes = option(
         "1024x1024",

@@ -192,6 +192,11 @@ class Shelf:
         """Name the prompts whose embeds are not there."""
         return {f"prompt {text!r}" for text in prompts if text_key(self._text_encoder, text) not in self._text}
 
+    @property
+    def text_width(self) -> int:
+        """Return the width of the text embeds."""
+        return self._text.header_of(text_key(self._text_encoder, "")).shapes["embed"][1]
+
     def fingerprint(self) -> str:
         """Hash what is trained on, so that a resumed run notices another set of pairs, prompts or encoders."""
         samples = [
@@ -259,8 +264,8 @@ def check_cached(project: Project, missing: Collection[str]) -> None:
     """Raise UserError if latents or embeds are missing."""
     if missing:
         raise UserError(
-            f"{len(missing)} latents or text embeds are not cached for this checkpoint, flavour {project.flavour} and "
-            f"these settings, first {min(missing)}; run: {project.command('prep cache')}"
+            f"{len(missing)} latents or text embeds are not cached for this checkpoint, {project.trainer.model_family} "
+            f"{project.flavour} and these settings, first {min(missing)}; run: {project.command('prep cache')}"
         )
 
 

@@ -91,7 +91,7 @@ def _show(project: Project, sample: Sample, seed: int) -> Shown:
         chosen = (chosen[seed_of(seed, "reference") % len(chosen)],)
     prompts = sample.prompts_beside(chosen)
     prompt = prompts[seed_of(seed, "prompt") % len(prompts)]
-    if _happens(trainer.caption_dropout_probability, seed, "caption dropout"):
+    if _happens(project.caption_dropout, seed, "caption dropout"):
         prompt = ""
     if _happens(trainer.conditioning_dropout_probability, seed, "conditioning dropout"):
         chosen = ()

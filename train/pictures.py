@@ -20,7 +20,6 @@ from families.runtime import dtype_of, evaluating, family_of, release_memory
 from schemas.console import log, progress
 from schemas.keys import seed_of
 from schemas.project import Project
-from schemas.trainer import TrainerConfig
 from train.data import Shelf, Shown, check_cached
 from train.grid import Cell, Pixels, drawn, save_picture
 from train.held_out import held_out_pairs
@@ -184,11 +183,11 @@ class Pictures:
     ) -> Tensor:
         config = self._project.trainer
         negative = None
-        if config.validation_guidance_real > 1:
+        if self._project.true_guidance > 1:
             negative = self._shelf.text([config.validation_negative_prompt], self._device)
         with autocast(config, self._device):
             return self._family.sample(
-                self._pipeline, denoiser, text, negative, references, sampling(config, size, seed)
+                self._pipeline, denoiser, text, negative, references, sampling(self._project, size, seed)
             )
 
     def _judged(self, order: _Order, one: _Sampled) -> tuple[Cell, Score | None]:
@@ -231,14 +230,15 @@ class Pictures:
             release_memory()
 
 
-def sampling(config: TrainerConfig, size: tuple[int, int], seed: int) -> Sampling:
+def sampling(project: Project, size: tuple[int, int], seed: int) -> Sampling:
     """Say how the options have a picture of a size sampled."""
+    config = project.trainer
     return Sampling(
         width=size[0],
         height=size[1],
         steps=config.validation_num_inference_steps,
         guidance=config.validation_guidance,
-        guidance_real=config.validation_guidance_real,
+        guidance_real=project.true_guidance,
         seed=seed,
     )
 
@@ -253,7 +253,7 @@ def _orders(project: Project, shelf: Shelf) -> list[_Order]:
     config = project.trainer
     sizes = [runnable(*size, project.family.smallest_alignment) for size in config.validation_sizes]
     prompts = project.sampled_prompts
-    used = [*prompts.values(), *([config.validation_negative_prompt] if config.validation_guidance_real > 1 else [])]
+    used = [*prompts.values(), *([config.validation_negative_prompt] if project.true_guidance > 1 else [])]
     pairs = held_out_pairs(project, shelf)
     check_cached(project, shelf.uncached(used))
     orders = [_Order(one.name, one.shown.prompt, one.shown, (0, 0), one.shown.seed) for one in pairs]

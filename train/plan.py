@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from families.checkpoints import encoder_keys, here, locate
+from families.checkpoints import check_text_input, check_trainable, encoder_keys, here, locate
 from schemas.freshness import check_pairs
 from schemas.keys import digest
 from schemas.project import Project
@@ -61,6 +61,9 @@ def supply_of(project: Project, ranks: Processes, dry_run: bool) -> Supply:
     with ranks.first_alone():  # one process builds or fetches the checkpoint
         shelf = Shelf(project, encoder_keys(project, remember=not dry_run))
         weights = here(project, denoiser) if dry_run else locate(project, denoiser)
+        if weights is not None:
+            check_trainable(project, weights)
+            check_text_input(project, weights, shelf.text_width)
         check_start(project)
         held = held_out(project, shelf)
         check_pictures(project, shelf)

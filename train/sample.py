@@ -18,10 +18,10 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from families import Source, open_project
-from families.checkpoints import locate, text_precisions
+from families.checkpoints import locate
 from families.protocol import Family, TextEmbeds
 from families.quantize import quantize_and_place
-from families.runtime import default_device, dtype_of, family_of, release_memory
+from families.runtime import default_device, dtype_of, family_of, placement, release_memory
 from schemas.errors import UserError
 from schemas.project import Project
 from schemas.summaries import SampleSummary
@@ -83,13 +83,13 @@ def _sample(project: Source, request: Request, workers: int | None) -> SampleSum
     family = family_of(project)
     folder = locate(project, (*spec.text_encoders, *spec.image_encoder, *spec.denoiser))
     pipeline = family.load_pipeline(folder)
-    prompts = [request.prompt, *([config.validation_negative_prompt] if config.validation_guidance_real > 1 else [])]
+    prompts = [request.prompt, *([config.validation_negative_prompt] if project.true_guidance > 1 else [])]
     text, *negative = _encoded_prompts(project, family, folder, prompts, device)
 
     tiling, slicing = config.vae_enable_tiling, config.vae_enable_slicing
     encoder = family.load_image_encoder(folder, dtype_of(config.vae_dtype), device, tiling=tiling, slicing=slicing)
     references = [_encoded_image(family, encoder, one) for one in pictures]
-    how = sampling(config, size, config.validation_seed)
+    how = sampling(project, size, config.validation_seed)
 
     def made(denoiser: nn.Module) -> Pixels:
         with torch.no_grad(), autocast(config, device):
@@ -235,14 +235,8 @@ def _encoded_prompts(
     project: Project, family: Family, folder: Path, prompts: Sequence[str], device: torch.device
 ) -> list[TextEmbeds]:
     """Encode prompts as prep cache does, and let the encoders go."""
-    encoders = family.load_text_encoders(
-        folder,
-        torch.bfloat16,
-        device,
-        precisions=text_precisions(project),
-        offload=project.trainer.offload_during_startup,
-    )
-    settings = project.family.text_settings[project.flavour]
+    settings = project.text_settings
+    encoders = family.load_text_encoders(folder, torch.bfloat16, placement(project, device), settings)
     encoded = [family.encode_prompts(encoders, [prompt], settings) for prompt in prompts]
     del encoders
     release_memory()

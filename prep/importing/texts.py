@@ -71,7 +71,7 @@ class Texts:
         return checked.result()
 
     def _import(self, trial: TextTrial, dry_run: bool) -> None:
-        length = int(self._project.family.text_settings[self._project.flavour][self._project.family.text_tokens])
+        length = self._project.text_tokens
         rows = []
         for prompt in self._candidates:
             found = self._proven(self._cache.text(prompt))

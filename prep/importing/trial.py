@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from families.checkpoints import text_precisions
-from families.runtime import default_device, dtype_of, family_of
+from families.runtime import default_device, dtype_of, family_of, placement
 from prep.importing.found import FoundText, Wanted
 from prep.importing.storing import EncodedPrompt
 from prep.pixels import Refusal, pixels_of
@@ -76,14 +75,10 @@ class TextTrial:
     """The text encoders of a project, for comparisons and for counting tokens."""
 
     def __init__(self, project: Project, checkpoint: Path) -> None:
-        self._family, self._settings = family_of(project), project.family.text_settings[project.flavour]
-        self._encoders = self._family.load_text_encoders(
-            checkpoint,
-            torch.bfloat16,
-            default_device(),
-            precisions=text_precisions(project),
-            offload=project.trainer.offload_during_startup,
-        )
+        self._family, self._settings = family_of(project), project.text_settings
+        self._tokenizer = self._family.load_tokenizer(checkpoint)
+        how = placement(project, default_device())
+        self._encoders = self._family.load_text_encoders(checkpoint, torch.bfloat16, how, self._settings)
 
     def judge(self, prompt: str, found: FoundText) -> Judgement | str:
         """Compare a found embed with that of its prompt; a text says how their shapes differ."""
@@ -101,7 +96,7 @@ class TextTrial:
 
     def encoded(self, prompt: str, found: FoundText, length: int) -> EncodedPrompt:
         """Make of a found embed what the store holds."""
-        [tokens] = self._family.count_tokens(self._encoders, [prompt])
+        [tokens] = self._family.count_tokens(self._tokenizer, [prompt], self._settings)
         pooled = None if found.pooled is None else bits(found.pooled)
         return EncodedPrompt(prompt, bits(found.embed), pooled, min(tokens, length))
 

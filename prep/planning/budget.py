@@ -6,12 +6,13 @@ Sizes come from a family's facts, the numbers in them from the checkpoint where 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from families.checkpoints import here
+from families.checkpoints import here, stored_rows
 from prep.frames import name_of
 from prep.geometry import placed
 from prep.matching import BOX, Mask, Numbers
@@ -40,8 +41,19 @@ class Sizes:
 
     per_cell: int  # of a latent
     scale: int  # pixels per cell and side
-    per_prompt: int
+    per_row: int  # of a text embed
+    rows: int  # of a text embed at most
+    per_pooled: int
     assumed: bool  # the flavour's own numbers, another checkpoint being asked for that is not on this machine
+
+    @property
+    def per_prompt(self) -> int:
+        """Return the bytes of a prompt all of whose rows are stored."""
+        return self.of_prompt(self.rows)
+
+    def of_prompt(self, rows: int) -> int:
+        """Return the bytes of a prompt of which so many rows are stored."""
+        return rows * self.per_row + self.per_pooled
 
     def latents(self, boxes: Numbers) -> int:
         """Return the bytes of latents; their Parquet files are some 300 bytes a row larger."""
@@ -86,14 +98,16 @@ class _Wanted:
 def sizes_of(project: Project) -> Sizes:
     """Return the bytes of a project's latents and text embeds."""
     family = project.family
-    numbers = [_number(project, one) for one in (family.latent_channels, family.text_width, family.pooled_width)]
-    channels, width, pooled = (number or 0 for number, _ in numbers)
-    tokens = int(family.text_settings[project.flavour][family.text_tokens])
-    own = project.checkpoint == family.flavours[project.flavour]
+    widths = (family.latent_channels, project.model.text_width, family.pooled_width)
+    numbers = [_number(project, one) for one in widths]
+    channels, width, pooled = (number for number, _ in numbers)
+    own = project.checkpoint == project.model.checkpoint
     return Sizes(
         per_cell=channels * _VALUE_BYTES,
         scale=family.latent_scale,
-        per_prompt=(tokens * width + pooled) * _VALUE_BYTES,
+        per_row=width * _VALUE_BYTES,
+        rows=project.text_tokens,
+        per_pooled=pooled * _VALUE_BYTES,
         assumed=not own and not all(read for _, read in numbers),
     )
 
@@ -104,10 +118,12 @@ def _number(project: Project, width: Width | None) -> tuple[int, bool]:
         return 0, True
     folder = here(project, [width.component])
     try:
-        said = json.loads((folder / width.component / "config.json").read_text())[width.key] if folder else None
+        said = json.loads((folder / width.component / "config.json").read_text()) if folder else None
+        for key in width.key.split("."):
+            said = said[key]  # type: ignore[index]  # what is not so is caught
     except (OSError, ValueError, KeyError, TypeError):
         said = None
-    return (said, True) if isinstance(said, int) else (width.usual, False)
+    return (said * width.times, True) if isinstance(said, int) else (width.usual, False)
 
 
 # Pictures
@@ -250,12 +266,15 @@ def _pixel_keys(project: Project, table: pa.Table) -> Iterator[str]:
 def texts(project: Project, matches: Sequence[Match], sizes: Sizes, encoder: str | None) -> Need:
     """Count the prompts: distinct captions, those that pictures are sampled with, and the empty prompt."""
     own = pa.array(project.further_prompts, pa.string())
-    prompts = pc.unique(pa.concat_arrays([own, *(prompts_of(pairs) for pairs in matches)]))
-    there, folder = 0, project.text_store / encoder if encoder is not None else None
+    prompts = pc.unique(pa.concat_arrays([own, *(prompts_of(pairs) for pairs in matches)])).to_pylist()
+    checkpoint = here(project, project.family.text_encoders)
+    rows = stored_rows(project, checkpoint, prompts) if checkpoint is not None else [sizes.rows] * len(prompts)
+    stored, there = [sizes.of_prompt(one) for one in rows], [False] * len(prompts)
+    folder = project.text_store / encoder if encoder is not None else None
     if folder is not None and encoder is not None and folder.exists():
         index = ShardIndex(folder)
-        there = sum(key in index for key in text_keys(encoder, prompts.to_pylist()))
-    return Need(len(prompts), there, len(prompts) * sizes.per_prompt, there * sizes.per_prompt, True)
+        there = [key in index for key in text_keys(encoder, prompts)]
+    return Need(len(prompts), sum(there), sum(stored), sum(compress(stored, there)), True)
 
 
 # What smaller settings save

@@ -21,6 +21,7 @@ from families.checkpoints import (
     locate,
     text_encoder_key,
 )
+from families.protocol import Placement
 from families.runtime import default_device
 from families.weights import combined, tensors_id
 from prep.cache import cache
@@ -332,10 +333,10 @@ def test_a_posterior_is_the_vaes_own_normalised(project: Project) -> None:
 @pytest.mark.parametrize("precision", ["int8-quanto", "fp8-quanto", "int4-quanto"])
 def test_a_precision_quantises_the_text_encoder_it_is_about(project: Project, precision: str) -> None:
     folder, prompts = _checkpoint(project), ["a photo of a dog", "b"]
-    settings = project.family.text_settings["kontext"]
+    settings = project.text_settings
 
     def encoded(**precisions: str) -> tuple[torch.Tensor, torch.Tensor]:
-        encoders = flux.load_text_encoders(folder, torch.bfloat16, CPU, precisions=precisions, offload=True)
+        encoders = flux.load_text_encoders(folder, torch.bfloat16, Placement(CPU, precisions, turns=True), settings)
         embeds = flux.encode_prompts(encoders, prompts, settings)
         assert embeds.pooled is not None
         return embeds.embed, embeds.pooled

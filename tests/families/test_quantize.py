@@ -15,7 +15,7 @@ from torchao.utils import TorchAOBaseTensor
 from families import FAMILIES, flux, open_project
 from families.checkpoints import locate
 from families.protocol import TextEmbeds
-from families.quantize import quantize_and_place, quantize_weights
+from families.quantize import quantize_and_place
 
 CPU = torch.device("cpu")
 SPARED = FAMILIES["flux"].unquantised
@@ -86,7 +86,7 @@ def test_without_quantisation_every_tensor_is_moved(load: Callable[[torch.dtype]
 def test_an_adapter_that_is_there_before_would_be_quantised_as_well(load: Callable[[torch.dtype], nn.Module]) -> None:
     network = load(torch.bfloat16)
     network.add_adapter(LoraConfig(r=4, target_modules=FAMILIES["flux"].lora_targets["all"]))
-    quantize_weights(network, "int8-quanto")
+    network = quantize_and_place(network, "int8-quanto", SPARED, CPU, "cpu")
     assert any("lora_A" in name for name in _quantised_layers(network))
     network = quantize_and_place(load(torch.bfloat16), "int8-quanto", SPARED, CPU, "cpu")
     network.add_adapter(LoraConfig(r=4, target_modules=FAMILIES["flux"].lora_targets["all"]))

@@ -37,7 +37,7 @@ def _picture(width: int, height: int) -> Image.Image:
 
 
 def _embeds(pipeline: FluxKontextPipeline, prompt: str) -> TextEmbeds:
-    return flux.encode_prompts(pipeline, [prompt], {"t5_tokens": 512})
+    return flux.encode_prompts(pipeline, [prompt], {"max_sequence_length": 512})
 
 
 def _sampled(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from families import open_project
 from families.checkpoints import locate
+from families.protocol import Placement
 from families.runtime import family_of
 from schemas.project import Project
 
@@ -31,7 +32,7 @@ class Encoders:
             checkpoint, torch.float32, torch.device("cpu"), tiling=False, slicing=False
         )
         self._text = family.load_text_encoders(
-            checkpoint, torch.bfloat16, torch.device("cpu"), precisions={}, offload=False
+            checkpoint, torch.bfloat16, Placement(torch.device("cpu")), self.project.text_settings
         )
 
     @torch.no_grad()

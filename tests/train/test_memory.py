@@ -11,10 +11,11 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 
 from families import flux, open_project
+from families.offloading import _groups
 from families.protocol import TextEmbeds
 from schemas.errors import ConfigError, UserError
 from schemas.trainer import TrainerConfig, Tread
-from train.memory import _groups, advice, checkpoint_blocks, enough_memory, offload_blocks
+from train.memory import advice, checkpoint_blocks, enough_memory, offload_blocks
 
 CPU = torch.device("cpu")
 
