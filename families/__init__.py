@@ -25,6 +25,37 @@ _FLUX_FF, _FLUX_FF_CONTEXT = (rf"{name}\.net\.(0\.proj|2)" for name in ("ff", "f
 _FLUX_BLOCKS = r"(single_)?transformer_blocks\.\d+\."
 _FLUX_ALL_FFS = rf"{_FLUX_ATTENTION}|{_FLUX_CONTEXT}|{_FLUX_FF}|{_FLUX_FF_CONTEXT}|proj_mlp|proj_out"
 
+_FLUX2_DOUBLE = r"transformer_blocks\.\d+\."
+_FLUX2_ATTENTION = r"attn\.(to_[qkv]|to_qkv|to_out\.0|add_[qkv]_proj|to_added_qkv|to_add_out)"
+_FLUX2_MLP = r"ff(_context)?\.linear_(in|out)"
+# In single blocks attention and feed-forward are one layer on the way in, and one on the way out.
+_FLUX2_SINGLE = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+# What Flux2Pipeline has before every prompt, its line break included: part of what the model learnt to read.
+_FLUX2_SYSTEM_MESSAGE = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+
+
+def _flux2_transformer(*, guidance_embeds: bool) -> Expected:
+    return Expected("Flux2Transformer2DModel", {"in_channels": 128, "guidance_embeds": guidance_embeds})
+
+
+def _klein(checkpoint: str, text_width: int) -> Flavour:
+    return Flavour(
+        checkpoint,
+        {"max_sequence_length": 512, "layers": (9, 18, 27)},
+        Width(text_width, "text_encoder", "hidden_size", 3),
+        told_guidance=False,
+        true_guidance="usual",
+        configs={
+            "text_encoder": Expected(values={"model_type": "qwen3"}),
+            "transformer": _flux2_transformer(guidance_embeds=False),
+        },
+        distilled="is_distilled",
+    )
+
+
 FAMILIES: Mapping[str, FamilySpec] = {
     "flux": FamilySpec(
         module="families.flux",
@@ -83,6 +114,47 @@ FAMILIES: Mapping[str, FamilySpec] = {
         },
         default_lora_target="all",
         elsewhere={"simpletuner": "flux", "musubi": "fk", "sd-scripts": "flux"},
+        unquantised=("proj_out", "x_embedder", "context_embedder"),
+    ),
+    "flux2": FamilySpec(
+        module="families.flux2",
+        flavours={
+            "dev": Flavour(
+                "black-forest-labs/FLUX.2-dev",
+                {"max_sequence_length": 512, "layers": (10, 20, 30), "system_message": _FLUX2_SYSTEM_MESSAGE},
+                Width(15360, "text_encoder", "text_config.hidden_size", 3),
+                told_guidance=True,
+                true_guidance="none",
+                configs={
+                    "text_encoder": Expected(values={"model_type": "mistral3"}),
+                    "transformer": _flux2_transformer(guidance_embeds=True),
+                },
+                padding_first=True,
+            ),
+            "klein-9b": _klein("black-forest-labs/FLUX.2-klein-base-9B", 12288),
+            "klein-4b": _klein("black-forest-labs/FLUX.2-klein-base-4B", 7680),
+        },
+        image_encoder=("vae",),
+        text_encoders=("text_encoder", "tokenizer"),
+        denoiser=("transformer",),
+        configs={"vae": Expected("AutoencoderKLFlux2", {"latent_channels": 32}, ("batch_norm_eps",))},
+        numbered_text_encoders=("text_encoder",),
+        latent_channels=Width(128, "vae", "latent_channels", 4),
+        latent_scale=16,
+        pooled_width=None,
+        text_input="joint_attention_dim",
+        default_flavour="klein-9b",
+        alignment=16,
+        smallest_alignment=16,
+        lora_targets={
+            "all": rf"{_FLUX2_DOUBLE}({_FLUX2_ATTENTION}|{_FLUX2_MLP})|{_FLUX2_SINGLE}",
+            "attention": rf"{_FLUX2_DOUBLE}{_FLUX2_ATTENTION}|{_FLUX2_SINGLE}",
+            "mlp": rf"{_FLUX2_DOUBLE}{_FLUX2_MLP}",
+            "tiny": rf"{_FLUX2_DOUBLE}attn\.(to_[qkv]|to_qkv)",
+            "diffusers": rf"{_FLUX2_DOUBLE}attn\.(to_[qkv]|to_qkv|to_out\.0)|{_FLUX2_SINGLE}",
+        },
+        default_lora_target="all",
+        elsewhere={},
         unquantised=("proj_out", "x_embedder", "context_embedder"),
     ),
 }
