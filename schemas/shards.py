@@ -572,7 +572,7 @@ def _header(store: Store, name: str, footer: Footer | Exception) -> tuple[ShardH
     except (pa.ArrowException, OSError, KeyError, ValueError) as fault:
         raise _damaged(where, fault) from fault
     raise UserError(
-        f"{where}: shard format {values['format']}, this version reads {SHARD_FORMAT}; "
+        f"{where}: shard format {values['format']}, this version reads {_READABLE[0]} to {SHARD_FORMAT}; "
         f"delete {where.rpartition('/')[0]} and run prep cache again"
     )
 

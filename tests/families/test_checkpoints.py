@@ -146,12 +146,12 @@ def test_one_changed_value_another_name_and_another_dtype_are_other_encoders(pro
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("vae", {"_class_name": "AutoencoderDC"}, r'_class_name is "AutoencoderDC", flux needs AutoencoderKL'),
-        ("vae", {"latent_channels": 4}, r"latent_channels is 4, flux needs 16"),
-        ("vae", {"shift_factor": None}, r"shift_factor is null, flux needs a number"),
-        ("vae", {"scaling_factor": "big"}, r'scaling_factor is "big", flux needs a number'),
-        ("transformer", {"_class_name": "SD3Transformer2DModel"}, r'.* is "SD3.*", flux needs FluxTransf'),
-        ("transformer", {"in_channels": 384}, r"in_channels is 384, flux needs 64"),
+        ("vae", {"_class_name": "AutoencoderDC"}, r'_class_name is "AutoencoderDC", flux kontext needs AutoencoderKL'),
+        ("vae", {"latent_channels": 4}, r"latent_channels is 4, flux kontext needs 16"),
+        ("vae", {"shift_factor": None}, r"shift_factor is null, flux kontext needs a number"),
+        ("vae", {"scaling_factor": "big"}, r'scaling_factor is "big", flux kontext needs a number'),
+        ("transformer", {"_class_name": "SD3Transformer2DModel"}, r'.* is "SD3.*", flux kontext needs FluxTransf'),
+        ("transformer", {"in_channels": 384}, r"in_channels is 384, flux kontext needs 64"),
     ],
 )
 def test_a_component_of_another_family_is_an_error_that_says_what_was_expected(
@@ -169,7 +169,7 @@ def test_a_component_of_another_family_is_an_error_that_says_what_was_expected(
 def test_a_configuration_that_lacks_a_number_is_refused(project: Project, key: str) -> None:
     file = _checkpoint(project) / "vae" / "config.json"
     file.write_text(json.dumps({name: one for name, one in json.loads(file.read_text()).items() if name != key}))
-    with pytest.raises(UserError, match=rf"vae/config.json: {key} is null, flux needs"):
+    with pytest.raises(UserError, match=rf"vae/config.json: {key} is null, flux kontext needs"):
         locate(project, ("vae",))
 
 

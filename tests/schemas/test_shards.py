@@ -221,7 +221,7 @@ def test_a_parquet_file_of_somebody_elses_is_told_by_name(metadata, tmp_path):
 def test_a_shard_of_another_format_names_both_formats_and_what_to_delete(tmp_path):
     header = ShardHeader(row="LatentRow", encoder="e1", shapes={"latent": (16, 3, 5)}, format=9)
     write_shard(tmp_path / "3x5", header, [latent_row("key", numbers(16, 3, 5))])
-    with pytest.raises(UserError, match="shard format 9, this version reads 4") as caught:
+    with pytest.raises(UserError, match="shard format 9, this version reads 4 to 5") as caught:
         ShardIndex(tmp_path)
     assert f"delete {tmp_path / '3x5'} and run prep cache again" in str(caught.value)
 
