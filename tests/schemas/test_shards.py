@@ -89,7 +89,8 @@ def test_any_parquet_reader_finds_fixed_size_columns_row_by_row_and_the_header(t
         "shapes": {"latent": [16, 3, 5]},
         "dtypes": {},
         "normalised": True,
-        "format": 4,
+        "format": 5,
+        "pad_rows": 0,
     }
     assert {file.metadata.row_group(0).column(place).compression for place in range(3)} == {"UNCOMPRESSED"}
     second = file.read().to_pylist()[1]
