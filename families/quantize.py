@@ -5,13 +5,27 @@ is there already would be quantised as well.
 """
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 from optimum.quanto import freeze, qfloat8, qint2, qint4, qint8
+from optimum.quanto.library.extensions.extension import _extensions
 from optimum.quanto.nn import quantize_module
-from optimum.quanto.tensor.weights import WeightQBitsTensor, WeightQBytesTensor
-from torch import nn
+from optimum.quanto.tensor.weights import WeightQBitsTensor
+from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """Take bytes apart into numbers of few bits, the lowest of all bytes first, as quanto packs them."""
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+
+# quanto builds kernels of its own at their first use, for a minute, and fails where there is no compiler; its float8
+# kernel for CUDA (Marlin) leaves the bias out besides (optimum-quanto 0.2.7, tensor/weights/marlin/fp8).
+for _extension in _extensions.values():
+    _extension._lib = SimpleNamespace(unpack=_unpacked)
+_extensions.clear()  # of those that are there it would choose
 
 _QUANTO = {"int8-quanto": qint8, "int4-quanto": qint4, "int2-quanto": qint2, "fp8-quanto": qfloat8}
 _TORCHAO = {"int8-torchao": Int8WeightOnlyConfig, "fp8-torchao": Float8WeightOnlyConfig}
@@ -39,15 +53,13 @@ def quantize_and_place(
 
 
 def _multiply_plainly(layer: nn.Module) -> None:
-    """Have quanto dequantise a layer's weights and multiply, whatever kernels it has for them; where they stay.
+    """Have a layer's weights of four bits dequantised and multiplied; where they stay.
 
-    Its float8 kernel for CUDA (Marlin) leaves the bias out (optimum-quanto 0.2.7, tensor/weights/marlin/fp8), and that
-    for four bits (TinyGemm) takes seven times as long on the thousands of tokens of a picture.
+    The kernel of PyTorch that quanto would use for them (TinyGemm) takes seven times as long on the thousands of tokens
+    of a picture.
     """
     weight = getattr(layer, "weight", None)
-    if isinstance(weight, WeightQBytesTensor) and type(weight) is not WeightQBytesTensor:
-        layer.weight = nn.Parameter(weight.weight_qbytes_tensor(), requires_grad=False)
-    elif isinstance(weight, WeightQBitsTensor) and type(weight) is not WeightQBitsTensor:
+    if isinstance(weight, WeightQBitsTensor) and type(weight) is not WeightQBitsTensor:
         layer.weight = nn.Parameter(weight.weight_qbits_tensor(), requires_grad=False)
 
 

@@ -103,3 +103,16 @@ def test_libraries_say_nothing_when_they_are_imported_beside_each_other() -> Non
     code = "import families.quantize, train.adapter, peft.tuners.lora.torchao, torchao.quantization"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("precision", ["int4-quanto", "int2-quanto", "fp8-quanto"])
+def test_nothing_is_compiled_for_few_bits(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    def refuse(**_: object) -> None:
+        raise RuntimeError("there is no compiler")
+
+    monkeypatch.setattr("optimum.quanto.library.extensions.extension.load", refuse)
+    layer, given = nn.Linear(128, 256, dtype=torch.bfloat16).requires_grad_(False), torch.randn(3, 128)
+    exact = layer(given.to(torch.bfloat16))
+    quantised = quantize_and_place(nn.Sequential(layer), precision, (), CPU, "cpu")
+    error = (quantised(given.to(torch.bfloat16)) - exact).norm() / exact.norm()
+    assert error < {"int4-quanto": 0.1, "int2-quanto": 0.5, "fp8-quanto": 0.05}[precision]
