@@ -18,9 +18,9 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 
 from families import flux, open_project
+from families.attention import choose_attention
 from families.protocol import TextEmbeds
 from families.quantize import quantize_and_place
-from families.runtime import choose_attention
 from schemas.project import Project
 from train.adapter import add_adapter
 from train.data import Batch
@@ -103,7 +103,7 @@ def diffusers_step(model: FluxTransformer2DModel, batch: Batch, project: Project
 
 def pairline_step(model: FluxTransformer2DModel, batch: Batch, project: Project) -> Callable[[], float]:
     """Return a step as `train run` takes it."""
-    choose_attention()
+    choose_attention(model, DEVICE, half=True)
     parameters = add_adapter(model, project)
     checkpoint_blocks(flux, model, 1)
     model.train()

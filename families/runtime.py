@@ -100,12 +100,3 @@ def placement(project: Project, device: torch.device) -> Placement:
 def groups_of(trainer: TrainerConfig) -> Groups:
     """Say how the options have blocks wait on the CPU."""
     return Groups(trainer.group_offload_blocks_per_group, ahead=trainer.group_offload_use_stream)
-
-
-def choose_attention() -> None:
-    """Keep cuDNN's attention out of training.
-
-    PyTorch 2.11 prefers it on Hopper, and its backward reads out of bounds when the incoming gradient is a narrowed
-    view, as Flux's single blocks produce it. Flash attention is the next choice.
-    """
-    torch.backends.cuda.enable_cudnn_sdp(False)

@@ -10,12 +10,13 @@ import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 
-from families import flux, open_project
+from families import attention, flux, open_project
+from families.attention import choose_attention
 from families.checkpoints import encoder_keys, locate
 from families.protocol import TextEmbeds
 from families.quantize import quantize_and_place
 from families.routing import Routing
-from families.runtime import choose_attention, release_memory
+from families.runtime import release_memory
 from prep.cache import cache
 from prep.pairs import pairs
 from prep.scan import scan
@@ -30,17 +31,17 @@ from train.loop import run
 from train.memory import checkpoint_blocks, enough_memory, offload_blocks
 from train.pictures import Pictures, SampleReport, pictures_of
 from train.sample import Request, sample
-from train.step import step_loss
+from train.step import in_half, step_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def _step(project: object, device: str, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
-    choose_attention()
     place = torch.device(device)
     denoiser = flux.load_denoiser(locate(project, project.family.denoiser), dtype)
     precision, via = project.trainer.base_model_precision, project.trainer.quantize_via
     quantize_and_place(denoiser.requires_grad_(False), precision, project.family.unquantised, place, via)
+    choose_attention(denoiser, place, half=in_half(project.trainer))
     add_adapter(denoiser, project)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(3)
@@ -180,6 +181,34 @@ def test_real_memory_that_runs_out_halves_the_batch(
     assert "out of memory with" in caplog.text
 
 
+@pytest.mark.parametrize("tokens", [320, 1601, 8704])
+def test_cudnn_attention_is_right_forwards_and_backwards_on_a_narrowed_gradient(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    drawn = [torch.randn(1, tokens, 4, 128, generator=generator).to("cuda", torch.bfloat16) for _ in range(3)]
+    leaves = [one.requires_grad_() for one in drawn]
+    gradient = torch.randn(1, tokens, 4, 256, generator=generator).to("cuda", torch.bfloat16)[..., :128]
+    output = attention._cudnn(*leaves)
+    found = [output, *torch.autograd.grad(output, leaves, gradient)]
+    exact_leaves = [one.detach().float().requires_grad_() for one in drawn]
+    exact = attention._plain(*exact_leaves)
+    wanted = [exact, *torch.autograd.grad(exact, exact_leaves, gradient.float())]
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.float() - other).norm() < 0.01 * other.norm()
+
+
+def test_the_chosen_attention_is_cudnns_and_gradients_are_those_of_flash() -> None:
+    place = torch.device("cuda")
+    config = TrainerConfig(flux_guidance_value=1.0)
+    plain = _several_blocks().to(place)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    expected, gradients, _ = _steps(plain, config)
+    model = _several_blocks().to(place)
+    assert choose_attention(model, place, half=True) == "_native_cudnn"
+    losses, found, _ = _steps(model, config)
+    assert losses == pytest.approx(expected, rel=1e-2)
+    assert all((found[name] - one).norm() < 0.05 * one.norm() for name, one in gradients.items())
+
+
 def _several_blocks() -> FluxTransformer2DModel:
     """Ten blocks of 8 to 18 MiB each, adapted, on the CPU."""
     torch.manual_seed(0)
@@ -229,9 +258,9 @@ def _steps(model: FluxTransformer2DModel, config: TrainerConfig) -> tuple[list[f
 def test_blocks_that_wait_on_the_cpu_change_nothing_but_memory(options: dict[str, object]) -> None:
     rollout = {"scheduled_sampling_max_step_offset": 100, "scheduled_sampling_probability": 1.0}
     config = TrainerConfig(enable_group_offload=True, flux_guidance_value=1.0, **rollout, **options)
-    choose_attention()
     release_memory()
     plain = _several_blocks().to("cuda")
+    choose_attention(plain, torch.device("cuda"), half=in_half(config))
     checkpoint_blocks(flux, plain, 1)
     expected, gradients, most = _steps(plain, config)
     weights = sum(one.nbytes for block in flux.blocks(plain) for one in block.module.parameters())
@@ -239,6 +268,7 @@ def test_blocks_that_wait_on_the_cpu_change_nothing_but_memory(options: dict[str
     release_memory()
 
     model = _several_blocks()
+    choose_attention(model, torch.device("cuda"), half=in_half(config))
     offload_blocks(flux, model, torch.device("cuda"), config)
     checkpoint_blocks(flux, model, 1)
     losses, found, less = _steps(model, config)

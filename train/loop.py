@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from families import Source, open_project
+from families.attention import choose_attention
 from families.quantize import quantize_and_place
 from families.routing import Routing
-from families.runtime import choose_attention, default_device, family_of
+from families.runtime import default_device, family_of
 from schemas.console import Progress, progress
 from schemas.errors import UserError
 from schemas.keys import seed_of
@@ -43,7 +44,7 @@ from train.order import Cursor, turns
 from train.pictures import pictures_of
 from train.plan import FINISHED, Plan, is_done, plan_of, record_of, result_of, supply_of
 from train.processes import Processes, processes
-from train.step import base_dtype, step_loss
+from train.step import base_dtype, in_half, step_loss
 from train.watch import Watch
 
 CPU = torch.device("cpu")
@@ -227,7 +228,6 @@ def _peak_gib(device: torch.device) -> float | None:
 def _load(project: Project, plan: Plan, folder: Path, device: torch.device) -> checkpoint.State:
     """Load, freeze, quantise, then adapt: in this order, or the adapter would be quantised as well."""
     config, family = project.trainer, family_of(project)
-    choose_attention()
     denoiser = family.load_denoiser(folder, base_dtype(config))
     if config.fuse_qkv_projections:
         fuse(denoiser)
@@ -235,6 +235,7 @@ def _load(project: Project, plan: Plan, folder: Path, device: torch.device) -> c
     place = CPU if config.enable_group_offload else device  # there blocks wait until their turn
     precision, spared = config.base_model_precision, project.family.unquantised
     denoiser = quantize_and_place(denoiser, precision, spared, place, config.quantize_via)
+    choose_attention(denoiser, device, half=in_half(config))
     parameters = add_adapter(denoiser, project)
     if config.gradient_checkpointing:
         checkpoint_blocks(family, denoiser, config.gradient_checkpointing_interval)

@@ -114,10 +114,15 @@ def base_dtype(config: TrainerConfig) -> torch.dtype:
     return dtype_of(config.base_model_default_dtype) if config.mixed_precision == "bf16" else torch.float32
 
 
-def autocast(config: TrainerConfig, device: torch.device) -> torch.autocast:
-    """Run the float32 adapters in bfloat16; not over quantised weights of float32, which cannot be cast."""
+def in_half(config: TrainerConfig) -> bool:
+    """Tell whether the network computes in bfloat16: not on quantised weights of float32, which cannot be cast."""
     exact = config.base_model_precision != "no_change" and base_dtype(config) == torch.float32
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16" and not exact)
+    return config.mixed_precision == "bf16" and not exact
+
+
+def autocast(config: TrainerConfig, device: torch.device) -> torch.autocast:
+    """Run the float32 adapters in bfloat16, where the network does."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_half(config))
 
 
 def _rng(seed: int, stage: str) -> np.random.Generator:

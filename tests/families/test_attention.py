@@ -1,0 +1,107 @@
+"""Which attention is trained with, and the test that a faster one has to pass."""
+
+import logging
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from families import attention
+from families.attention import _DenseGradient, _tried, choose_attention
+from schemas import console
+
+CPU = torch.device("cpu")
+
+
+def _native(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    swapped = (one.transpose(1, 2) for one in (query, key, value))
+    return scaled_dot_product_attention(*swapped).transpose(1, 2)
+
+
+def _unscaled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return _native(1.1 * query, key, value)
+
+
+def _no_gradient_of_values(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return _native(query, key, value.detach() + 0 * value)
+
+
+def _missing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    raise RuntimeError("No available kernel. Aborting execution.\nand more")
+
+
+def test_an_attention_that_is_right_passes_and_others_say_why() -> None:
+    assert _tried(_native, CPU) is None
+    assert "relative error" in str(_tried(_unscaled, CPU))
+    assert "relative error" in str(_tried(_no_gradient_of_values, CPU))
+    assert _tried(_missing, CPU) == "No available kernel. Aborting execution."
+
+
+def test_a_narrowed_gradient_becomes_dense_and_stays_the_same() -> None:
+    seen: list[Tensor] = []
+    values = torch.randn(2, 3, 4, requires_grad=True)
+    inner = values * 1.0
+    inner.register_hook(seen.append)
+    joined = torch.cat([_DenseGradient.apply(inner), torch.ones(2, 3, 8)], dim=-1)
+    weights = torch.randn(2, 3, 12)
+    (joined * weights).sum().backward()
+    assert seen[0].is_contiguous() and torch.equal(seen[0], weights[..., :4])
+
+
+@pytest.fixture
+def denoiser() -> nn.Module:
+    return FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, num_attention_heads=1, attention_head_dim=16, axes_dims_rope=(4, 4, 8)
+    )
+
+
+def test_the_cpu_and_float32_leave_the_choice_to_pytorch(denoiser: nn.Module) -> None:
+    assert choose_attention(denoiser, CPU, half=True) == "native"
+    assert choose_attention(denoiser, torch.device("cuda"), half=False) == "native"
+    assert {one.processor._attention_backend for one in _attentions(denoiser)} == {None}
+
+
+def test_what_fails_is_told_in_one_line_and_not_used(
+    denoiser: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(console.log, "propagate", True)
+    monkeypatch.setattr(attention, "_tried", lambda *_: "relative error 3")
+    with caplog.at_level(logging.WARNING):
+        assert choose_attention(denoiser, torch.device("cuda"), half=True) == "native"
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention by _native_cudnn fails its self-test here (relative error 3): PyTorch's own choice is used"
+    ]
+    assert {one.processor._attention_backend for one in _attentions(denoiser)} == {None}
+
+
+def test_what_passes_is_what_every_block_calls(denoiser: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        calls.append(query.shape[1])
+        return _native(query, key, value)
+
+    name = AttentionBackendName._NATIVE_MATH
+    monkeypatch.setattr(attention, "_FASTER", ((name, counted),))
+    monkeypatch.setattr(attention, "_tried", lambda *_: None)
+    registry = attention._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
+    for kept in ("_backends", "_constraints", "_supported_arg_names"):
+        monkeypatch.setattr(registry, kept, dict(getattr(registry, kept)))
+    inputs = {
+        "hidden_states": torch.randn(1, 6, 64), "encoder_hidden_states": torch.randn(1, 3, 4096),
+        "pooled_projections": torch.randn(1, 768), "timestep": torch.ones(1), "img_ids": torch.zeros(6, 3),
+        "txt_ids": torch.zeros(3, 3),
+    }  # fmt: skip
+    with torch.no_grad():
+        before = denoiser(**inputs).sample
+        assert choose_attention(denoiser, torch.device("cuda"), half=True) == "_native_math"
+        after = denoiser(**inputs).sample
+    assert calls == [9, 9] and torch.allclose(before, after, atol=1e-6)
+
+
+def _attentions(denoiser: nn.Module) -> list[nn.Module]:
+    return [module for name, module in denoiser.named_modules() if name.endswith(".attn")]
