@@ -17,8 +17,10 @@ def _plain_precision(value: object) -> object:
     return "no_change" if value == "bf16" else value
 
 
+_Given: TypeAlias = Literal["no_change", "bf16", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto"]
 Precision: TypeAlias = Annotated[
-    Literal["no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto"], BeforeValidator(_plain_precision)
+    Literal["no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto"],
+    BeforeValidator(_plain_precision, json_schema_input_type=_Given),
 ]
 BasePrecision: TypeAlias = Literal[
     "no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "int8-torchao", "fp8-torchao"
