@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from families.adapters import AdapterFile, put_adapter
+from families.components import load_scheduler, load_vae, pixels_of, place_vae, values_of
 from families.offloading import Groups, offload
 from families.protocol import Block, Placement, Posterior, Sampling, TextEmbeds
 from families.quantize import quantize_and_place
 from families.runtime import check_whole
 from families.tiny import clip_tokenizer, seeded, t5_tokenizer
-from schemas.errors import UserError
 
 _PATCH = 2  # latent pixels of a token's side
 
@@ -40,29 +40,14 @@ def load_image_encoder(
     groups: Groups | None = None,
 ) -> AutoencoderKL:
     """Load the VAE; raises UserError if its weights are not those that its config.json tells of."""
-    try:
-        vae, told = AutoencoderKL.from_pretrained(
-            checkpoint, subfolder="vae", dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    except ValueError as fault:
-        raise UserError(f"{checkpoint / 'vae'}: config.json and weights do not fit: {fault}") from fault
-    check_whole(checkpoint / "vae", vae, told["missing_keys"])
-    if tiling:
-        vae.enable_tiling()
-    if slicing:
-        vae.enable_slicing()
-    vae.eval().requires_grad_(False)
-    if groups is None:
-        return vae.to(device)
-    offload(vae, [*vae.encoder.down_blocks, vae.encoder.mid_block], device, groups)
-    return vae
+    vae = load_vae(AutoencoderKL, checkpoint, dtype, tiling=tiling, slicing=slicing)
+    return place_vae(vae, device, groups)
 
 
 @torch.no_grad()
 def encode_images(encoder: AutoencoderKL, pixels: Tensor) -> Posterior:
     """Encode and normalise; the mean is what FluxKontextPipeline makes of its reference."""
-    values = 2.0 * (pixels.permute(0, 3, 1, 2).to(torch.float32) / 255.0) - 1.0
-    posterior = encoder.encode(values.to(encoder.device, encoder.dtype)).latent_dist
+    posterior = encoder.encode(values_of(pixels).to(encoder.device, encoder.dtype)).latent_dist
     scale = encoder.config.scaling_factor
     return Posterior((posterior.mode() - encoder.config.shift_factor) * scale, posterior.std * scale)
 
@@ -71,8 +56,7 @@ def encode_images(encoder: AutoencoderKL, pixels: Tensor) -> Posterior:
 def decode_latents(encoder: AutoencoderKL, latents: Tensor) -> Tensor:
     """Undo the normalisation and decode."""
     raw = latents.to(encoder.device, encoder.dtype) / encoder.config.scaling_factor + encoder.config.shift_factor
-    values: Tensor = encoder.decode(raw).sample.to(torch.float32)
-    return ((values / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return pixels_of(encoder.decode(raw).sample)
 
 
 def load_text_encoders(
@@ -248,15 +232,8 @@ class _Sampler(FluxKontextPipeline):  # type: ignore[misc]
 
 def load_pipeline(checkpoint: Path) -> FluxKontextPipeline:
     """Load the scheduler into Kontext's pipeline: without references it is that of dev and schnell too."""
-    try:
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(checkpoint, subfolder="scheduler")
-    except (OSError, ValueError) as fault:
-        raise UserError(
-            f"{checkpoint / 'scheduler'}: missing or damaged, and pictures are sampled by it; fetch the checkpoint "
-            "again, or set validation_disable"
-        ) from fault
     nothing = dict.fromkeys(("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    pipeline = _Sampler(scheduler=scheduler, **nothing)
+    pipeline = _Sampler(scheduler=load_scheduler(checkpoint), **nothing)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

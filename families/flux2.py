@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from families.adapters import AdapterFile, put_adapter
+from families.components import load_scheduler, load_vae, pixels_of, place_vae, values_of
 from families.offloading import Groups, offload
 from families.protocol import Block, Placement, Posterior, Sampling, TextEmbeds
 from families.quantize import quantize_and_place
@@ -59,29 +60,14 @@ def load_image_encoder(
     groups: Groups | None = None,
 ) -> AutoencoderKLFlux2:
     """Load the VAE with the statistics of its latents; raises UserError if weights are not what config.json tells."""
-    try:
-        vae, told = AutoencoderKLFlux2.from_pretrained(
-            checkpoint, subfolder="vae", dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    except ValueError as fault:
-        raise UserError(f"{checkpoint / 'vae'}: config.json and weights do not fit: {fault}") from fault
-    check_whole(checkpoint / "vae", vae, told["missing_keys"])
-    if tiling:
-        vae.enable_tiling()
-    if slicing:
-        vae.enable_slicing()
-    vae.eval().requires_grad_(False)
-    if groups is None:
-        return vae.to(device)
-    offload(vae, [*vae.encoder.down_blocks, vae.encoder.mid_block], device, groups)
-    return vae
+    vae = load_vae(AutoencoderKLFlux2, checkpoint, dtype, tiling=tiling, slicing=slicing)
+    return place_vae(vae, device, groups)
 
 
 @torch.no_grad()
 def encode_images(encoder: AutoencoderKLFlux2, pixels: Tensor) -> Posterior:
     """Encode, pack 2×2 cells into one and normalise; the mean is what the pipelines make of a reference."""
-    values = 2.0 * (pixels.permute(0, 3, 1, 2).to(torch.float32) / 255.0) - 1.0
-    posterior = encoder.encode(values.to(encoder.device, encoder.dtype)).latent_dist
+    posterior = encoder.encode(values_of(pixels).to(encoder.device, encoder.dtype)).latent_dist
     mean, deviation = _statistics(encoder)
     return Posterior((patchify(posterior.mode()) - mean) / deviation, patchify(posterior.std) / deviation)
 
@@ -91,8 +77,7 @@ def decode_latents(encoder: AutoencoderKLFlux2, latents: Tensor) -> Tensor:
     """Undo normalisation and packing, and decode."""
     mean, deviation = _statistics(encoder)
     raw = unpatchify(latents.to(encoder.device, encoder.dtype) * deviation + mean)
-    values: Tensor = encoder.decode(raw).sample.to(torch.float32)
-    return ((values / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return pixels_of(encoder.decode(raw).sample)
 
 
 def _statistics(encoder: AutoencoderKLFlux2) -> tuple[Tensor, Tensor]:
@@ -314,16 +299,9 @@ class _Klein(_Sampler, Flux2KleinPipeline):  # type: ignore[misc]
 
 def load_pipeline(checkpoint: Path) -> _Sampling:
     """Load the scheduler, and whether the model is distilled."""
-    try:
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(checkpoint, subfolder="scheduler")
-    except (OSError, ValueError) as fault:
-        raise UserError(
-            f"{checkpoint / 'scheduler'}: missing or damaged, and pictures are sampled by it; fetch the checkpoint "
-            "again, or set validation_disable"
-        ) from fault
     index = checkpoint / "model_index.json"
     said = json.loads(index.read_text()) if index.exists() else {}
-    return _Sampling(scheduler, said.get("is_distilled") is True)
+    return _Sampling(load_scheduler(checkpoint), said.get("is_distilled") is True)
 
 
 def sample(

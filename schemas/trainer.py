@@ -11,7 +11,17 @@ from schemas.arguments import parsed_arguments
 from schemas.options import Options, option
 from schemas.sizes import checked_sizes, picture_sizes
 
-Precision: TypeAlias = Literal["no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto"]
+
+def _plain_precision(value: object) -> object:
+    """Text encoders that are not quantised run in bfloat16."""
+    return "no_change" if value == "bf16" else value
+
+
+_Given: TypeAlias = Literal["no_change", "bf16", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto"]
+Precision: TypeAlias = Annotated[
+    Literal["no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto"],
+    BeforeValidator(_plain_precision, json_schema_input_type=_Given),
+]
 BasePrecision: TypeAlias = Literal[
     "no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "int8-torchao", "fp8-torchao"
 ]
@@ -132,7 +142,9 @@ class TrainerConfig(Options):
         False, "while pictures are encoded: the same for the blocks of the VAE (CUDA alone)", stages="cache"
     )
     text_encoder_1_precision: Precision = option(
-        "no_change", "quantisation of the first text encoder (optimum-quanto)", stages="cache train"
+        "no_change",
+        "quantisation of the first text encoder (optimum-quanto); `bf16` is none, as `no_change`",
+        stages="cache train",
     )
     text_encoder_2_precision: Precision = option(
         "no_change", "quantisation of the second text encoder (optimum-quanto)", stages="cache train"

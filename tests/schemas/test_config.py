@@ -70,6 +70,12 @@ def test_one_option_given_twice_is_a_fault(config, tmp_path):
     assert "given twice" in fault and "keep one" in fault
 
 
+def test_bf16_text_encoders_are_those_that_are_not_quantised(tmp_path):
+    options = {"text_encoder_1_precision": "bf16", "text_encoder_2_precision": "int8-quanto"}
+    trainer = open_project(written(tmp_path, options)).trainer
+    assert (trainer.text_encoder_1_precision, trainer.text_encoder_2_precision) == ("no_change", "int8-quanto")
+
+
 def test_the_path_of_the_file_itself_names_a_project_too(tmp_path):
     written(tmp_path).joinpath("config.json").rename(tmp_path / "other.json")
     assert open_project(tmp_path / "other.json").config_path == tmp_path / "other.json"

@@ -1,0 +1,57 @@
+"""Parts that families of diffusers have in common: VAEs, schedulers, and pixels as VAEs take and give them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from families.offloading import Groups, offload
+from families.runtime import check_whole
+from schemas.errors import UserError
+
+
+def load_vae(kind: type[Any], checkpoint: Path, dtype: torch.dtype, *, tiling: bool, slicing: bool) -> Any:
+    """Load a VAE on the CPU; raises UserError if its weights are not those that its config.json tells of."""
+    folder = checkpoint / "vae"
+    try:
+        vae, told = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except ValueError as fault:
+        raise UserError(f"{folder}: config.json and weights do not fit: {fault}") from fault
+    check_whole(folder, vae, told["missing_keys"])
+    if tiling:
+        vae.enable_tiling()
+    if slicing:
+        vae.enable_slicing()
+    return vae.eval().requires_grad_(False)
+
+
+def place_vae(vae: Any, device: torch.device, groups: Groups | None) -> Any:
+    """Move a VAE to where it runs; with `groups`, what encodes waits on the CPU block by block."""
+    if groups is None:
+        return vae.to(device)
+    offload(vae, [*vae.encoder.down_blocks, vae.encoder.mid_block], device, groups)
+    return vae
+
+
+def values_of(pixels: Tensor) -> Tensor:
+    """Turn uint8 pixels, batch × height × width × 3, into values from -1 to 1, batch × 3 × height × width."""
+    return 2.0 * (pixels.permute(0, 3, 1, 2).to(torch.float32) / 255.0) - 1.0
+
+
+def pixels_of(values: Tensor) -> Tensor:
+    """Undo `values_of`, what is beyond white and black cut off."""
+    shares = (values.to(torch.float32) / 2 + 0.5).clamp(0, 1)
+    return (shares * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def load_scheduler(checkpoint: Path) -> FlowMatchEulerDiscreteScheduler:
+    """Load the scheduler that pictures are sampled by; raises UserError if it is missing or damaged."""
+    try:
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(checkpoint, subfolder="scheduler")
+    except (OSError, ValueError) as fault:
+        raise UserError(
+            f"{checkpoint / 'scheduler'}: missing or damaged, and pictures are sampled by it; fetch the checkpoint "
+            "again, or set validation_disable"
+        ) from fault
