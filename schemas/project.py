@@ -206,6 +206,11 @@ class Project:
         return self.workspace / "models"
 
     @property
+    def compiled(self) -> Path:
+        """Return the folder of what compilers made."""
+        return self.workspace / "compiled"
+
+    @property
     def run_folder(self) -> Path:
         """Return the folder that train writes to."""
         if self.trainer.output_dir is not None:

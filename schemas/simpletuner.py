@@ -386,9 +386,9 @@ TRAINER_KEYS: Mapping[str, str] = (
         "context_parallel_size context_parallel_comm_strategy",
     )
     | _same(
-        "not in this version: the model is not compiled",
+        "ignored: dynamo_backend compiles the blocks of the model, whose sizes may vary; nothing else is chosen",
         """
-        dynamo_backend dynamo_mode dynamo_fullgraph dynamo_dynamic dynamo_use_regional_compilation dynamo_wrapper
+        dynamo_mode dynamo_fullgraph dynamo_dynamic dynamo_use_regional_compilation dynamo_wrapper
         dynamo_cache_export dynamo_cache_export_after_first_step dynamo_hub_repo_id
         """,
     )

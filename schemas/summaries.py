@@ -270,6 +270,7 @@ class TrainSummary:
     seconds_per_step: float | None = None  # median
     data_wait: float | None = None  # share of the steps' time that they waited for data
     peak_memory_gib: float | None = None  # of the accelerator
+    compiled_graphs: int | None = None  # of blocks; more than a dozen say that something is compiled again and again
     seconds: float = 0.0  # in all
     first_eval_loss: float | None = None  # on the held-out pairs, the first of this run
     eval_loss: float | None = None  # the last
@@ -293,6 +294,8 @@ class TrainSummary:
                 f"{steps} steps{resumed} on {self.samples} samples ({self.device}): {self.trainable_parameters:,} "
                 f"parameters, loss {self.first_loss:.4f} to {self.loss:.4f}, {self.seconds_per_step:.2f} s/step"
             )
+        if self.compiled_graphs:
+            yield f"  {counted(self.compiled_graphs, 'graph')} compiled"
         if self.skipped:
             yield f"  {self.skipped} samples left out: their images could not be encoded"
         if self.stopped:

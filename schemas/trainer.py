@@ -114,6 +114,11 @@ class TrainerConfig(Options):
         "one product for q, k and v: larger products, for Hopper; the LoRA file has them apart again, so that it loads "
         "into every pipeline",
     )
+    dynamo_backend: Literal["no", "inductor"] = option(
+        "no",
+        "`inductor` compiles the blocks of the model, each kind of them once and once more for sizes that vary: a "
+        "minute or two before the first step, quicker from then on; what is compiled is kept in the workspace",
+    )
     enable_group_offload: bool = option(
         False,
         "frozen weights of blocks wait on the CPU, in memory that is locked there, until their turn: less memory, "

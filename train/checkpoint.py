@@ -42,7 +42,7 @@ _FREE = {
     "max_train_steps", "num_train_epochs", "output_dir", "tracker_run_name", "tracker_project_name", "report_to",
     "checkpointing_steps", "checkpoints_total_limit", "checkpointing_rolling_steps", "checkpoints_rolling_total_limit",
     "resume_from_checkpoint", "pretrained_model_name_or_path", "gradient_checkpointing",
-    "gradient_checkpointing_interval", "quantize_via", "enable_group_offload", "group_offload_type",
+    "gradient_checkpointing_interval", "quantize_via", "dynamo_backend", "enable_group_offload", "group_offload_type",
     "group_offload_blocks_per_group", "group_offload_use_stream", "gradient_accumulation_steps",
     "eval_steps_interval", "num_eval_images", "eval_timesteps", "user_prompt_library",
 }  # fmt: skip

@@ -33,6 +33,7 @@ from schemas.storage import write_aside
 from schemas.summaries import TrainSummary
 from train import checkpoint
 from train.adapter import LORA_NAME, adapter_layers, add_adapter, check_gradients, save_adapter, start_from_file
+from train.compiling import compile_blocks, compiled_graphs
 from train.ema import averaged, make_average, update
 from train.fusing import fuse
 from train.interrupt import stops
@@ -131,6 +132,7 @@ def run(
         seconds_per_step=median(done.seconds) if done.seconds else None,
         data_wait=done.waited / max(sum(done.seconds), 1e-9) if done.seconds else None,
         peak_memory_gib=_peak_gib(device),
+        compiled_graphs=compiled_graphs() if project.trainer.dynamo_backend != "no" else None,
         **watch.numbers(),
         seconds=time.monotonic() - start,
     )
@@ -239,6 +241,8 @@ def _load(project: Project, plan: Plan, folder: Path, device: torch.device) -> c
     parameters = add_adapter(denoiser, project)
     if config.gradient_checkpointing:
         checkpoint_blocks(family, denoiser, config.gradient_checkpointing_interval)
+    if config.dynamo_backend != "no":
+        compile_blocks(family, denoiser, project.compiled, config.dynamo_backend)
     if config.enable_group_offload:
         offload_blocks(family, denoiser, device, config)
     optimizer = make_optimizer(parameters, config)

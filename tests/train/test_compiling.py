@@ -1,0 +1,64 @@
+"""Compiled blocks give the same numbers, and are compiled no more once sizes vary."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from families import flux
+from families.protocol import TextEmbeds
+from families.routing import Routing
+from schemas.trainer import Route, TrainerConfig
+from train.compiling import compile_blocks, compiled_graphs
+from train.data import Batch
+from train.memory import checkpoint_blocks
+from train.step import step_loss
+
+SIZES = ((8, 8), (8, 12), (12, 8), (8, 16))
+
+
+@pytest.fixture
+def denoiser(tiny_models: Path) -> nn.Module:
+    model = flux.load_denoiser(tiny_models / "tiny-flux-kontext", torch.bfloat16).requires_grad_(False)
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v", "proj_mlp"], init_lora_weights=False))
+    for one in model.parameters():
+        one.data = one.data.float() if one.requires_grad else one.data
+    checkpoint_blocks(flux, model, 1)
+    return model.train()
+
+
+def _batch(height: int, width: int) -> Batch:
+    generator = torch.Generator().manual_seed(height * width)
+    latents, noise = (torch.randn(1, 16, height, width, generator=generator) for _ in range(2))
+    text = TextEmbeds(torch.randn(1, 16, 64, generator=generator), torch.randn(1, 32, generator=generator), (5,))
+    return Batch(("a",), (height,), latents, noise, (latents[..., :8],), text)
+
+
+def _passes(denoiser: nn.Module) -> tuple[list[float], list[torch.Tensor], list[int]]:
+    """Take a pass at every size; returns losses, gradients and how many graphs there are after each."""
+    routing = Routing(flux.blocks(denoiser), [Route(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=1)])
+    losses, graphs = [], []
+    for size in SIZES:
+        loss = step_loss(flux, denoiser, _batch(*size), 1, TrainerConfig(), routing)
+        loss.backward()
+        losses.append(loss.item())
+        graphs.append(compiled_graphs())
+    return losses, [one.grad for one in denoiser.parameters() if one.grad is not None], graphs
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of the compiler, which looks at every tensor
+def test_compiled_blocks_give_the_same_numbers_and_are_compiled_twice_at_most(
+    denoiser: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    expected, gradients, _ = _passes(denoiser)
+    denoiser.zero_grad()
+    before = compiled_graphs()
+    compile_blocks(flux, denoiser, tmp_path, "eager")  # traced as for a compiler, and run as it was traced
+    losses, found, graphs = _passes(denoiser)
+    assert losses == expected
+    assert len(found) == len(gradients) > 4
+    assert all(torch.equal(one, other) for one, other in zip(found, gradients, strict=True))
+    assert before < graphs[0] < graphs[1] == graphs[2] == graphs[3]

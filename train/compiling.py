@@ -1,0 +1,27 @@
+"""Compiled blocks: the passes of all blocks of a kind are compiled once, and again for sizes that vary, then never.
+
+What hooks into blocks (routes, group offload) runs outside of what is compiled.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from families.protocol import Family
+
+_KEPT_IN = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def compile_blocks(family: Family, denoiser: nn.Module, kept: Path, backend: str = "inductor") -> None:
+    """Have every block compiled when it first runs; what compilers make is kept in a folder for the next run."""
+    os.environ.setdefault(_KEPT_IN, str(kept))
+    for block in family.blocks(denoiser):
+        block.module.forward = torch.compile(block.module.forward, backend=backend)
+
+
+def compiled_graphs() -> int:
+    """Count what was compiled in this process: a number that goes on growing says that something recompiles."""
+    return int(counters["stats"]["unique_graphs"])
