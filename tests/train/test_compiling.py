@@ -36,9 +36,8 @@ def _batch(height: int, width: int) -> Batch:
     return Batch(("a",), (height,), latents, noise, (latents[..., :8],), text)
 
 
-def _passes(denoiser: nn.Module) -> tuple[list[float], list[torch.Tensor], list[int]]:
+def _passes(denoiser: nn.Module, routing: Routing) -> tuple[list[float], list[torch.Tensor], list[int]]:
     """Take a pass at every size; returns losses, gradients and how many graphs there are after each."""
-    routing = Routing(flux.blocks(denoiser), [Route(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=1)])
     losses, graphs = [], []
     for size in SIZES:
         loss = step_loss(flux, denoiser, _batch(*size), 1, TrainerConfig(), routing)
@@ -53,11 +52,12 @@ def test_compiled_blocks_give_the_same_numbers_and_are_compiled_twice_at_most(
     denoiser: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    expected, gradients, _ = _passes(denoiser)
+    routing = Routing(flux.blocks(denoiser), [Route(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=1)])
+    expected, gradients, _ = _passes(denoiser, routing)
     denoiser.zero_grad()
     before = compiled_graphs()
     compile_blocks(flux, denoiser, tmp_path, "eager")  # traced as for a compiler, and run as it was traced
-    losses, found, graphs = _passes(denoiser)
+    losses, found, graphs = _passes(denoiser, routing)
     assert losses == expected
     assert len(found) == len(gradients) > 4
     assert all(torch.equal(one, other) for one, other in zip(found, gradients, strict=True))
