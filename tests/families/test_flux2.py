@@ -362,6 +362,11 @@ def test_the_usual_preset_is_all_and_the_usual_flavour_klein_9b() -> None:
     assert (SPEC.default_lora_target, SPEC.default_flavour, SPEC.alignment) == ("all", "klein-9b", 16)
 
 
+def test_advice_names_the_option_of_the_largest_text_encoder() -> None:
+    named = {name: spec.text_precision for name, spec in FAMILIES.items()}
+    assert named == {"flux": "text_encoder_2_precision", "flux2": "text_encoder_1_precision"}
+
+
 @pytest.mark.parametrize("flavour", FULL)
 def test_tiny_checkpoints_are_the_same_everywhere_and_their_latents_have_statistics(
     tiny_flux2: Path, tmp_path: Path, flavour: str
