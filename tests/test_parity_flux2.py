@@ -166,6 +166,17 @@ def test_fewer_rows_are_those_of_encode_prompt_too(loaded: Loaded) -> None:
     assert expected.shape[1] == 64
 
 
+@pytest.mark.parametrize("loaded", ["dev"], indirect=True)
+def test_the_chat_is_what_the_settings_say(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**FLAVOURS["dev"].text_settings, "max_sequence_length": 64, "system_message": "Be short."}
+    ours = flux2.encode_prompts(loaded.encoders, ["a cat"], settings)
+    monkeypatch.setattr(loaded.pipeline, "system_message", "Be short.")
+    with torch.no_grad():
+        expected, _ = loaded.pipeline.encode_prompt(prompt="a cat", max_sequence_length=64)
+    assert torch.equal(ours.embed, expected)
+    assert ours.num_tokens == (len("Be short.a cat") + 5,)  # and five marks
+
+
 # Positions
 
 
@@ -251,7 +262,8 @@ def test_a_batch_equals_the_transformer_called_with_the_pipelines_helpers(loaded
 
 
 def _sampled(loaded: Loaded, pictures: Sequence[Image.Image], guidance: float) -> Tensor:
-    how = Sampling(**SIZE, steps=2, guidance=guidance, guidance_real=1.0 if loaded.is_dev else guidance, seed=7)
+    told, real = (guidance, 9.0) if loaded.is_dev else (9.0, guidance)  # each heeds one of the two
+    how = Sampling(**SIZE, steps=2, guidance=told, guidance_real=real, seed=7)
     text, negative = loaded.encoded("a cat"), loaded.encoded("")
     references, parts = loaded.latents(pictures), flux2.load_pipeline(loaded.checkpoint)
     return flux2.sample(parts, loaded.pipeline.transformer, text, negative, references, how)
