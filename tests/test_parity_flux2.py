@@ -291,7 +291,7 @@ def test_a_picture_equals_that_of_the_pipeline_called_plainly(loaded: Loaded, pi
     ours = _sampled(loaded, pictures, loaded.guidance)
     assert torch.equal(flux2.pack(ours), expected)
     assert np.array_equal(flux2.decode_latents(loaded.pipeline.vae, ours)[0].numpy(), np.asarray(picture))
-    assert not torch.equal(_sampled(loaded, pictures, 1.0), ours)
+    assert pictures or not torch.equal(_sampled(loaded, pictures, 1.0), ours)
 
 
 @each_kind
@@ -299,6 +299,16 @@ def test_in_bfloat16_too(loaded: Loaded) -> None:
     half = _loaded(loaded.checkpoint.parent, loaded.flavour, torch.bfloat16)
     expected, _ = _expected(half, PICTURES[2], half.guidance)
     assert torch.equal(flux2.pack(_sampled(half, PICTURES[2], half.guidance)), expected)
+    noise, one, [reference] = torch.randn(1, 128, 4, 6), torch.full((1,), 0.7), half.latents(PICTURES[1])
+    told = torch.full((1,), half.guidance) if half.is_dev else None
+    embed = half.encoded("a cat").embed
+    with torch.no_grad():
+        whole, cut = (
+            flux2.velocity(half.pipeline.transformer, noise.to(dtype), [reference.to(dtype)],
+                           TextEmbeds(embed.to(dtype), None, (5,)), one.to(dtype), told)
+            for dtype in (torch.float32, torch.bfloat16)
+        )  # fmt: skip
+    assert whole.dtype == torch.bfloat16 and torch.equal(whole, cut)
 
 
 def test_a_distilled_klein_takes_no_true_guidance(tiny_flux2: Path, tmp_path: Path) -> None:
@@ -309,7 +319,7 @@ def test_a_distilled_klein_takes_no_true_guidance(tiny_flux2: Path, tmp_path: Pa
     assert few.pipeline.config.is_distilled
     ours = _sampled(few, (), 4.0)
     assert torch.equal(flux2.pack(ours), _expected(few, (), 4.0)[0])
-    assert torch.equal(ours, _sampled(_loaded(tiny_flux2, "klein-9b"), (), 1.0))
+    assert torch.equal(ours, _sampled(few, (), 1.0))
 
 
 # Step

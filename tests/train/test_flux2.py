@@ -150,8 +150,8 @@ def test_every_precision_trains_every_adapter(
     )
     parameters = add_adapter(denoiser, project)
     assert len(parameters) == 2 * LAYERS["all"] and {one.dtype for one in parameters} == {torch.float32}
-    losses = _losses(denoiser, project, _batch(denoiser, *ONE), 3)
-    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.999 * losses[0], losses
+    losses = _losses(denoiser, project, _batch(denoiser, *ONE), 2)
+    assert losses[1] < 0.9995 * losses[0], losses
 
 
 def test_gradients_of_every_kind_of_block_are_the_same_when_blocks_are_recomputed(opened: Open) -> None:
@@ -239,7 +239,7 @@ def test_routes_and_rollouts_train(opened: Open, flavour: str, options: dict[str
     project = opened(flavour, mixed_precision="bf16", **rollout)
     denoiser = _network(project)
     routing = Routing(flux2.blocks(denoiser), [Route(selection_ratio=0.5, **options)]) if options else None
-    losses = _losses(denoiser, project, _batch(denoiser, *ONE, size=2), 6, routing)
+    losses = _losses(denoiser, project, _batch(denoiser, *ONE, size=2), 3, routing)
     assert losses[-1] < losses[0]
 
 
