@@ -425,8 +425,10 @@ def _tiny_mistral(tokenizer: PreTrainedTokenizerBase, width: int) -> Mistral3For
         },
         image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
     )
-    with seeded("flux2 mistral"):
-        return Mistral3ForConditionalGeneration(config).eval()
+    with seeded("flux2 mistral"), torch.no_grad():
+        network = Mistral3ForConditionalGeneration(config).eval()
+        network.model.language_model.embed_tokens.weight[tokenizer.pad_token_id].normal_(0, 0.02)  # as if it had learnt
+        return network
 
 
 def _tiny_qwen(tokenizer: PreTrainedTokenizerBase, width: int) -> Qwen3ForCausalLM:
