@@ -134,9 +134,8 @@ def main() -> None:
         save(image, HERE / "edits" / "target" / f"{crop.name}.jpg")
         save(fade(image), HERE / "edits" / "reference" / f"{crop.name}.jpg")
         save(palette(image), HERE / "flux2_edits" / "palette" / f"{crop.name}.jpg")
-    print(
-        f"{len(PHOTOS)} photos, {len(HELD_OUT)} held out, {len(EDITS)} edit pairs with palettes written below {HERE.name}/"
-    )
+    made = f"{len(PHOTOS)} photos, {len(HELD_OUT)} held out, {len(EDITS)} edit pairs with palettes"
+    print(f"{made} written below {HERE.name}/")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from families.adapters import AdapterFile, put_adapter
 from families.offloading import Groups, offload
 from families.protocol import Block, Placement, Posterior, Sampling, TextEmbeds
 from families.quantize import quantize_and_place
-from families.runtime import check_whole
+from families.runtime import check_whole, load_whole
 from families.tiny import clip_tokenizer, seeded, t5_tokenizer
 from schemas.errors import UserError
 
@@ -40,13 +40,7 @@ def load_image_encoder(
     groups: Groups | None = None,
 ) -> AutoencoderKL:
     """Load the VAE; raises UserError if its weights are not those that its config.json tells of."""
-    try:
-        vae, told = AutoencoderKL.from_pretrained(
-            checkpoint, subfolder="vae", dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    except ValueError as fault:
-        raise UserError(f"{checkpoint / 'vae'}: config.json and weights do not fit: {fault}") from fault
-    check_whole(checkpoint / "vae", vae, told["missing_keys"])
+    vae = load_whole(AutoencoderKL, checkpoint, "vae", dtype)
     if tiling:
         vae.enable_tiling()
     if slicing:
@@ -122,8 +116,8 @@ def count_tokens(tokenizer: Any, prompts: Sequence[str], settings: Mapping[str, 
 
 
 def load_denoiser(checkpoint: Path, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """Load the transformer on the CPU."""
-    return FluxTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer", dtype=dtype)
+    """Load the transformer on the CPU; raises UserError if its weights are not those its config.json tells of."""
+    return load_whole(FluxTransformer2DModel, checkpoint, "transformer", dtype)
 
 
 def blocks(denoiser: FluxTransformer2DModel) -> list[Block]:

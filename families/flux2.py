@@ -36,7 +36,7 @@ from families.adapters import AdapterFile, put_adapter
 from families.offloading import Groups, offload
 from families.protocol import Block, Placement, Posterior, Sampling, TextEmbeds
 from families.quantize import quantize_and_place
-from families.runtime import check_whole
+from families.runtime import check_whole, load_whole
 from families.tiny import mistral_tokenizer, qwen_tokenizer, seeded
 from schemas.errors import UserError
 
@@ -59,13 +59,7 @@ def load_image_encoder(
     groups: Groups | None = None,
 ) -> AutoencoderKLFlux2:
     """Load the VAE with the statistics of its latents; raises UserError if weights are not what config.json tells."""
-    try:
-        vae, told = AutoencoderKLFlux2.from_pretrained(
-            checkpoint, subfolder="vae", dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    except ValueError as fault:
-        raise UserError(f"{checkpoint / 'vae'}: config.json and weights do not fit: {fault}") from fault
-    check_whole(checkpoint / "vae", vae, told["missing_keys"])
+    vae = load_whole(AutoencoderKLFlux2, checkpoint, "vae", dtype)
     if tiling:
         vae.enable_tiling()
     if slicing:
@@ -166,8 +160,14 @@ def encode_prompts(
 
 
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer with its chat template; of dev, without the processor of pictures it is part of."""
-    return AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    """Load the tokenizer; of dev, without the processor of pictures it is part of.
+
+    Raises UserError if it lacks the chat template, without which no prompt can be put as the model learnt to read it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    if not tokenizer.chat_template:
+        raise UserError(f"{checkpoint / 'tokenizer'}: no chat template; fetch the checkpoint again")
+    return tokenizer
 
 
 def count_tokens(
@@ -184,8 +184,8 @@ def count_tokens(
 
 
 def load_denoiser(checkpoint: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
-    """Load the transformer on the CPU."""
-    return Flux2Transformer2DModel.from_pretrained(checkpoint, subfolder="transformer", dtype=dtype)
+    """Load the transformer on the CPU; raises UserError if its weights are not those its config.json tells of."""
+    return load_whole(Flux2Transformer2DModel, checkpoint, "transformer", dtype)
 
 
 def blocks(denoiser: Flux2Transformer2DModel) -> list[Block]:
