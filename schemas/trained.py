@@ -101,7 +101,8 @@ def _inactive_encoders(project: Project) -> Iterator[str]:
     """Yield the precisions of text encoders that a family does not have."""
     for key in _ENCODER_PRECISIONS[len(project.family.numbered_text_encoders) :]:
         if _changed(project.trainer, key):
-            yield f"{key} has no effect: {project.trainer.model_family} has no such encoder; {_ENCODER_PRECISIONS[0]} acts"
+            family = project.trainer.model_family
+            yield f"{key} has no effect: {family} has no second text encoder; {_ENCODER_PRECISIONS[0]} is for the one"
 
 
 def _rule_encoders_offload(project: Project, _: str, found: Findings) -> None:
