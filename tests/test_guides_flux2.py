@@ -112,7 +112,11 @@ def test_flavours_share_latents_and_their_folders_are_the_guides(
 ) -> None:
     encoded = {name: sum(one.encoded for one in made.stores if one.kind == "latents") for name, made in cached.items()}
     assert encoded == {"dev": 6, "klein-9b": 0, "klein-4b": 0}  # the VAE is one
-    assert {path.name for path in (folder / "cache" / "vae" / "flux2").iterdir()} == {"my-dataset", "edits", "references"}
+    assert {path.name for path in (folder / "cache" / "vae" / "flux2").iterdir()} == {
+        "my-dataset",
+        "edits",
+        "references",
+    }
     assert len(list((folder / "cache" / "text" / "flux2").iterdir())) == 3
     assert _opened(folder, "dev").dataset("text-embeds").write_batch_size == 64
 
