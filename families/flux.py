@@ -40,7 +40,13 @@ def load_image_encoder(
     groups: Groups | None = None,
 ) -> AutoencoderKL:
     """Load the VAE; raises UserError if its weights are not those that its config.json tells of."""
-    vae = load_whole(AutoencoderKL, checkpoint, "vae", dtype)
+    try:
+        vae, told = AutoencoderKL.from_pretrained(
+            checkpoint, subfolder="vae", dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except ValueError as fault:
+        raise UserError(f"{checkpoint / 'vae'}: config.json and weights do not fit: {fault}") from fault
+    check_whole(checkpoint / "vae", vae, told["missing_keys"])
     if tiling:
         vae.enable_tiling()
     if slicing:

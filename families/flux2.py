@@ -60,7 +60,13 @@ def load_image_encoder(
     groups: Groups | None = None,
 ) -> AutoencoderKLFlux2:
     """Load the VAE with the statistics of its latents; raises UserError if weights are not what config.json tells."""
-    vae = load_whole(AutoencoderKLFlux2, checkpoint, "vae", dtype)
+    try:
+        vae, told = AutoencoderKLFlux2.from_pretrained(
+            checkpoint, subfolder="vae", dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except ValueError as fault:
+        raise UserError(f"{checkpoint / 'vae'}: config.json and weights do not fit: {fault}") from fault
+    check_whole(checkpoint / "vae", vae, told["missing_keys"])
     if tiling:
         vae.enable_tiling()
     if slicing:
