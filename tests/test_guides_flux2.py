@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
@@ -22,6 +24,7 @@ from prep.scan import scan
 from schemas.config_file import read_json
 from schemas.project import Project
 from schemas.rows import PairRow
+from schemas.shards import ShardIndex
 from schemas.summaries import CacheSummary
 from schemas.tables import read_table
 from train.loop import run
@@ -119,6 +122,22 @@ def test_flavours_share_latents_and_their_folders_are_the_guides(
     }
     assert len(list((folder / "cache" / "text" / "flux2").iterdir())) == 3
     assert _opened(folder, "dev").dataset("text-embeds").write_batch_size == 64
+
+
+def test_the_page_of_files_tells_how_rows_of_padding_are_read(folder: Path, cached: Mapping[str, CacheSummary]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
+    example = page.partition("### Rows of padding")[2].partition("```python\n")[2].partition("```")[0]
+    project = _opened(folder, "dev")
+    index = ShardIndex(project.text_store / encoder_keys(project).text)
+    files = list((folder / "cache" / "text" / "flux2" / encoder_keys(project).text).rglob("*.parquet"))
+    assert len(files) == 3
+    for file in files:
+        names = {"header": json.loads(pq.read_metadata(file).metadata[b"pairline.shard"]), "np": np}
+        table = pq.read_table(file)
+        names["data"] = table["embed"][0].as_py()
+        exec(example, names)
+        assert names["header"]["pad_rows"] > 100
+        assert np.array_equal(names["embed"], index.read(table["key"][0].as_py())["embed"])
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
