@@ -65,14 +65,13 @@ def sample(project: Source, request: Request, *, workers: int | None = None) -> 
     `workers` is the number of CPU threads. Raises UserError if an image, the adapter or the checkpoint is missing,
     damaged or does not fit, before anything large is loaded where that can be told.
     """
-    project = open_project(project)
-    with _enough_memory(len(project.family.numbered_text_encoders)):
+    with _enough_memory():
         return _sample(project, request, workers)
 
 
-def _sample(project: Project, request: Request, workers: int | None) -> SampleSummary:
+def _sample(project: Source, request: Request, workers: int | None) -> SampleSummary:
     start = time.monotonic()
-    project = _asked(project, request)
+    project = _asked(open_project(project), request)
     config, device, spec = project.trainer, default_device(), project.family
     trained, wanted = _trained(project, request.lora, request.scale), _wanted_path(project, request)
     images = [_opened(path) for path in request.images]
@@ -133,13 +132,13 @@ def _sample(project: Project, request: Request, workers: int | None) -> SampleSu
 
 
 @contextmanager
-def _enough_memory(encoders: int) -> Iterator[None]:
+def _enough_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as fault:
         raise UserError(
             "the accelerator's memory is full; a smaller --width and --height, base_model_precision: int8-quanto, "
-            f"vae_enable_tiling: true, or text_encoder_{encoders}_precision: int8-quanto take less"
+            "vae_enable_tiling: true, or text_encoder_2_precision: int8-quanto take less"
         ) from fault
 
 
