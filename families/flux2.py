@@ -37,7 +37,7 @@ from families.components import load_scheduler, load_vae, pixels_of, place_vae, 
 from families.offloading import Groups, offload
 from families.protocol import Block, Placement, Posterior, Sampling, TextEmbeds
 from families.quantize import quantize_and_place
-from families.runtime import check_whole
+from families.runtime import check_whole, load_whole
 from families.tiny import mistral_tokenizer, qwen_tokenizer, seeded
 from schemas.errors import UserError
 
@@ -47,7 +47,8 @@ _APART = 10  # between the times of references, the first of which has this one
 _ROTARY = "image_rotary_emb"
 _NOTHING = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))  # parts of a pipeline
 
-_TINY_WIDTHS = {"dev": 40, "klein-9b": 32, "klein-4b": 24}  # of hidden states
+# Of hidden states; multiples of 16, or PyTorch 2.13's int8 product on a CPU, which quanto calls, reads past their end.
+_TINY_WIDTHS = {"dev": 48, "klein-9b": 32, "klein-4b": 16}
 
 
 def load_image_encoder(
@@ -151,8 +152,14 @@ def encode_prompts(
 
 
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer with its chat template; of dev, without the processor of pictures it is part of."""
-    return AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    """Load the tokenizer; of dev, without the processor of pictures it is part of.
+
+    Raises UserError if it lacks the chat template, without which no prompt can be put as the model learnt to read it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    if not tokenizer.chat_template:
+        raise UserError(f"{checkpoint / 'tokenizer'}: no chat template; fetch the checkpoint again")
+    return tokenizer
 
 
 def count_tokens(
@@ -169,8 +176,8 @@ def count_tokens(
 
 
 def load_denoiser(checkpoint: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
-    """Load the transformer on the CPU."""
-    return Flux2Transformer2DModel.from_pretrained(checkpoint, subfolder="transformer", dtype=dtype)
+    """Load the transformer on the CPU; raises UserError if its weights are not those its config.json tells of."""
+    return load_whole(Flux2Transformer2DModel, checkpoint, "transformer", dtype)
 
 
 def blocks(denoiser: Flux2Transformer2DModel) -> list[Block]:
