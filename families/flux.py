@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from families.adapters import AdapterFile, put_adapter
-from families.components import load_scheduler, load_vae, pixels_of, place_vae, values_of
+from families.components import load_scheduler, load_vae, load_whole, pixels_of, place_vae, values_of
 from families.offloading import Groups, offload
 from families.protocol import Block, Placement, Posterior, Sampling, TextEmbeds
 from families.quantize import quantize_and_place
-from families.runtime import check_whole, load_whole
+from families.runtime import check_whole
 from families.tiny import clip_tokenizer, seeded, t5_tokenizer
 
 _PATCH = 2  # latent pixels of a token's side

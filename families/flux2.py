@@ -33,11 +33,11 @@ from transformers import (
 )
 
 from families.adapters import AdapterFile, put_adapter
-from families.components import load_scheduler, load_vae, pixels_of, place_vae, values_of
+from families.components import load_scheduler, load_vae, load_whole, pixels_of, place_vae, values_of
 from families.offloading import Groups, offload
 from families.protocol import Block, Placement, Posterior, Sampling, TextEmbeds
 from families.quantize import quantize_and_place
-from families.runtime import check_whole, load_whole
+from families.runtime import check_whole
 from families.tiny import mistral_tokenizer, qwen_tokenizer, seeded
 from schemas.errors import UserError
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from diffusers import ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -72,18 +71,6 @@ def check_whole(folder: Path, model: nn.Module, missing: Sequence[str]) -> None:
     lost = [name for name in missing if name in tensors and tensors[name].data_ptr() not in there]  # others are tied
     if lost:
         raise UserError(f"{folder}: {len(lost)} tensors are not there, first {lost[0]}; fetch the checkpoint again")
-
-
-def load_whole(kind: type[ModelMixin], checkpoint: Path, part: str, dtype: torch.dtype) -> ModelMixin:
-    """Load a part of a checkpoint on the CPU; raises UserError if its weights are not what its config.json tells."""
-    try:
-        model, told = kind.from_pretrained(
-            checkpoint, subfolder=part, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    except ValueError as fault:
-        raise UserError(f"{checkpoint / part}: config.json and weights do not fit: {fault}") from fault
-    check_whole(checkpoint / part, model, told["missing_keys"])
-    return model
 
 
 @contextmanager

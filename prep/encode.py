@@ -178,7 +178,7 @@ class Texts:
             if len(batch) == 1:
                 raise UserError(
                     "the accelerator's memory does not hold the text encoders and one prompt; "
-                    f"offload_during_startup, or {self._precision}: int8-quanto, needs less"
+                    f"group_offload_text_encoder, or {self._precision}: int8-quanto, needs less"
                 )
             self._size = (len(batch) + 1) // 2
             log.warning("out of memory with %d prompts; going on with %d", len(batch), self._size)
