@@ -22,6 +22,7 @@ from diffusers import (
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -45,6 +46,8 @@ _PATCH = 2  # cells of the VAE along a side of one of ours
 _PIXELS = 16  # of pictures along a side of one of ours
 _APART = 10  # between the times of references, the first of which has this one
 _ROTARY = "image_rotary_emb"
+# Kernels that give zeros to a row with nothing to attend to, as PyTorch defines it; cuDNN's gives other numbers.
+_MASKING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _NOTHING = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))  # parts of a pipeline
 
 # Of hidden states; multiples of 16, or PyTorch 2.13's int8 product on a CPU, which quanto calls, reads past their end.
@@ -143,11 +146,12 @@ def encode_prompts(
 ) -> TextEmbeds:
     """Encode prompts with the pipeline's own `encode_prompt`."""
     encoders.system_message = settings.get("system_message")
-    embed, _ = encoders.encode_prompt(
-        prompt=list(prompts),
-        max_sequence_length=settings["max_sequence_length"],
-        text_encoder_out_layers=settings["layers"],
-    )
+    with sdpa_kernel(_MASKING):
+        embed, _ = encoders.encode_prompt(
+            prompt=list(prompts),
+            max_sequence_length=settings["max_sequence_length"],
+            text_encoder_out_layers=settings["layers"],
+        )
     return TextEmbeds(embed, None, count_tokens(encoders.tokenizer, prompts, settings))
 
 
