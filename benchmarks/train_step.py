@@ -1,95 +1,136 @@
-"""One LoRA step on full-size FLUX.1 Kontext: pairline's beside the loop of diffusers' examples, in one run.
+"""One LoRA step on a full-size model: pairline's beside the loop of diffusers' examples, in one run.
 
-Run on a machine with a GPU: `python benchmarks/train_step.py [--pixels 1024] [--batch 1] [--steps 6]`. Weights are
-random and made on the device, so nothing is downloaded; speed and memory do not depend on them.
+Run on a machine with a GPU: `python benchmarks/train_step.py [--model flux2-dev] [--variant pairline] [--pixels 1024]
+[--batch 1] [--steps 6]`. Weights are random and made on the device, so nothing is downloaded; speed and memory do not
+depend on them.
 """
 
 import argparse
-import gc
 import json
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 from peft import LoraConfig
 
-from families import flux, open_project
+from families import open_project
 from families.attention import choose_attention
 from families.protocol import TextEmbeds
 from families.quantize import quantize_and_place
+from families.runtime import family_of
 from schemas.project import Project
-from train.adapter import add_adapter
+from train.adapter import add_adapter, preset_of
+from train.compiling import compile_blocks
 from train.data import Batch
 from train.memory import checkpoint_blocks
 from train.optimizer import make_optimizer
 from train.step import step_loss
 
 DEVICE = torch.device("cuda")
-VARIANTS = (
-    "diffusers", "pairline", "diffusers int8-quanto", "pairline int8-quanto", "pairline fp8-quanto",
-    "pairline int4-quanto", "pairline int8-torchao", "pairline fp8-torchao",
-)  # fmt: skip
 
 
-def random_transformer() -> FluxTransformer2DModel:
+@dataclass(frozen=True)
+class Model:
+    """A full-size transformer, and the preset that is trained of it."""
+
+    family: str
+    flavour: str
+    network: type[torch.nn.Module]
+    config: dict[str, object]  # where it is not the class's default
+    preset: str
+
+
+def klein(flavour: str, heads: int, blocks: tuple[int, int], text_width: int) -> Model:
+    """Describe a FLUX.2 klein by what sets it apart from dev."""
+    config = {"num_layers": blocks[0], "num_single_layers": blocks[1], "num_attention_heads": heads}
+    config |= {"joint_attention_dim": text_width, "guidance_embeds": False}
+    return Model("flux2", flavour, Flux2Transformer2DModel, config, "all")
+
+
+MODELS = {
+    "kontext": Model("flux", "kontext", FluxTransformer2DModel, {"guidance_embeds": True}, "all+ffs"),
+    "flux2-dev": Model("flux2", "dev", Flux2Transformer2DModel, {}, "all"),
+    "klein-9b": klein("klein-9b", 32, (8, 24), 12288),
+    "klein-4b": klein("klein-4b", 24, (5, 20), 7680),
+}
+
+
+def random_transformer(model: Model = MODELS["kontext"]) -> torch.nn.Module:
     """Make a full-size transformer of random bfloat16 weights on the device."""
     with torch.device("meta"):
-        model = FluxTransformer2DModel(guidance_embeds=True)
-    model = model.to(torch.bfloat16).to_empty(device=DEVICE)
+        network = model.network(**model.config)
+    network = network.to(torch.bfloat16).to_empty(device=DEVICE)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in network.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.02)
             else:
                 parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return model.requires_grad_(False)
+    return network.requires_grad_(False)
 
 
-def random_batch(pixels: int, count: int) -> Batch:
-    """Make latents of a target and one reference of the same size, and 512 text tokens."""
-    shape = (count, 16, pixels // 8, pixels // 8)
-    text = TextEmbeds(
-        torch.randn(count, 512, 4096, device=DEVICE), torch.randn(count, 768, device=DEVICE), (512,) * count
-    )
+def random_batch(project: Project, pixels: int, count: int) -> Batch:
+    """Make latents of a target and one reference of the same size, and text of the usual length."""
+    family, side = project.family, pixels // project.family.latent_scale
+    tokens = project.text_tokens
+    embed = torch.randn(count, tokens, project.model.text_width.usual, device=DEVICE)
+    pooled = torch.randn(count, family.pooled_width.usual, device=DEVICE) if family.pooled_width else None
     ids = tuple(str(number) for number in range(count))
+    shape = (count, family.latent_channels.usual, side, side)
     latents, noise, reference = (torch.randn(shape, device=DEVICE) for _ in range(3))
-    return Batch(ids, tuple(range(count)), latents, noise, (reference,), text)
+    return Batch(ids, tuple(range(count)), latents, noise, (reference,), TextEmbeds(embed, pooled, (tokens,) * count))
 
 
-def diffusers_step(model: FluxTransformer2DModel, batch: Batch, project: Project) -> Callable[[], float]:
-    """Return a step as diffusers' Kontext example runs it: autocast, LoRA in float32, flash attention."""
-    model.set_attention_backend("_native_flash")
+def text_arguments(family: object, text: TextEmbeds) -> dict[str, torch.Tensor]:
+    """Return what a transformer is told of its text: FLUX.1 a pooled embed too, FLUX.2 where its tokens are."""
+    embed = text.embed.to(torch.bfloat16)
+    if text.pooled is None:
+        return {"encoder_hidden_states": embed, "txt_ids": family.text_ids(embed)}
+    ids = torch.zeros(embed.shape[1], 3, device=DEVICE)
+    return {"encoder_hidden_states": embed, "pooled_projections": text.pooled.to(torch.bfloat16), "txt_ids": ids}
+
+
+def diffusers_step(
+    model: torch.nn.Module, batch: Batch, project: Project, *, as_written: bool = False
+) -> Callable[[], float]:
+    """Return a step as diffusers' examples run it: bfloat16, autocast, gradient checkpointing.
+
+    LoRA is in float32 and attention is flash, as in pairline, unless all is `as_written`: LoRA in the weights' own
+    bfloat16, and whichever attention PyTorch prefers.
+    """
+    family = family_of(project)
     model.enable_gradient_checkpointing()
-    targets = project.family.lora_targets["all+ffs"]
+    targets = project.family.lora_targets[preset_of(project)]
     model.add_adapter(LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=targets))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
+    if not as_written:
+        model.set_attention_backend("_native_flash")
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     half = {"dtype": torch.bfloat16}
-    latents, reference = flux.pack(batch.latents).to(**half), flux.pack(batch.references[0]).to(**half)
-    ids = torch.cat([flux.target_ids(batch.latents), *flux.reference_ids(batch.references)])
-    embed, pooled = batch.text.embed.to(**half), batch.text.pooled.to(**half)
-    count = latents.shape[0]
+    latents, reference = family.pack(batch.latents).to(**half), family.pack(batch.references[0]).to(**half)
+    ids = torch.cat([family.target_ids(batch.latents), *family.reference_ids(batch.references)])
+    text, count = text_arguments(family, batch.text), latents.shape[0]
+    guidance = torch.ones(count, device=DEVICE) if family.takes_guidance(model) else None
 
     def step() -> float:
         noise = torch.randn_like(latents)
         sigma = torch.sigmoid(torch.randn(count, device=DEVICE))
         noisy = ((1 - sigma.view(-1, 1, 1)) * latents + sigma.view(-1, 1, 1) * noise).to(**half)
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             predicted = model(
                 hidden_states=torch.cat([noisy, reference], 1),
                 timestep=sigma,
-                guidance=torch.ones(count, device=DEVICE),
-                pooled_projections=pooled,
-                encoder_hidden_states=embed,
-                txt_ids=torch.zeros(512, 3, device=DEVICE),
+                guidance=guidance,
                 img_ids=ids,
                 return_dict=False,
+                **text,
             )[0][:, : latents.shape[1]]
             loss = (predicted.float() - (noise - latents).float()).square().mean()
         loss.backward()
@@ -101,16 +142,31 @@ def diffusers_step(model: FluxTransformer2DModel, batch: Batch, project: Project
     return step
 
 
-def pairline_step(model: FluxTransformer2DModel, batch: Batch, project: Project) -> Callable[[], float]:
+def compiled_step(model: torch.nn.Module, batch: Batch, project: Project) -> Callable[[], float]:
+    """Return a step as `train run` takes it with `dynamo_backend: inductor`."""
+    step = pairline_step(model, batch, project)
+    compile_blocks(family_of(project), model, Path("/tmp/compiled"))
+    return step
+
+
+def uncheckpointed_step(model: torch.nn.Module, batch: Batch, project: Project) -> Callable[[], float]:
+    """Return a compiled step that keeps activations."""
+    step = compiled_step(model, batch, project)
+    model.disable_gradient_checkpointing()
+    return step
+
+
+def pairline_step(model: torch.nn.Module, batch: Batch, project: Project) -> Callable[[], float]:
     """Return a step as `train run` takes it."""
+    family = family_of(project)
     choose_attention(model, DEVICE, half=True)
     parameters = add_adapter(model, project)
-    checkpoint_blocks(flux, model, 1)
+    checkpoint_blocks(family, model, 1)
     model.train()
     optimizer = make_optimizer(parameters, project.trainer)
 
     def step() -> float:
-        loss = step_loss(flux, model, batch, 1, project.trainer)
+        loss = step_loss(family, model, batch, 1, project.trainer)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -120,17 +176,39 @@ def pairline_step(model: FluxTransformer2DModel, batch: Batch, project: Project)
     return step
 
 
-def measure(variant: str, pixels: int, count: int, steps: int) -> None:
-    """Time one variant and print its row: median seconds a step, peak memory."""
+VARIANTS = {  # whose step, over which base
+    "diffusers": (diffusers_step, "no_change"),
+    "pairline": (pairline_step, "no_change"),
+    "pairline compiled": (compiled_step, "no_change"),
+    "pairline compiled, no checkpointing": (uncheckpointed_step, "no_change"),
+    "diffusers int8-quanto": (diffusers_step, "int8-quanto"),
+    "pairline int8-quanto": (pairline_step, "int8-quanto"),
+    "pairline compiled int8-quanto": (compiled_step, "int8-quanto"),
+    "pairline fp8-quanto": (pairline_step, "fp8-quanto"),
+    "pairline int4-quanto": (pairline_step, "int4-quanto"),
+    "pairline int8-torchao": (pairline_step, "int8-torchao"),
+    "pairline fp8-torchao": (pairline_step, "fp8-torchao"),
+    "diffusers as written": (partial(diffusers_step, as_written=True), "no_change"),
+}
+
+
+def project_of(model: Model, precision: str) -> Project:
+    """Open a project that trains a model over a base of some precision."""
     with tempfile.TemporaryDirectory() as folder:
-        side, _, precision = variant.partition(" ")
-        options = {"flux_lora_target": "all+ffs", "base_model_precision": precision or "no_change"}
+        options = {"model_family": model.family, "model_flavour": model.flavour, "lora_rank": 16}
+        options |= {"flux_lora_target": model.preset, "base_model_precision": precision}
         (Path(folder) / "config.json").write_text(json.dumps(options))
         (Path(folder) / "multidatabackend.json").write_text('[{"id": "none", "instance_data_dir": "."}]')
-        project = open_project(folder)
-    model = random_transformer()
-    model = quantize_and_place(model, precision or "no_change", project.family.unquantised, DEVICE, "accelerator")
-    step = {"diffusers": diffusers_step, "pairline": pairline_step}[side](model, random_batch(pixels, count), project)
+        return open_project(folder)
+
+
+def measure(variant: str, model: Model, pixels: int, count: int, steps: int) -> None:
+    """Time one variant and print its row: median seconds a step, peak memory."""
+    prepare, precision = VARIANTS[variant]
+    project = project_of(model, precision)
+    network = random_transformer(model)
+    network = quantize_and_place(network, precision, project.family.unquantised, DEVICE, "accelerator")
+    step = prepare(network, random_batch(project, pixels, count), project)
     for _ in range(2):
         step()
     torch.cuda.reset_peak_memory_stats()
@@ -142,27 +220,30 @@ def measure(variant: str, pixels: int, count: int, steps: int) -> None:
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) / 1000)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     peak = torch.cuda.max_memory_allocated() / 2**30
     print(f"| {variant} | {sorted(times)[len(times) // 2]:.3f} | {peak:.1f} | {trained / 1e6:.1f} | {loss:.3f} |")
-    gc.collect()
 
 
 def main() -> None:
     """Measure every variant in a process of its own and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="kontext")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="some of the loops; repeatable")
     parser.add_argument("--pixels", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--variant", choices=VARIANTS)
-    arguments = parser.parse_args()
-    if arguments.variant:
-        measure(arguments.variant, arguments.pixels, arguments.batch, arguments.steps)
-        return
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.pixels} px, batch {arguments.batch}")
+    asked = parser.parse_args()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {asked.model}, {asked.pixels} px, "
+          f"batch {asked.batch}")  # fmt: skip
     print("| loop | s/step | peak GiB | million LoRA parameters | loss |\n|---|---|---|---|---|", flush=True)
-    for variant in VARIANTS:
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--variant", variant], check=False)
+    for variant in asked.variant or VARIANTS:
+        arguments = (variant, MODELS[asked.model], asked.pixels, asked.batch, asked.steps)
+        alone = multiprocessing.get_context("spawn").Process(target=measure, args=arguments)
+        alone.start()
+        alone.join()
+        if alone.exitcode:
+            print(f"| {variant} | failed | | | |", flush=True)
 
 
 if __name__ == "__main__":

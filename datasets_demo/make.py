@@ -18,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = Path(skimage.data.__file__).resolve().parent
 EXIF_ORIENTATION = 0x0112
 ROTATE_ON_DISPLAY = 6  # EXIF: "turn the stored pixels 90 degrees clockwise to show them"
+PALETTE_FIELDS, PALETTE_SIDE = 4, 96  # fields along a side of a palette, and its pixels
 FADED_BLACK, FADED_WHITE = 52, 206  # grey levels that pure black and pure white become in a faded print
 
 
@@ -78,6 +79,7 @@ HELD_OUT: tuple[Crop, ...] = (
 )
 
 # The edit task "colorize": these are the targets; each reference is the same crop as a faded black-and-white print.
+# Where there is a second reference it is a card of the target's colours.
 EDITS: tuple[Crop, ...] = (
     Crop("astronaut", "astronaut.png", (0, 0, 512, 512), (400, 400)),
     Crop("astronaut_smile", "astronaut.png", (100, 0, 340, 320), (288, 384)),
@@ -105,6 +107,12 @@ def fade(image: Image.Image) -> Image.Image:
     return image.convert("L").point(levels).convert("RGB")
 
 
+def palette(image: Image.Image) -> Image.Image:
+    """A small square card of the image's colours: the mean of each of its parts, as a field of its own."""
+    fields = image.resize((PALETTE_FIELDS, PALETTE_FIELDS), Image.Resampling.BOX)
+    return fields.resize((PALETTE_SIDE, PALETTE_SIDE), Image.Resampling.NEAREST)
+
+
 def save(image: Image.Image, path: Path, *, exif_rotated: bool = False) -> None:
     """Write a JPEG; with `exif_rotated`, as a camera held on its side does: turned pixels and an EXIF tag saying so."""
     exif = Image.Exif()
@@ -116,7 +124,7 @@ def save(image: Image.Image, path: Path, *, exif_rotated: bool = False) -> None:
 
 
 def main() -> None:
-    """Write the images of photos/, held_out/ and edits/ anew."""
+    """Write the images of photos/, held_out/, edits/ and flux2_edits/ anew."""
     for crop in PHOTOS:
         save(cut(crop), HERE / "photos" / f"{crop.name}.jpg", exif_rotated=crop.exif_rotated)
     for crop in HELD_OUT:
@@ -125,7 +133,9 @@ def main() -> None:
         image = cut(crop)
         save(image, HERE / "edits" / "target" / f"{crop.name}.jpg")
         save(fade(image), HERE / "edits" / "reference" / f"{crop.name}.jpg")
-    print(f"{len(PHOTOS)} photos, {len(HELD_OUT)} held out, {len(EDITS)} edit pairs written below {HERE.name}/")
+        save(palette(image), HERE / "flux2_edits" / "palette" / f"{crop.name}.jpg")
+    made = f"{len(PHOTOS)} photos, {len(HELD_OUT)} held out, {len(EDITS)} edit pairs with palettes"
+    print(f"{made} written below {HERE.name}/")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def formats_page() -> str:
     header = _field_comments(shards)["ShardHeader"]
     lines = ["| field | |", "|---|---|"]
     lines += [f"| `{field.name}` | {header.get(field.name, '')} |" for field in fields(shards.ShardHeader)]
-    parts += ["## Metadata\n", _METADATA, "\n".join(lines) + "\n", _KEYS]
+    parts += ["## Metadata\n", _METADATA, "\n".join(lines) + "\n", _PADDING, _KEYS]
     return "\n".join(parts)
 
 
@@ -194,7 +194,8 @@ references/<2 digits of key>/<key>.png          generated references (storage: f
                                                 or .webp where the last step is that codec: its very bitstream
 cache/latents/<encoder key>/<W>x<H>/*.parquet   LatentRow   one bucket per shard
 cache/latents/<encoder key>/rejects/*.parquet   RejectRow   images that cannot be encoded, and why
-cache/text/<encoder key>/*.parquet              TextRow     one per distinct prompt
+cache/text/<encoder key>/*.parquet              TextRow     one per distinct prompt; of FLUX.2 dev in a folder
+                                                            <rows>-rows for each number of rows that is stored
 cache/<kind>/<encoder key>/encoder.json         what the encoder is: its key is the hash of what this says
 cache/<kind>/<encoder key>/users/*.json         projects that use it, for prep cache --gc
 cache/<kind>/<encoder key>/leases/*             who encodes what this moment
@@ -228,6 +229,19 @@ there is nothing to do.
 Shards carry a list of their keys under `pairline.keys`, whose hash is the file's name, and one JSON object under
 `pairline.shard`. Row groups have at most 16 rows and 8 MiB; payloads are plain, uncompressed, one page per group, so
 that a row lies at a place that follows from the footer: training reads it there, any other reader finds it too.
+"""
+
+_PADDING = """### Rows of padding
+
+Embeds of FLUX.2 dev begin with rows of padding that are all the same; a shard holds one of them. `shapes` says how many
+rows an embed has, `pad_rows` how many of them were left out in front, 0 for every other model. With `header` the
+object under `pairline.shard` and `data` a value of `embed`:
+
+```python
+rows, width = header["shapes"]["embed"]
+stored = np.frombuffer(data, np.uint16).reshape(rows - header["pad_rows"], width)  # the bits of bfloat16
+embed = np.concatenate([np.repeat(stored[:1], header["pad_rows"], axis=0), stored])
+```
 """
 
 _KEYS = """## Keys

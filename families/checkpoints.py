@@ -107,16 +107,31 @@ def _missing(project: Project, folder: Path, components: Sequence[str]) -> list[
 
 
 def _check_configs(project: Project, folder: Path, components: Sequence[str]) -> None:
-    """Raise UserError for a component that is not what the family loads."""
+    """Raise UserError for a component that is not what the family loads, or is of another flavour."""
     for part in components:
         expected, file = _configs(project).get(part), folder / part / "config.json"
         if expected is None:
             continue
-        for key, wanted, found in _differences(expected, _config(file)):
-            model = f"{project.trainer.model_family} {project.flavour}"
+        config, model = _config(file), f"{project.trainer.model_family} {project.flavour}"
+        for key, wanted, found in _differences(expected, config):
             raise UserError(
                 f"{file}: {key} is {json.dumps(found)}, {model} needs {wanted}; is it the checkpoint of another model?"
             )
+        for other in _flavours_of(project, part, config):
+            raise UserError(f"{file}: of {other} by its width, not of {model}; set model_flavour to {other}")
+
+
+def _flavours_of(project: Project, part: str, config: dict[str, Any]) -> list[str]:
+    """Name the flavours whose text embeds are as wide as a component says, if that of the project is none of them."""
+    family, width = project.family, project.model.text_width
+    said: Any = config
+    for key in (family.text_input if part in family.denoiser else width.key).split("."):
+        said = said.get(key) if isinstance(said, dict) else None
+    if not isinstance(said, int) or part not in (*family.denoiser, width.component):
+        return []
+    values = said if part in family.denoiser else said * width.times
+    named = [name for name, one in family.flavours.items() if one.text_width.usual == values]
+    return named if project.flavour not in named else []
 
 
 def _configs(project: Project) -> dict[str, Expected]:
@@ -271,7 +286,7 @@ def encoder_keys(project: Project, *, remember: bool = True) -> EncoderKeys:
     noted = recorded.get(_record_name(project))
     if noted is None:
         model = f"{project.trainer.model_family} {project.flavour}"
-        others = sorted({" ".join(name.split(" ")[:3]) for name in recorded})
+        others = sorted({" ".join(name.split(" ")[:3]) for name in recorded} - {f"{project.checkpoint} {model}"})
         raise UserError(
             f"nothing is cached for checkpoint {project.checkpoint}, {model}, with vae_dtype "
             f"{project.trainer.vae_dtype}, posterior {project.trainer.posterior} and the other options of its encoders"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin
 from torch import Tensor
 
 from families.offloading import Groups, offload
@@ -12,14 +12,21 @@ from families.runtime import check_whole
 from schemas.errors import UserError
 
 
-def load_vae(kind: type[Any], checkpoint: Path, dtype: torch.dtype, *, tiling: bool, slicing: bool) -> Any:
-    """Load a VAE on the CPU; raises UserError if its weights are not those that its config.json tells of."""
-    folder = checkpoint / "vae"
+def load_whole(kind: type[ModelMixin], checkpoint: Path, part: str, dtype: torch.dtype) -> ModelMixin:
+    """Load a part of a checkpoint on the CPU; raises UserError if its weights are not what its config.json tells."""
     try:
-        vae, told = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        model, told = kind.from_pretrained(
+            checkpoint, subfolder=part, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     except ValueError as fault:
-        raise UserError(f"{folder}: config.json and weights do not fit: {fault}") from fault
-    check_whole(folder, vae, told["missing_keys"])
+        raise UserError(f"{checkpoint / part}: config.json and weights do not fit: {fault}") from fault
+    check_whole(checkpoint / part, model, told["missing_keys"])
+    return model
+
+
+def load_vae(kind: type[ModelMixin], checkpoint: Path, dtype: torch.dtype, *, tiling: bool, slicing: bool) -> Any:
+    """Load a VAE on the CPU; raises UserError if its weights are not those that its config.json tells of."""
+    vae: Any = load_whole(kind, checkpoint, "vae", dtype)
     if tiling:
         vae.enable_tiling()
     if slicing:

@@ -22,6 +22,7 @@ from diffusers import (
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -33,7 +34,7 @@ from transformers import (
 )
 
 from families.adapters import AdapterFile, put_adapter
-from families.components import load_scheduler, load_vae, pixels_of, place_vae, values_of
+from families.components import load_scheduler, load_vae, load_whole, pixels_of, place_vae, values_of
 from families.offloading import Groups, offload
 from families.protocol import Block, Placement, Posterior, Sampling, TextEmbeds
 from families.quantize import quantize_and_place
@@ -45,9 +46,12 @@ _PATCH = 2  # cells of the VAE along a side of one of ours
 _PIXELS = 16  # of pictures along a side of one of ours
 _APART = 10  # between the times of references, the first of which has this one
 _ROTARY = "image_rotary_emb"
+# Kernels that give zeros to a row with nothing to attend to, as PyTorch defines it; cuDNN's gives other numbers.
+_MASKING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _NOTHING = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))  # parts of a pipeline
 
-_TINY_WIDTHS = {"dev": 40, "klein-9b": 32, "klein-4b": 24}  # of hidden states
+# Of hidden states; multiples of 16, or PyTorch 2.13's int8 product on a CPU, which quanto calls, reads past their end.
+_TINY_WIDTHS = {"dev": 48, "klein-9b": 32, "klein-4b": 16}
 
 
 def load_image_encoder(
@@ -142,17 +146,24 @@ def encode_prompts(
 ) -> TextEmbeds:
     """Encode prompts with the pipeline's own `encode_prompt`."""
     encoders.system_message = settings.get("system_message")
-    embed, _ = encoders.encode_prompt(
-        prompt=list(prompts),
-        max_sequence_length=settings["max_sequence_length"],
-        text_encoder_out_layers=settings["layers"],
-    )
+    with sdpa_kernel(_MASKING):
+        embed, _ = encoders.encode_prompt(
+            prompt=list(prompts),
+            max_sequence_length=settings["max_sequence_length"],
+            text_encoder_out_layers=settings["layers"],
+        )
     return TextEmbeds(embed, None, count_tokens(encoders.tokenizer, prompts, settings))
 
 
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer with its chat template; of dev, without the processor of pictures it is part of."""
-    return AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    """Load the tokenizer; of dev, without the processor of pictures it is part of.
+
+    Raises UserError if it lacks the chat template, without which no prompt can be put as the model learnt to read it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    if not tokenizer.chat_template:
+        raise UserError(f"{checkpoint / 'tokenizer'}: no chat template; fetch the checkpoint again")
+    return tokenizer
 
 
 def count_tokens(
@@ -169,8 +180,8 @@ def count_tokens(
 
 
 def load_denoiser(checkpoint: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
-    """Load the transformer on the CPU."""
-    return Flux2Transformer2DModel.from_pretrained(checkpoint, subfolder="transformer", dtype=dtype)
+    """Load the transformer on the CPU; raises UserError if its weights are not those its config.json tells of."""
+    return load_whole(Flux2Transformer2DModel, checkpoint, "transformer", dtype)
 
 
 def blocks(denoiser: Flux2Transformer2DModel) -> list[Block]:
@@ -425,8 +436,10 @@ def _tiny_mistral(tokenizer: PreTrainedTokenizerBase, width: int) -> Mistral3For
         },
         image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
     )
-    with seeded("flux2 mistral"):
-        return Mistral3ForConditionalGeneration(config).eval()
+    with seeded("flux2 mistral"), torch.no_grad():
+        network = Mistral3ForConditionalGeneration(config).eval()
+        network.model.language_model.embed_tokens.weight[tokenizer.pad_token_id].normal_(0, 0.02)  # as if it had learnt
+        return network
 
 
 def _tiny_qwen(tokenizer: PreTrainedTokenizerBase, width: int) -> Qwen3ForCausalLM:

@@ -30,6 +30,8 @@ def family_of(project: Project) -> Family:
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity(logging.ERROR)
         library.disable_progress_bar()
+    # Norms that are float32 take bfloat16 values, under autocast, as well as their own; they are a little slower.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     return cast(Family, importlib.import_module(project.family.module))
 
 

@@ -126,6 +126,7 @@ class Texts:
         self._encoders = self._family.load_text_encoders(checkpoint, torch.bfloat16, how, self._settings)
         self._key = text_encoder_key(project, checkpoint)  # of what was loaded
         self._size = _batch_size(project.trainer.text_encoder_batch_size)
+        self._precision = project.family.text_precision
         self._padding_first = project.model.padding_first
         self._float8 = project.trainer.text_cache_dtype == "float8"
         self._writer = Writer()
@@ -177,7 +178,7 @@ class Texts:
             if len(batch) == 1:
                 raise UserError(
                     "the accelerator's memory does not hold the text encoders and one prompt; "
-                    "offload_during_startup, or text_encoder_2_precision: int8-quanto, needs less"
+                    f"group_offload_text_encoder, or {self._precision}: int8-quanto, needs less"
                 )
             self._size = (len(batch) + 1) // 2
             log.warning("out of memory with %d prompts; going on with %d", len(batch), self._size)
@@ -196,7 +197,7 @@ class Texts:
         if not torch.isfinite(embed).all():
             raise UserError(
                 f"{self._checkpoint}: its text encoders give values that are not finite for {prompt[:60]!r}; fetch the "
-                "checkpoint again, or try another text_encoder_2_precision"
+                f"checkpoint again, or try another {self._precision}"
             )
         if not self._float8:
             return text_row(key, prompt, _bits(embed), pooled, tokens)

@@ -63,3 +63,8 @@ class FamilySpec:
     default_lora_target: str
     elsewhere: Mapping[str, str]  # other trainer -> what its cache files of this family are named by
     unquantised: tuple[str, ...]  # layers that keep their precision: small ones that carry the picture itself
+
+    @property
+    def text_precision(self) -> str:
+        """Name the option that quantises the largest text encoder, the last."""
+        return f"text_encoder_{len(self.numbered_text_encoders)}_precision"

@@ -12,6 +12,7 @@ from schemas.errors import Fault
 from schemas.project import Project
 from schemas.trainer import TrainerConfig
 
+_ENCODER_PRECISIONS = ("text_encoder_1_precision", "text_encoder_2_precision")  # in the order of the encoders
 _OF_LORA = ("lora_rank", "lora_alpha", "lora_dropout")
 _OF_ADAPTERS = (*_OF_LORA, "lycoris_config", "flux_lora_target")
 _PRODIGY_RATE = 0.1  # below it prodigy, which multiplies the rate it finds, hardly moves
@@ -55,7 +56,8 @@ def _rule_fused(project: Project, _: str, found: Findings) -> None:
 
 
 def _rule_inactive(project: Project, _: str, found: Findings) -> None:
-    found.warnings += [f"{project.config_path.name}: {one}" for one in _inactive(project.trainer)]
+    told = [*_inactive(project.trainer), *_inactive_guidance(project), *_inactive_encoders(project)]
+    found.warnings += [f"{project.config_path.name}: {one}" for one in told]
 
 
 def _inactive(trainer: TrainerConfig) -> Iterator[str]:
@@ -70,8 +72,7 @@ def _inactive(trainer: TrainerConfig) -> Iterator[str]:
     elif trainer.lycoris_config is not None:
         yield "lycoris_config has no effect without lora_type: lycoris"
     for key, (needed, acts, told) in _NEEDS.items():
-        changed = key in given and getattr(trainer, key) != type(trainer).model_fields[key].default
-        if changed and not acts(getattr(trainer, needed)):
+        if key in given and _changed(trainer, key) and not acts(getattr(trainer, needed)):
             yield f"{key} has no effect {told}"
     if trainer.optimizer == "prodigy" and trainer.learning_rate < _PRODIGY_RATE:
         yield f"learning_rate {trainer.learning_rate:g}: prodigy finds the rate and multiplies it by this, usually by 1"
@@ -80,31 +81,44 @@ def _inactive(trainer: TrainerConfig) -> Iterator[str]:
 _GUIDANCE = ("flux_guidance_mode", "flux_guidance_value", "flux_guidance_min", "flux_guidance_max")
 
 
-def _rule_guidance(project: Project, _: str, found: Findings) -> None:
-    """Tell once, whatever is given, of guidance that a flavour does not take."""
+def _inactive_guidance(project: Project) -> Iterator[str]:
+    """Yield, once whatever is given, that a flavour does not take guidance; and what its mode does not read."""
     flavour, given = project.family.flavours.get(project.flavour), project.trainer.model_fields_set
     if flavour is None:
         return
-    said = f"no effect: {project.trainer.model_family} {project.flavour}"
-    ignored = [key for key in _GUIDANCE if key in given and not flavour.told_guidance]
-    if ignored:
-        have = "has" if len(ignored) == 1 else "have"
-        found.warnings.append(f"{project.config_path.name}: {', '.join(ignored)} {have} {said} is told no guidance")
+    model = f"{project.trainer.model_family} {project.flavour}"
+    named = [key for key in _GUIDANCE if key in given]
+    if named and not flavour.told_guidance:
+        yield f"{', '.join(named)} {'has' if len(named) == 1 else 'have'} no effect: {model} is told no guidance"
+    elif project.trainer.flux_guidance_mode != "random-range":
+        for key in (one for one in _GUIDANCE[2:] if one in given and _changed(project.trainer, one)):
+            yield f"{key} has no effect without flux_guidance_mode: random-range"
     if flavour.true_guidance == "none" and project.trainer.validation_guidance_real > 1:
-        problem = f"validation_guidance_real has {said} is sampled with the guidance it is told alone"
-        found.warnings.append(f"{project.config_path.name}: {problem}")
+        yield f"validation_guidance_real has no effect: {model} is sampled with the guidance it is told alone"
+
+
+def _inactive_encoders(project: Project) -> Iterator[str]:
+    """Yield the precisions of text encoders that a family does not have."""
+    for key in _ENCODER_PRECISIONS[len(project.family.numbered_text_encoders) :]:
+        if _changed(project.trainer, key):
+            family = project.trainer.model_family
+            yield f"{key} has no effect: {family} has no second text encoder; {_ENCODER_PRECISIONS[0]} is for the one"
 
 
 def _rule_encoders_offload(project: Project, _: str, found: Findings) -> None:
     trainer = project.trainer
-    for number, _component in enumerate(project.family.numbered_text_encoders, 1):
-        key = f"text_encoder_{number}_precision"
+    for key in _ENCODER_PRECISIONS[: len(project.family.numbered_text_encoders)]:
         if trainer.group_offload_text_encoder and getattr(trainer, key) != "no_change":
             problem, hint = (
                 "contradicts group_offload_text_encoder",
                 "quantised weights cannot be moved; keep one of the two",
             )
             found.faults.append(Fault(project.config_path.name, key, problem, shown(getattr(trainer, key)), hint))
+
+
+def _changed(trainer: TrainerConfig, key: str) -> bool:
+    """Tell whether an option is not at its default."""
+    return bool(getattr(trainer, key) != type(trainer).model_fields[key].default)
 
 
 _OFFSET = "scheduled_sampling_max_step_offset"
@@ -117,8 +131,6 @@ _NEEDS: Mapping[str, tuple[str, Callable[[Any], bool], str]] = {
     "flow_schedule_shift": ("flow_schedule_auto_shift", operator.not_, "beside flow_schedule_auto_shift"),
     "flow_beta_schedule_alpha": ("flow_use_beta_schedule", bool, "without flow_use_beta_schedule"),
     "flow_beta_schedule_beta": ("flow_use_beta_schedule", bool, "without flow_use_beta_schedule"),
-    "flux_guidance_min": ("flux_guidance_mode", "random-range".__eq__, "without flux_guidance_mode: random-range"),
-    "flux_guidance_max": ("flux_guidance_mode", "random-range".__eq__, "without flux_guidance_mode: random-range"),
     "huber_c": ("loss_type", "l2".__ne__, "under loss_type: l2"),
     "ema_decay": ("use_ema", bool, "without use_ema"),
     "ema_update_interval": ("use_ema", bool, "without use_ema"),
@@ -129,5 +141,5 @@ _NEEDS: Mapping[str, tuple[str, Callable[[Any], bool], str]] = {
 
 
 TRAINING_RULES: tuple[Callable[[Project, str, Findings], None], ...] = (
-    _rule_full, _rule_fused, _rule_encoders_offload, _rule_guidance, _rule_inactive,
+    _rule_full, _rule_fused, _rule_encoders_offload, _rule_inactive,
 )  # fmt: skip

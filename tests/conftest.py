@@ -1,4 +1,4 @@
-"""Shared ground: a small project on real photographs, and the tiny checkpoint built once."""
+"""Shared ground: a small project on real photographs, and the tiny checkpoints built once."""
 
 import json
 import os
@@ -30,6 +30,17 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     project = open_project(DEMO / "edits", workspace=folder)
     locate(project, project.family.denoiser)
     return folder / "models"
+
+
+@pytest.fixture(scope="session")
+def tiny_flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds tiny FLUX.2, one checkpoint for each flavour, by its name."""
+    from families import FAMILIES, flux2
+
+    folder = tmp_path_factory.mktemp("flux2")
+    for flavour in FAMILIES["flux2"].flavours:
+        flux2.build_tiny(folder / flavour, flavour)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -491,7 +491,7 @@ def test_a_machine_without_the_encoders_trains_from_the_shards(make_project: Mak
     shutil.rmtree(folder / "target")
     shutil.rmtree(folder / "work" / "manifests")
     assert run(folder).last_step == 2
-    with pytest.raises(UserError, match="nothing is cached for checkpoint tiny with vae_dtype bf16"):
+    with pytest.raises(UserError, match="nothing is cached for checkpoint tiny, flux kontext, with vae_dtype bf16"):
         run(open_project(folder, overrides=["vae_dtype=bf16"]))
 
 

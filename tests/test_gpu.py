@@ -7,16 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import Flux2KleinPipeline, Flux2Pipeline, FluxTransformer2DModel
 from peft import LoraConfig
+from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3ForCausalLM
 
-from families import attention, flux, open_project
+from families import FAMILIES, attention, flux, flux2, open_project
 from families.attention import choose_attention
 from families.checkpoints import encoder_keys, locate
-from families.protocol import TextEmbeds
+from families.offloading import Groups
+from families.protocol import Placement, TextEmbeds
 from families.quantize import quantize_and_place
 from families.routing import Routing
-from families.runtime import release_memory
+from families.runtime import family_of, placement, release_memory
+from families.tiny import mistral_tokenizer, qwen_tokenizer
 from prep.cache import cache
 from prep.pairs import pairs
 from prep.scan import scan
@@ -35,10 +38,12 @@ from train.step import in_half, step_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+MODELS = [("flux", "kontext"), ("flux2", "dev"), ("flux2", "klein-9b")]
+
 
 def _step(project: object, device: str, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
-    place = torch.device(device)
-    denoiser = flux.load_denoiser(locate(project, project.family.denoiser), dtype)
+    place, family, spec = torch.device(device), family_of(project), project.family
+    denoiser = family.load_denoiser(locate(project, project.family.denoiser), dtype)
     precision, via = project.trainer.base_model_precision, project.trainer.quantize_via
     quantize_and_place(denoiser.requires_grad_(False), precision, project.family.unquantised, place, via)
     choose_attention(denoiser, place, half=in_half(project.trainer))
@@ -49,12 +54,14 @@ def _step(project: object, device: str, dtype: torch.dtype) -> tuple[float, dict
             if "lora_B" in name:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
     generator = torch.Generator().manual_seed(1)
-    latents, reference = (torch.randn(2, 16, *size, generator=generator) for size in ((32, 48), (48, 32)))
-    text = torch.randn(2, 512, 64, generator=generator), torch.randn(2, 32, generator=generator)
-    embeds = TextEmbeds(text[0].to(place), text[1].to(place), (5, 5))
+    sizes = [(256 // spec.latent_scale, 384 // spec.latent_scale), (384 // spec.latent_scale, 256 // spec.latent_scale)]
+    latents, reference = (torch.randn(2, spec.latent_channels.usual, *size, generator=generator) for size in sizes)
+    embed = torch.randn(2, 512, denoiser.config[spec.text_input], generator=generator)
+    pooled = torch.randn(2, 32, generator=generator).to(place) if spec.pooled_width else None
+    embeds = TextEmbeds(embed.to(place), pooled, (5, 5))
     noise = torch.randn(latents.shape, generator=generator)
     batch = Batch(("a", "b"), (1, 2), latents.to(place), noise.to(place), (reference.to(place),), embeds)
-    loss = step_loss(flux, denoiser, batch, 1, project.trainer)
+    loss = step_loss(family, denoiser, batch, 1, project.trainer)
     loss.backward()
     named = denoiser.named_parameters()
     return loss.item(), {name: one.grad.float().cpu() for name, one in named if one.grad is not None}
@@ -66,8 +73,9 @@ def _error(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     return float((error / sum(one.square().sum() for one in expected.values())).sqrt())
 
 
-def test_loss_and_gradients_on_the_gpu_agree_with_the_cpu(make_project: object) -> None:
-    exact = open_project(make_project())
+@pytest.mark.parametrize(("family", "flavour"), MODELS)
+def test_loss_and_gradients_on_the_gpu_agree_with_the_cpu(make_project: object, family: str, flavour: str) -> None:
+    exact = open_project(make_project(model_family=family, model_flavour=flavour))
     expected, gradients = _step(exact, "cpu", torch.float32)
     loss, others = _step(exact, "cuda", torch.float32)
     assert loss == pytest.approx(expected, rel=1e-4)
@@ -159,6 +167,121 @@ def test_what_the_gpu_encodes_is_what_the_cpu_does_within_rounding(
                 exact = _values(row[column])
                 error = (_values(found[key][column]) - exact).norm() / exact.norm()
                 assert error < (0.1 if dtype == "bf16" or column != "latent" else 0.01), (column, error)
+
+
+@pytest.mark.parametrize(("family", "flavour"), MODELS)
+def test_encoders_whose_blocks_wait_on_the_cpu_fill_the_cache_with_the_same(
+    make_project: object, family: str, flavour: str
+) -> None:
+    folder = make_project(model_family=family, model_flavour=flavour, vae_dtype="bf16")
+    scan(folder), pairs(folder), cache(folder)
+    expected = _rows(folder)
+    offloaded = ["group_offload_text_encoder=true", "group_offload_vae=true"]
+    for more in ([], ["group_offload_blocks_per_group=2"], ["group_offload_use_stream=true"]):
+        shutil.rmtree(folder / "work" / "cache")
+        cache(open_project(folder, overrides=offloaded + more))
+        found = _rows(folder)
+        assert found.keys() == expected.keys() and len(found) > 12
+        for key, row in expected.items():
+            assert all(np.array_equal(value, found[key][name]) for name, value in row.items()), (more, key)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_text_encoder_whose_layers_wait_on_the_cpu_takes_less_memory(tmp_path: Path, ahead: bool) -> None:
+    tokenizer, layers = qwen_tokenizer(), (1, 3, 5)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=1024,
+        intermediate_size=8192,
+        num_hidden_layers=7,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    with torch.device("cuda"):
+        Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "text_encoder")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    settings = FAMILIES["flux2"].flavours["klein-9b"].text_settings | {"layers": layers}
+    found = []
+    for groups in (None, Groups(1, ahead=ahead)):
+        release_memory()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        how = Placement(torch.device("cuda"), groups=groups)
+        encoders = flux2.load_text_encoders(tmp_path, torch.bfloat16, how, settings)
+        embed = flux2.encode_prompts(
+            encoders, ["add colour", "take the colour away, and the light too"], settings
+        ).embed
+        weights = sum(one.nbytes for one in encoders.text_encoder.layers.parameters())
+        found.append((embed.cpu(), torch.cuda.max_memory_allocated() - before))
+        del encoders, embed
+    (expected, most), (offloaded, less) = found
+    assert torch.equal(offloaded, expected)
+    assert most - less > 0.5 * weights
+
+
+PROMPTS = ["add colour", "", "replace the sky with a sunset, and leave everything else as it is"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_rows_of_padding_are_all_the_same_on_the_gpu_at_real_width(count: int) -> None:
+    tokenizer = mistral_tokenizer()
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=5120,
+        intermediate_size=32768,
+        num_hidden_layers=3,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        sliding_window=None,
+        pad_token_id=None,  # or its embedding would be zeros, and stay so
+    )
+    with torch.device("cuda"):
+        encoder = MistralModel._from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    parts = {"scheduler": None, "vae": None, "transformer": None}
+    encoders = Flux2Pipeline(text_encoder=encoder, tokenizer=tokenizer, **parts)
+    settings = FAMILIES["flux2"].flavours["dev"].text_settings | {"layers": (1, 2)}
+    embeds = flux2.encode_prompts(encoders, PROMPTS[:count], settings)
+    assert encoder.config._attn_implementation == "sdpa"
+    for embed, tokens in zip(embeds.embed, embeds.num_tokens, strict=True):
+        padding = embed[: len(embed) - tokens]
+        assert len(padding) > 100 and torch.isfinite(embed).all()
+        assert (padding == padding[0]).all()
+        assert not torch.equal(embed[-1], embed[-2])
+
+
+@pytest.mark.parametrize("flavour", ["dev", "klein-9b"])
+def test_text_encoders_without_their_last_layers_give_the_same_on_the_gpu(make_project: object, flavour: str) -> None:
+    project = open_project(make_project(model_family="flux2", model_flavour=flavour))
+    checkpoint, settings, place = locate(project, project.family.text_encoders), project.text_settings, "cuda"
+    encoders = flux2.load_text_encoders(checkpoint, torch.bfloat16, Placement(torch.device(place)), settings)
+    kind = Flux2Pipeline if flavour == "dev" else Flux2KleinPipeline
+    whole = kind.from_pretrained(checkpoint, vae=None, transformer=None, dtype=torch.bfloat16).to(place)
+    expected = flux2.encode_prompts(whole, PROMPTS, settings).embed
+    assert torch.equal(flux2.encode_prompts(encoders, PROMPTS, settings).embed, expected)
+
+
+@pytest.mark.parametrize("via", ["accelerator", "cpu"])
+@pytest.mark.parametrize(("precision", "most"), [("int8-quanto", 0.05), ("int4-quanto", 0.5)])
+@pytest.mark.parametrize("flavour", ["dev", "klein-9b"])
+def test_text_encoders_in_fewer_bits_give_nearly_the_same_on_the_gpu(
+    make_project: object, flavour: str, precision: str, most: float, via: str
+) -> None:
+    options = {"text_encoder_1_precision": precision, "quantize_via": via}
+    project = open_project(make_project(model_family="flux2", model_flavour=flavour, **options))
+    checkpoint, settings, place = locate(project, project.family.text_encoders), project.text_settings, "cuda"
+    exact = flux2.load_text_encoders(checkpoint, torch.bfloat16, Placement(torch.device(place)), settings)
+    expected = flux2.encode_prompts(exact, PROMPTS, settings).embed.float()
+    encoders = flux2.load_text_encoders(checkpoint, torch.bfloat16, placement(project, torch.device(place)), settings)
+    embeds = flux2.encode_prompts(encoders, PROMPTS, settings)
+    error = (embeds.embed.float() - expected).norm() / expected.norm()
+    assert 0 < error < most
+    if project.model.padding_first:
+        for embed, tokens in zip(embeds.embed, embeds.num_tokens, strict=True):
+            assert (embed[: len(embed) - tokens] == embed[0]).all()
 
 
 def test_real_memory_that_runs_out_halves_the_batch(
@@ -310,9 +433,17 @@ def test_pictures_sampled_on_the_gpu_are_those_of_the_cpu(make_project: object, 
     assert report.psnr == pytest.approx(expected.psnr, abs=0.1)
 
 
-@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "fp8-torchao"])
-def test_a_trained_lora_is_sampled_on_the_gpu(make_project: object, precision: str) -> None:
-    options = {"mixed_precision": "bf16", "vae_dtype": "bf16", "base_model_precision": precision}
+@pytest.mark.parametrize(
+    ("family", "flavour", "precision"),
+    [
+        *(("flux", "kontext", precision) for precision in ("no_change", "int8-quanto", "fp8-torchao")),
+        ("flux2", "dev", "int8-quanto"),
+        ("flux2", "klein-9b", "no_change"),
+    ],
+)
+def test_a_trained_lora_is_sampled_on_the_gpu(make_project: object, family: str, flavour: str, precision: str) -> None:
+    options = {"model_family": family, "model_flavour": flavour, "base_model_precision": precision}
+    options |= {"mixed_precision": "bf16", "vae_dtype": "bf16"}
     project = open_project(make_project(**options, validation_resolution="128x96", validation_num_inference_steps=3))
     scan(project), pairs(project), cache(project), run(project, limit=2)
     image = project.root / "reference" / "astronaut.jpg"

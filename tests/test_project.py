@@ -184,7 +184,7 @@ def test_the_json_schema_takes_the_chains_that_the_loader_takes(steps: list[dict
     assert loaded == sound
 
 
-@pytest.mark.parametrize("name", ["deblur", "jpeg", "edits"])
+@pytest.mark.parametrize("name", ["deblur", "jpeg", "edits", "flux2", "flux2_edits"])
 def test_the_demo_projects_are_sound(name: str, tmp_path: Path) -> None:
     project = open_project(ROOT / "datasets_demo" / name, workspace=tmp_path, need_images=True)
     assert project.warnings == ()
@@ -199,7 +199,7 @@ def test_the_demo_photographs_are_small_attributed_and_captioned() -> None:
     for path in files:
         if path.suffix == ".jpg":
             assert path.stem in attribution, f"{path.name} is not attributed"
-            assert "reference" in path.parts or path.with_suffix(".txt").read_text().strip()
+            assert {"reference", "palette"} & set(path.parts) or path.with_suffix(".txt").read_text().strip()
 
 
 @pytest.mark.parametrize(("command", "stages"), [("prep", ["scan", "pairs", "cache"]), ("train", ["run"])])

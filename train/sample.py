@@ -65,13 +65,13 @@ def sample(project: Source, request: Request, *, workers: int | None = None) -> 
     `workers` is the number of CPU threads. Raises UserError if an image, the adapter or the checkpoint is missing,
     damaged or does not fit, before anything large is loaded where that can be told.
     """
-    with _enough_memory():
-        return _sample(project, request, workers)
+    project = open_project(project)
+    with _enough_memory(project):
+        return _sample(_asked(project, request), request, workers)
 
 
-def _sample(project: Source, request: Request, workers: int | None) -> SampleSummary:
+def _sample(project: Project, request: Request, workers: int | None) -> SampleSummary:
     start = time.monotonic()
-    project = _asked(open_project(project), request)
     config, device, spec = project.trainer, default_device(), project.family
     trained, wanted = _trained(project, request.lora, request.scale), _wanted_path(project, request)
     images = [_opened(path) for path in request.images]
@@ -132,13 +132,13 @@ def _sample(project: Source, request: Request, workers: int | None) -> SampleSum
 
 
 @contextmanager
-def _enough_memory() -> Iterator[None]:
+def _enough_memory(project: Project) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as fault:
         raise UserError(
             "the accelerator's memory is full; a smaller --width and --height, base_model_precision: int8-quanto, "
-            "vae_enable_tiling: true, or text_encoder_2_precision: int8-quanto take less"
+            f"vae_enable_tiling: true, or {project.family.text_precision}: int8-quanto take less"
         ) from fault
 
 

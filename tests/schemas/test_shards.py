@@ -1,6 +1,7 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ from schemas import shards
 from schemas.errors import UserError
 from schemas.keys import canonical
 from schemas.rows import RejectRow
-from schemas.shards import ShardHeader, ShardIndex, latent_row, text_row, write_rejects, write_shard
+from schemas.shards import ShardHeader, ShardIndex, latent_row, rebuilt, text_row, write_rejects, write_shard
 
 HEADER = ShardHeader(row="LatentRow", encoder="e1", shapes={"latent": (16, 3, 5)})
 
@@ -61,6 +62,37 @@ def test_prompts_come_back_with_and_without_a_pooled_embed(tmp_path):
     assert np.array_equal(first["embed"], embed) and np.array_equal(first["pooled"], pooled)
     assert (second["prompt"], second["num_tokens"], second["pooled"]) == ("", 0, None)
     assert np.array_equal(second["embed"], embed)
+
+
+def test_rows_equal_to_the_first_are_left_out_before_an_embed_and_read_all_the_same(tmp_path):
+    header = ShardHeader("TextRow", "e1", {"embed": (9, 4), "pooled": (6,)}, pad_rows=5)
+    embeds = {f"k{number}": numbers(9, 4, seed=number) for number in range(3)}
+    for embed in embeds.values():
+        embed[:5] = embed[5]
+    rows = [text_row(key, "a", embed[5:], numbers(6), 3) for key, embed in embeds.items()]
+    name = write_shard(tmp_path, header, rows)
+    index = ShardIndex(tmp_path)
+    assert pq.read_schema(tmp_path / name).field("embed").type == pa.binary(4 * 4 * 2) and header.row_bytes == 32 + 12
+    assert index.headers == {name: header}
+    arrays = {column: np.full_like(array, 7) for column, array in header.empty(3).items()}
+    index.fill(list(embeds), arrays)
+    for number, (key, embed) in enumerate(embeds.items()):
+        read = index.read(key)
+        assert np.array_equal(read["embed"], embed) and np.array_equal(arrays["embed"][number], embed)
+        assert rebuilt(header, read) == rows[number]
+    with pytest.raises(pa.ArrowInvalid):
+        write_shard(tmp_path, header, [text_row("k9", "a", numbers(9, 4), numbers(6), 3)])
+
+
+def test_shards_of_the_format_before_are_read(tmp_path, monkeypatch):
+    header, embed = ShardHeader("TextRow", "e1", {"embed": (7, 4)}, format=4), numbers(7, 4)
+    with monkeypatch.context() as patch:  # what said nothing of `pad_rows`
+        patch.setattr(shards, "asdict", lambda one: {k: v for k, v in asdict(one).items() if k != "pad_rows"})
+        name = write_shard(tmp_path, header, [text_row("k1", "a", embed, None, 3)])
+    assert "pad_rows" not in json.loads(pq.read_schema(tmp_path / name).metadata[b"pairline.shard"])
+    index = ShardIndex(tmp_path)
+    assert index.headers == {name: header}
+    assert np.array_equal(index.read("k1")["embed"], embed)
 
 
 def test_what_is_read_can_be_written_to_without_touching_the_file(tmp_path):
