@@ -3,17 +3,16 @@
 Another one is a function that takes q, k and v, batch × tokens × heads × width, and a line in `_FASTER`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from families.runtime import library_silenced
 from schemas.console import log
 
 _TRIED = (1, 320, 2, 128)  # shape of a self-test: batch, tokens, heads, width
@@ -69,8 +68,7 @@ def choose_attention(denoiser: nn.Module, device: torch.device, *, half: bool) -
         wrong = _tried(attention, device)
         if wrong is None:
             _AttentionBackendRegistry.register(name)(attention)
-            with _unannounced():
-                denoiser.set_attention_backend(name.value)  # type: ignore[operator]
+            _use(denoiser, name)
             return str(name.value)
         log.warning("attention by %s fails its self-test here (%s): PyTorch's own choice is used", name.value, wrong)
     return _DEFAULT
@@ -102,12 +100,9 @@ def _plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), value)
 
 
-@contextmanager
-def _unannounced() -> Iterator[None]:
-    """Keep diffusers from calling its backends an experiment each time."""
-    before = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(diffusers_logging.ERROR)
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(before)
+def _use(denoiser: nn.Module, name: AttentionBackendName) -> None:
+    """Have one denoiser use a backend: diffusers makes it that of every model that has none of its own, too."""
+    everyones = _AttentionBackendRegistry._active_backend
+    with library_silenced():
+        denoiser.set_attention_backend(name.value)  # type: ignore[operator]
+    _AttentionBackendRegistry.set_active_backend(everyones)
