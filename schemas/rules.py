@@ -293,11 +293,21 @@ def _rule_offload(project: Project, file: str, found: Findings) -> None:
         (config.gradient_checkpointing_interval > 1, "gradient_checkpointing_interval", "every block is recomputed: 1"),
         (quantised, "base_model_precision", "quantised weights cannot be moved; choose one of the two"),
         (config.model_type == "full", "model_type", "no weight is frozen"),
+        (config.dynamo_backend != "no", "dynamo_backend", "not in this version: weights that move are not compiled"),
     )
     for contradicts, name, hint in wrong:
         if contradicts:
             problem, value = "contradicts enable_group_offload", shown(getattr(config, name))
             found.faults.append(Fault(project.config_path.name, name, problem, value, hint))
+
+
+def _rule_compiled(project: Project, file: str, found: Findings) -> None:
+    config = project.trainer
+    if config.dynamo_backend != "no" and config.base_model_precision != "no_change":
+        hint = "not in this version: compiled blocks are proven on unquantised weights alone; choose one of the two"
+        value = shown(config.base_model_precision)
+        problem = "contradicts dynamo_backend"
+        found.faults.append(Fault(project.config_path.name, "base_model_precision", problem, value, hint))
 
 
 # Warnings
@@ -426,5 +436,5 @@ def _inactive_roles(project: Project, dataset: DatasetConfig) -> Iterator[str]:
 
 RULES: tuple[Callable[[Project, str, Findings], None], ...] = (
     _rule_ids, _rule_roles, _rule_sources, _rule_links, _rule_circles, _rule_captions, _rule_resolution, _rule_crops,
-    _rule_schedules, _rule_offload, _rule_inactive, *TRAINING_RULES,
+    _rule_schedules, _rule_offload, _rule_compiled, _rule_inactive, *TRAINING_RULES,
 )  # fmt: skip

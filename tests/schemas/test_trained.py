@@ -185,3 +185,21 @@ def test_ways_to_compute_the_same_are_warnings(tmp_path: Path) -> None:
 def test_what_another_option_keeps_from_having_an_effect_is_told(tmp_path: Path, config: dict, told: str) -> None:
     [warning] = _opened(tmp_path, config).warnings
     assert warning.startswith(f"config.json: {told}")
+
+
+# Compiled blocks
+
+
+@pytest.mark.parametrize(
+    ("beside", "told"),
+    [
+        ({"base_model_precision": "int8-quanto"}, 'base_model_precision = "int8-quanto": contradicts dynamo_backend'),
+        ({"enable_group_offload": True}, 'dynamo_backend = "inductor": contradicts enable_group_offload'),
+    ],
+)
+def test_compiled_blocks_have_weights_that_stay_as_they_are(
+    tmp_path: Path, beside: dict[str, object], told: str
+) -> None:
+    [fault] = _faults(tmp_path, {"dynamo_backend": "inductor"} | beside)
+    assert told in fault
+    assert _opened(tmp_path, {"dynamo_backend": "inductor"}).trainer.dynamo_backend == "inductor"
