@@ -145,8 +145,8 @@ def _differences(expected: Expected, config: dict[str, Any]) -> Iterator[tuple[s
     if own != expected.class_name and expected.class_name is not None:
         yield "_class_name", expected.class_name, own
     for key, value in expected.values.items():
-        if config.get(key) != value:
-            yield key, value, config.get(key)
+        if (found := config.get(key, expected.unsaid.get(key))) != value:
+            yield key, value, found
     for key in expected.numbers:
         said = config.get(key)
         if isinstance(said, bool) or not isinstance(said, int | float):

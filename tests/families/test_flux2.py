@@ -139,6 +139,23 @@ def test_a_component_of_another_model_is_refused(
         locate(opened, (part,))
 
 
+def test_a_transformer_that_does_not_speak_of_guidance_is_told_it_as_the_published_dev(
+    copied: Callable[[str], Path], project: Open
+) -> None:
+    for flavour in ("dev", "klein-9b"):
+        file = copied(flavour) / "transformer" / "config.json"
+        config = json.loads(file.read_text())
+        del config["guidance_embeds"]
+        file.write_text(json.dumps(config))
+        opened = project(model_flavour=flavour, pretrained_model_name_or_path=file.parent.parent)
+        if flavour == "dev":
+            assert locate(opened, ("transformer",)) == file.parent.parent
+            assert flux2.takes_guidance(flux2.load_denoiser(file.parent.parent, torch.float32))
+        else:
+            with pytest.raises(UserError, match="guidance_embeds is true, flux2 klein-9b needs False"):
+                locate(opened, ("transformer",))
+
+
 # dev's padding
 
 
