@@ -286,7 +286,7 @@ def encoder_keys(project: Project, *, remember: bool = True) -> EncoderKeys:
     noted = recorded.get(_record_name(project))
     if noted is None:
         model = f"{project.trainer.model_family} {project.flavour}"
-        others = sorted({" ".join(name.split(" ")[:3]) for name in recorded} - {f"{project.checkpoint} {model}"})
+        others = sorted({name.partition(' [{"')[0] for name in recorded} - {f"{project.checkpoint} {model}"})
         raise UserError(
             f"nothing is cached for checkpoint {project.checkpoint}, {model}, with vae_dtype "
             f"{project.trainer.vae_dtype}, posterior {project.trainer.posterior} and the other options of its encoders"
