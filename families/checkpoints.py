@@ -1,7 +1,7 @@
 """Checkpoints in the Hub layout: where they lie, whether they are whole, and which numbers they hold.
 
 `fingerprint` hashes weights and configuration, never a path: the same VAE under two names, or split over other files,
-is one encoder. No tensor library is loaded unless the tiny checkpoint has to be built.
+is one encoder. No tensor library is loaded unless the tiny checkpoint has to be built, or tokens to be counted.
 """
 
 import importlib
