@@ -1,7 +1,7 @@
 """`prep plan`: what scan, pairs, cache and train would do, and what it takes, before any of it is done.
 
-`plan` is the public function. Nothing is written, decoded or loaded, but for a tokenizer where prompts take as many bytes as they have
-tokens: fresh manifests are read, other images looked at.
+`plan` is the public function. Nothing is written, decoded or loaded, but for a tokenizer where a prompt takes as many
+bytes as it has tokens: fresh manifests are read, other images looked at.
 """
 
 import shutil

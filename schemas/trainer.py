@@ -363,8 +363,8 @@ class TrainerConfig(Options):
     )
     validation_guidance: float = option(
         3.5,
-        "guidance of sampled pictures: what the model is told (Kontext is best at 2.5), or, for FLUX.2 klein, the scale "
-        "of classifier-free guidance",
+        "guidance of sampled pictures: what the model is told (Kontext is best at 2.5), or, for FLUX.2 klein, the "
+        "scale of classifier-free guidance",
         ge=0,
     )
     validation_guidance_real: float = option(
