@@ -38,7 +38,8 @@ _FLUX2_SYSTEM_MESSAGE = (
 
 
 def _flux2_transformer(*, guidance_embeds: bool) -> Expected:
-    return Expected("Flux2Transformer2DModel", {"in_channels": 128, "guidance_embeds": guidance_embeds})
+    wanted = {"in_channels": 128, "guidance_embeds": guidance_embeds}
+    return Expected("Flux2Transformer2DModel", wanted, unsaid={"guidance_embeds": True})  # dev's is older than klein
 
 
 def _klein(checkpoint: str, text_width: int) -> Flavour:

@@ -1,7 +1,7 @@
 """Checkpoints in the Hub layout: where they lie, whether they are whole, and which numbers they hold.
 
 `fingerprint` hashes weights and configuration, never a path: the same VAE under two names, or split over other files,
-is one encoder. No tensor library is loaded unless the tiny checkpoint has to be built.
+is one encoder. No tensor library is loaded unless the tiny checkpoint has to be built, or tokens to be counted.
 """
 
 import importlib
@@ -145,8 +145,8 @@ def _differences(expected: Expected, config: dict[str, Any]) -> Iterator[tuple[s
     if own != expected.class_name and expected.class_name is not None:
         yield "_class_name", expected.class_name, own
     for key, value in expected.values.items():
-        if config.get(key) != value:
-            yield key, value, config.get(key)
+        if (found := config.get(key, expected.unsaid.get(key))) != value:
+            yield key, value, found
     for key in expected.numbers:
         said = config.get(key)
         if isinstance(said, bool) or not isinstance(said, int | float):
@@ -286,7 +286,7 @@ def encoder_keys(project: Project, *, remember: bool = True) -> EncoderKeys:
     noted = recorded.get(_record_name(project))
     if noted is None:
         model = f"{project.trainer.model_family} {project.flavour}"
-        others = sorted({" ".join(name.split(" ")[:3]) for name in recorded} - {f"{project.checkpoint} {model}"})
+        others = sorted({name.partition(' [{"')[0] for name in recorded} - {f"{project.checkpoint} {model}"})
         raise UserError(
             f"nothing is cached for checkpoint {project.checkpoint}, {model}, with vae_dtype "
             f"{project.trainer.vae_dtype}, posterior {project.trainer.posterior} and the other options of its encoders"

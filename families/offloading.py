@@ -45,6 +45,12 @@ def _frozen(block: nn.Module) -> list[Tensor]:
     return [one for one in (*block.parameters(), *block.buffers()) if not one.requires_grad]
 
 
+def _locked(tensor: Tensor) -> Tensor:
+    """Put a tensor's numbers into locked memory, and let those they were in go: never are all of them there twice."""
+    tensor.data = tensor.data.pin_memory()
+    return tensor.data
+
+
 class _Stage:
     """Room on the accelerator for one group of frozen weights, and with `ahead` for the one that comes next.
 
@@ -54,10 +60,7 @@ class _Stage:
 
     def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device, *, ahead: bool) -> None:
         self._groups, self._device = groups, device
-        self._homes = [[one.data.pin_memory() for one in group] for group in groups]
-        for group, homes in zip(groups, self._homes, strict=True):
-            for tensor, home in zip(group, homes, strict=True):
-                tensor.data = home
+        self._homes = [[_locked(one) for one in group] for group in groups]
         self._stream = torch.cuda.Stream(device) if ahead else None  # type: ignore[no-untyped-call]
         self._coming: dict[int, tuple[list[Tensor], torch.cuda.Event]] = {}
         self._present: int | None = None

@@ -1,6 +1,7 @@
 """`prep plan`: what scan, pairs, cache and train would do, and what it takes, before any of it is done.
 
-`plan` is the public function. Nothing is written, decoded or loaded: fresh manifests are read, other images looked at.
+`plan` is the public function. Nothing is written, decoded or loaded, but for a tokenizer where a prompt takes as many
+bytes as it has tokens: fresh manifests are read, other images looked at.
 """
 
 import shutil
@@ -60,6 +61,11 @@ def plan(project: Source, *, workers: int | None = None) -> PlanSummary:
     empty = why_empty(project, manifests, matches)
     blocked = why_blocked(project, matches, empty)
     notes = [*_notes(project, manifests, sizes, made, [*latents.values()])]
+    if not text.exact:
+        notes.append(
+            "text embeds take less: one row of a prompt's padding is stored, and without the checkpoint its tokens are "
+            "not known"
+        )
     if _cached(project) and None in (image_encoders, text_encoder):
         notes.append(f"checkpoint {project.checkpoint} is not on this machine: all is counted as to be encoded")
     notes += [f"{name} gives no pair: {reason}" for name, reason in empty.items() if blocked is None]

@@ -25,6 +25,7 @@ class Expected:
     class_name: str | None = None  # its `_class_name`; null for components that carry none
     values: Mapping[str, object] = field(default_factory=dict)  # key -> value
     numbers: tuple[str, ...] = ()  # keys that must hold a number
+    unsaid: Mapping[str, object] = field(default_factory=dict)  # key -> what it means that it is not there
 
 
 @dataclass(frozen=True, slots=True)

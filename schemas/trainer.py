@@ -86,7 +86,8 @@ class TrainerConfig(Options):
     )
     allow_distilled: bool = option(
         False,
-        "train on a checkpoint distilled to few steps all the same: LoRA is trained on the base model it came from",
+        "train on a checkpoint that is distilled to few steps, which is refused otherwise: a LoRA learns on the base "
+        "model, and loads into the distilled one too",
     )
     base_model_precision: BasePrecision = option(
         "no_change", "quantisation of the frozen weights (optimum-quanto, torchao): less memory, no faster"
@@ -366,7 +367,10 @@ class TrainerConfig(Options):
         "", "what true guidance (`validation_guidance_real`) leads away from", stages="cache train"
     )
     validation_guidance: float = option(
-        3.5, "guidance of sampled pictures, that the model is told; Kontext is best at 2.5", ge=0
+        3.5,
+        "guidance of sampled pictures: what the model is told (Kontext is best at 2.5), or, for FLUX.2 klein, the "
+        "scale of classifier-free guidance",
+        ge=0,
     )
     validation_guidance_real: float = option(
         1.0,

@@ -68,7 +68,7 @@ class StoreStats:
     current: bool | None  # this project uses that encoder; null if its encoders are unknown
     rows: int
     size_bytes: int
-    buckets: Mapping[str, int]  # "WxH" -> rows
+    buckets: Mapping[str, int]  # folder of its shards, "WxH" of latents -> rows
     shards: int
     small: int  # shards that are less than half full, and not alone in their bucket
     spare: int  # shards that --compact would spare
@@ -134,7 +134,7 @@ def _buckets(stores: Sequence[StoreStats]) -> Iterator[str]:
     """Yield how many rows the buckets of latents have, of all stores together, the fullest first."""
     rows: dict[str, int] = {}
     for one in stores:
-        for bucket, count in one.buckets.items():
+        for bucket, count in one.buckets.items() if one.kind == "latents" else ():
             rows[bucket] = rows.get(bucket, 0) + count
     if rows:
         most = sorted(rows.items(), key=lambda one: (-one[1], one[0]))
@@ -143,6 +143,7 @@ def _buckets(stores: Sequence[StoreStats]) -> Iterator[str]:
 
 
 _BUCKETS_TOLD = 12
+_LONGEST = 60  # signs of a value that are told
 
 
 def described(description: Mapping[str, Any] | None) -> str:
@@ -154,9 +155,10 @@ def described(description: Mapping[str, Any] | None) -> str:
 
 
 def short(value: object) -> str:
-    """Spell a value of a key, hashes by their first digits."""
-    text = str(value)
-    return f"{text[:12]}…" if len(text) == 32 and set(text) <= set("0123456789abcdef") else text
+    """Spell a value of a key in one line, hashes by their first digits, long texts by their beginning."""
+    text = " ".join(str(value).split())
+    kept = 12 if len(text) == 32 and set(text) <= set("0123456789abcdef") else _LONGEST
+    return f"{text[:kept]}…" if len(text) > kept else text
 
 
 @dataclass(frozen=True, slots=True)

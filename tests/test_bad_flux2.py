@@ -14,7 +14,9 @@ from families.checkpoints import locate
 from families.flux2 import load_denoiser, load_tokenizer
 from families.runtime import dtype_of
 from prep.cache import cache
+from prep.importing.run import import_cache
 from prep.pairs import pairs
+from prep.plan import plan
 from prep.scan import scan
 from schemas.errors import UserError
 from schemas.project import Project
@@ -164,6 +166,21 @@ def test_a_transformer_that_is_not_whole_is_an_error(checkpoint: Path) -> None:
     _without(file, "x_embedder.weight")
     with pytest.raises(UserError, match=r"transformer: 1 tensors are not there, first x_embedder.weight; fetch"):
         load_denoiser(checkpoint, dtype_of("fp32"))
+
+
+def test_no_other_trainers_cache_is_read(folder: Path) -> None:
+    with pytest.raises(UserError, match="caches of other trainers are not read for flux2; run: prep cache"):
+        import_cache(_opened(folder), folder)
+
+
+def test_what_dev_takes_is_an_upper_bound_as_long_as_its_tokenizer_is_not_there(folder: Path) -> None:
+    planned = {}
+    for checkpoint in ("null", "dev"):
+        found = plan(_opened(folder, "model_flavour=dev", f"pretrained_model_name_or_path={checkpoint}"), workers=1)
+        planned[checkpoint] = next(one for one in found.stages if one.stage == "text embeds")
+        assert planned[checkpoint].at_most == any("text embeds take less" in note for note in found.notes)
+    assert planned["null"].at_most and planned["null"].bytes == 2 * 512 * 15360 * 2
+    assert not planned["dev"].at_most and planned["dev"].bytes < 2 * 512 * 3 * 48 * 2
 
 
 def test_a_tokenizer_without_the_chat_is_an_error(checkpoint: Path) -> None:

@@ -96,7 +96,7 @@ def sample(
         int | None, typer.Option(min=1, help="Denoising steps.  [default: validation_num_inference_steps]")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(min=0, help="Guidance that the model is told.  [default: validation_guidance]")
+        float | None, typer.Option(min=0, help="Guidance of the picture.  [default: validation_guidance]")
     ] = None,
     guidance_real: Annotated[
         float | None,

@@ -81,6 +81,11 @@ def _opened(project: Project, folder: Path, format: str) -> tuple[str, Cache]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     names = project.family.elsewhere
+    if not names:
+        raise UserError(
+            f"caches of other trainers are not read for {project.trainer.model_family}; "
+            f"run: {project.command('prep cache')}"
+        )
     if format not in ("auto", *names):
         raise UserError(f"--format {format}: one of auto, {', '.join(names)}")
     asked = [format] if format != "auto" else list(names)

@@ -80,7 +80,7 @@ class Texts:
                 continue
             self.part.imported += 1
             rows.append(trial.encoded(prompt, found, length))
-            if not dry_run and len(rows) * self._sizes.per_prompt >= SHARD_BYTES:
+            if not dry_run and len(rows) * self._sizes.of_prompt(length) >= SHARD_BYTES:
                 self.part.written += self._store.store(rows)
                 rows = []
         if rows and not dry_run:
@@ -91,7 +91,7 @@ class Texts:
         if isinstance(found, str):
             return found
         tensors = [found.embed] if found.pooled is None else [found.embed, found.pooled]
-        if sum(one.numel() for one in tensors) * torch.bfloat16.itemsize != self._sizes.per_prompt:
+        if sum(one.numel() for one in tensors) != self._sizes.prompt_values:
             return f"another shape: {', '.join('×'.join(map(str, one.shape)) for one in tensors)}"
         if not all(torch.isfinite(one.float()).all() for one in tensors):
             return "not finite: it holds values that are no numbers"

@@ -37,23 +37,24 @@ _CUSTOMARY = (2048, 1536, 1024, 768, 512, 256)
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes of what encoders give."""
+    """Bytes of what is stored of what encoders give."""
 
     per_cell: int  # of a latent
     scale: int  # pixels per cell and side
-    per_row: int  # of a text embed
+    width: int  # values of a row of a text embed
     rows: int  # of a text embed at most
-    per_pooled: int
+    pooled: int  # values
+    per_value: int  # of a text embed's rows
     assumed: bool  # the flavour's own numbers, another checkpoint being asked for that is not on this machine
 
     @property
-    def per_prompt(self) -> int:
-        """Return the bytes of a prompt all of whose rows are stored."""
-        return self.of_prompt(self.rows)
+    def prompt_values(self) -> int:
+        """Return the number of values that encoders give for a prompt."""
+        return self.rows * self.width + self.pooled
 
     def of_prompt(self, rows: int) -> int:
         """Return the bytes of a prompt of which so many rows are stored."""
-        return rows * self.per_row + self.per_pooled
+        return rows * self.width * self.per_value + self.pooled * _VALUE_BYTES
 
     def latents(self, boxes: Numbers) -> int:
         """Return the bytes of latents; their Parquet files are some 300 bytes a row larger."""
@@ -105,9 +106,10 @@ def sizes_of(project: Project) -> Sizes:
     return Sizes(
         per_cell=channels * _VALUE_BYTES,
         scale=family.latent_scale,
-        per_row=width * _VALUE_BYTES,
+        width=width,
         rows=project.text_tokens,
-        per_pooled=pooled * _VALUE_BYTES,
+        pooled=pooled,
+        per_value=_VALUE_BYTES if project.trainer.text_cache_dtype == "bf16" else 1,
         assumed=not own and not all(read for _, read in numbers),
     )
 
@@ -274,7 +276,8 @@ def texts(project: Project, matches: Sequence[Match], sizes: Sizes, encoder: str
     if folder is not None and encoder is not None and folder.exists():
         index = ShardIndex(folder)
         there = [key in index for key in text_keys(encoder, prompts)]
-    return Need(len(prompts), sum(there), sum(stored), sum(compress(stored, there)), True)
+    counted = checkpoint is not None or not project.model.padding_first
+    return Need(len(prompts), sum(there), sum(stored), sum(compress(stored, there)), counted)
 
 
 # What smaller settings save

@@ -139,6 +139,38 @@ def test_a_component_of_another_model_is_refused(
         locate(opened, (part,))
 
 
+def test_a_transformer_that_does_not_speak_of_guidance_is_told_it_as_the_published_dev(
+    copied: Callable[[str], Path], project: Open
+) -> None:
+    for flavour in ("dev", "klein-9b"):
+        file = copied(flavour) / "transformer" / "config.json"
+        config = json.loads(file.read_text())
+        del config["guidance_embeds"]
+        file.write_text(json.dumps(config))
+        opened = project(model_flavour=flavour, pretrained_model_name_or_path=file.parent.parent)
+        if flavour == "dev":
+            assert locate(opened, ("transformer",)) == file.parent.parent
+            assert flux2.takes_guidance(flux2.load_denoiser(file.parent.parent, torch.float32))
+        else:
+            with pytest.raises(UserError, match="guidance_embeds is true, flux2 klein-9b needs False"):
+                locate(opened, ("transformer",))
+
+
+def test_a_tokenizer_that_is_part_of_a_processor_is_the_processors(copied: Callable[[str], Path]) -> None:
+    checkpoint = copied("dev")
+    file, plain = checkpoint / "tokenizer" / "tokenizer_config.json", flux2.load_tokenizer(checkpoint)
+    told = {
+        "tokenizer_class": "LlamaTokenizerFast",
+        "processor_class": "PixtralProcessor",
+    }  # as published; it is no Llama's
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    found = flux2.load_tokenizer(checkpoint)
+    chats = [flux2.format_input([text], "Be short.")[0] for text in ("Don't — été\n 123", "[INST] a  cat </s>")]
+    ours, theirs = (one.apply_chat_template(chats, padding=True, return_dict=True) for one in (found, plain))
+    assert ours["input_ids"] == theirs["input_ids"] and ours["attention_mask"] == theirs["attention_mask"]
+    assert ours["attention_mask"][1][0] == 0
+
+
 # dev's padding
 
 
@@ -251,7 +283,8 @@ def _apart(project: Open, workspace: Path, **options: object) -> Project:
 
 def test_float8_embeds_of_dev_are_those_of_all_rows(project: Open, expected: dict[str, Tensor], tmp_path: Path) -> None:
     opened = _apart(project, tmp_path, text_cache_dtype="float8")
-    cache(opened)
+    text = cache(opened).stores[-1]
+    assert text.bytes_written == text.bytes  # what was told before is what it takes
     rounded = {}
     for prompt, embed in expected.items():
         scale = float(embed.float().abs().max()) / 448
