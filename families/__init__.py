@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from schemas.family import Expected, FamilySpec, Flavour, Width
+from schemas.family import Expected, FamilySpec, Flavour, Scripts, Width
 from schemas.loading import check_folders, load_project
 from schemas.project import Project
 
@@ -18,6 +18,12 @@ for _library in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao
     logging.getLogger(_library).setLevel(logging.ERROR)
 
 # Presets name q, k and v both apart and fused (`fuse_qkv_projections`): a network has the one or the other.
+_KONTEXT_SCRIPTS = Scripts(
+    "flux_kontext",
+    "a copy of config/examples/train_lora_flux_kontext_24gb.yaml",
+    "train_dreambooth_lora_flux_kontext.py",
+    one_reference=True,
+)
 _T5_WIDTH = Width(4096, "text_encoder_2", "d_model")
 _FLUX_ATTENTION = r"attn\.(to_[qkv]|to_qkv|to_out\.0)"
 _FLUX_CONTEXT = r"attn\.(add_[qkv]_proj|to_added_qkv|to_add_out)"
@@ -49,6 +55,7 @@ def _klein(checkpoint: str, text_width: int) -> Flavour:
         Width(text_width, "text_encoder", "hidden_size", 3),
         told_guidance=False,
         true_guidance="usual",
+        scripts=Scripts("flux_2", "a job of FLUX.2 klein", "train_dreambooth_lora_flux2_klein_img2img.py"),
         configs={
             "text_encoder": Expected(values={"model_type": "qwen3"}),
             "transformer": _flux2_transformer(guidance_embeds=False),
@@ -68,6 +75,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
                 _T5_WIDTH,
                 told_guidance=True,
                 true_guidance="possible",
+                scripts=_KONTEXT_SCRIPTS,
             ),
             "schnell": Flavour(
                 "black-forest-labs/FLUX.1-schnell",
@@ -75,6 +83,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
                 _T5_WIDTH,
                 told_guidance=False,
                 true_guidance="possible",
+                scripts=_KONTEXT_SCRIPTS,
             ),
             "kontext": Flavour(
                 "black-forest-labs/FLUX.1-Kontext-dev",
@@ -82,6 +91,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
                 _T5_WIDTH,
                 told_guidance=True,
                 true_guidance="possible",
+                scripts=_KONTEXT_SCRIPTS,
             ),
         },
         image_encoder=("vae",),
@@ -126,6 +136,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
                 Width(15360, "text_encoder", "text_config.hidden_size", 3),
                 told_guidance=True,
                 true_guidance="none",
+                scripts=Scripts("flux_2", "a job of FLUX.2", "train_dreambooth_lora_flux2_img2img.py"),
                 configs={
                     "text_encoder": Expected(values={"model_type": "mistral3"}),
                     "transformer": _flux2_transformer(guidance_embeds=True),

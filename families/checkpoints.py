@@ -26,9 +26,11 @@ from schemas.project import TINY, Project
 from schemas.storage import write_aside
 from schemas.trainer import Posterior
 
-_LAYOUT = ("model_index.json", "scheduler/*")
+_INDEX_OF_PARTS = "model_index.json"
+_LAYOUT = (_INDEX_OF_PARTS, "scheduler/*")
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)[.-]")  # weight files that are not loaded by default
 _INDEX = ".safetensors.index.json"  # end of the name of a file that lists shards
+_COUNTED = 10_000  # prompts whose tokens are counted at once
 _ORIGIN = ("transformers_version", "dtype", "torch_dtype", "architectures")  # of a configuration: who saved it, and how
 
 
@@ -69,15 +71,19 @@ def here(project: Project, components: Sequence[str]) -> Path | None:
     return folder
 
 
+def is_distilled(project: Project, folder: Path) -> bool:
+    """Tell whether a checkpoint is distilled to few steps, as far as it says so."""
+    mark, index = project.model.distilled, folder / _INDEX_OF_PARTS
+    return mark is not None and index.exists() and _config(index).get(mark) is True
+
+
 def check_trainable(project: Project, folder: Path) -> None:
     """Raise UserError for a checkpoint that is distilled, unless that is allowed: a LoRA of it learns greyness."""
-    mark, index = project.model.distilled, folder / "model_index.json"
-    if mark is None or project.trainer.allow_distilled or not index.exists():
-        return
-    if _config(index).get(mark) is True:
+    if is_distilled(project, folder) and not project.trainer.allow_distilled:
         raise UserError(
-            f"{index}: {mark} is true. A model that is distilled to few steps does not learn from single steps: train "
-            f"on its base ({project.model.checkpoint}) and load the LoRA into either; allow_distilled trains it anyway"
+            f"{folder / _INDEX_OF_PARTS}: {project.model.distilled} is true. A model that is distilled to few steps "
+            f"does not learn from single steps: train on its base ({project.model.checkpoint}) and load the LoRA into "
+            "either; allow_distilled trains it anyway"
         )
 
 
@@ -249,7 +255,9 @@ def stored_rows(project: Project, checkpoint: Path, prompts: Sequence[str]) -> l
         return [most] * len(prompts)
     runtime = importlib.import_module("families.runtime")
     family = runtime.family_of(project)
-    counted = family.count_tokens(family.load_tokenizer(checkpoint), prompts, project.text_settings)
+    tokenizer, counted = family.load_tokenizer(checkpoint), list[int]()
+    for first in range(0, len(prompts), _COUNTED):
+        counted += family.count_tokens(tokenizer, prompts[first : first + _COUNTED], project.text_settings)
     return [min(count + 1, most) for count in counted]
 
 

@@ -29,6 +29,7 @@ from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -158,11 +159,14 @@ def encode_prompts(
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer; of dev, without the processor of pictures it is part of.
 
-    Raises UserError if it lacks the chat template, without which no prompt can be put as the model learnt to read it.
+    Such a processor takes tokenizer.json as it is, whatever class its tokenizer_config.json names. Raises UserError if
+    there is no chat template, without which no prompt can be put as the model learnt to read it.
     """
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    folder = checkpoint / "tokenizer"
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer = (PreTrainedTokenizerFast if "processor_class" in said else AutoTokenizer).from_pretrained(folder)
     if not tokenizer.chat_template:
-        raise UserError(f"{checkpoint / 'tokenizer'}: no chat template; fetch the checkpoint again")
+        raise UserError(f"{folder}: no chat template; fetch the checkpoint again")
     return tokenizer
 
 
@@ -176,7 +180,7 @@ def count_tokens(
     else:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         told = {"add_generation_prompt": True, "enable_thinking": False}
-    return tuple(len(tokenizer.apply_chat_template(one, return_dict=True, **told)["input_ids"]) for one in chats)
+    return tuple(map(len, tokenizer.apply_chat_template(chats, return_dict=True, **told)["input_ids"]))
 
 
 def load_denoiser(checkpoint: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:

@@ -47,6 +47,8 @@ class Latents:
             slicing=trainer.vae_enable_slicing,
             groups=groups_of(trainer) if trainer.group_offload_vae and self._device.type == "cuda" else None,
         )
+        if trainer.group_offload_vae and self._device.type != "cuda":
+            log.info("group_offload_vae has no effect: there is no CUDA device")
         targets, references = image_encoder_keys(project, checkpoint)  # of what was loaded
         self._choices: dict[str, Choice] = {references: "mode", targets: trainer.posterior}
         self._size = _batch_size(trainer.vae_batch_size)
@@ -123,6 +125,8 @@ class Texts:
         self._family, self._settings = family_of(project), project.text_settings
         self._checkpoint = checkpoint
         how = placement(project, default_device())
+        if project.trainer.group_offload_text_encoder and how.groups is None:
+            log.info("group_offload_text_encoder has no effect: there is no CUDA device")
         self._encoders = self._family.load_text_encoders(checkpoint, torch.bfloat16, how, self._settings)
         self._key = text_encoder_key(project, checkpoint)  # of what was loaded
         self._size = _batch_size(project.trainer.text_encoder_batch_size)

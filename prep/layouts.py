@@ -220,10 +220,11 @@ def _musubi_files(export: Export) -> Mapping[str, str]:
 
 def _musubi_start(export: Export) -> str:
     config = _quoted(export.folder / "dataset.toml")
-    one = "; FLUX.1 Kontext takes the first reference of several" if export.references > 1 else ""
+    scripts = export.project.model.scripts
+    one = "; it takes the first reference of several" if scripts.one_reference and export.references > 1 else ""
     return (
-        f"python src/musubi_tuner/flux_kontext_cache_latents.py --dataset_config {config} --vae ae.safetensors, then "
-        f"…_cache_text_encoder_outputs.py and …_train_network.py with the same --dataset_config{one}"
+        f"python src/musubi_tuner/{scripts.musubi}_cache_latents.py --dataset_config {config} --vae ae.safetensors, "
+        f"then …_cache_text_encoder_outputs.py and …_train_network.py with the same --dataset_config{one}"
     )
 
 
@@ -258,8 +259,8 @@ def _ai_toolkit_files(export: Export) -> Mapping[str, str]:
 
 
 def _ai_toolkit_start(export: Export) -> str:
-    job = "a copy of config/examples/train_lora_flux_kontext_24gb.yaml"
-    return f"put {_quoted(export.folder / 'datasets.yaml')} in place of `datasets` in {job}, then python run.py on it"
+    config, job = _quoted(export.folder / "datasets.yaml"), export.project.model.scripts.ai_toolkit
+    return f"put {config} in place of `datasets` in {job}, then python run.py on it"
 
 
 def _altered_by_ai_toolkit(export: Export) -> int:
@@ -298,7 +299,7 @@ def _diffusers_start(export: Export) -> str:
         " --cond_image_column cond_image" if export.references else ""
     )
     return (
-        f"accelerate launch train_dreambooth_lora_flux_kontext.py --dataset_name {_quoted(export.folder)} {columns} "
+        f"accelerate launch {export.project.model.scripts.diffusers} --dataset_name {_quoted(export.folder)} {columns} "
         f"--aspect_ratio_buckets '{buckets}' --repeats {export.target.repeats + 1} --center_crop"
     )
 

@@ -29,6 +29,16 @@ class Expected:
 
 
 @dataclass(frozen=True, slots=True)
+class Scripts:
+    """What other trainers train a model with: told to who takes pairs there."""
+
+    musubi: str  # beginning of the names of musubi-tuner's scripts
+    ai_toolkit: str  # a job of ai-toolkit
+    diffusers: str  # script of diffusers' examples
+    one_reference: bool = False  # whether musubi-tuner takes the first of several references
+
+
+@dataclass(frozen=True, slots=True)
 class Flavour:
     """What one of a family's models has to itself."""
 
@@ -37,6 +47,7 @@ class Flavour:
     text_width: Width  # values per row of a text embed
     told_guidance: bool  # whether the model is told a guidance scale
     true_guidance: Literal["usual", "possible", "none"]  # whether pipelines sample it with classifier-free guidance
+    scripts: Scripts
     configs: Mapping[str, Expected] = field(default_factory=dict)  # in place of the family's own
     padding_first: bool = False  # its text embeds begin with rows of padding, all the same: a shard holds one of them
     distilled: str | None = None  # key of model_index.json that is true of checkpoints no LoRA can be trained on

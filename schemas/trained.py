@@ -106,14 +106,14 @@ def _inactive_encoders(project: Project) -> Iterator[str]:
 
 
 def _rule_encoders_offload(project: Project, _: str, found: Findings) -> None:
-    trainer = project.trainer
-    for key in _ENCODER_PRECISIONS[: len(project.family.numbered_text_encoders)]:
-        if trainer.group_offload_text_encoder and getattr(trainer, key) != "no_change":
-            problem, hint = (
-                "contradicts group_offload_text_encoder",
-                "quantised weights cannot be moved; keep one of the two",
-            )
-            found.faults.append(Fault(project.config_path.name, key, problem, shown(getattr(trainer, key)), hint))
+    """Refuse to move quantised layers: of several encoders, the largest alone waits on the CPU."""
+    trainer, key = project.trainer, project.family.text_precision
+    if trainer.group_offload_text_encoder and getattr(trainer, key) != "no_change":
+        problem, hint = (
+            "contradicts group_offload_text_encoder",
+            "quantised weights cannot be moved; keep one of the two",
+        )
+        found.faults.append(Fault(project.config_path.name, key, problem, shown(getattr(trainer, key)), hint))
 
 
 def _changed(trainer: TrainerConfig, key: str) -> bool:

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from families import Source, open_project
-from families.checkpoints import locate
+from families.checkpoints import is_distilled, locate
 from families.protocol import Family, TextEmbeds
 from families.quantize import quantize_and_place
 from families.runtime import default_device, dtype_of, family_of, placement, release_memory
@@ -83,13 +83,14 @@ def _sample(project: Project, request: Request, workers: int | None) -> SampleSu
     family = family_of(project)
     folder = locate(project, (*spec.text_encoders, *spec.image_encoder, *spec.denoiser))
     pipeline = family.load_pipeline(folder)
-    prompts = [request.prompt, *([config.validation_negative_prompt] if project.true_guidance > 1 else [])]
+    how = sampling(project, size, config.validation_seed)
+    how = replace(how, guidance_real=1.0) if is_distilled(project, folder) else how
+    prompts = [request.prompt, *([config.validation_negative_prompt] if how.guidance_real > 1 else [])]
     text, *negative = _encoded_prompts(project, family, folder, prompts, device)
 
     tiling, slicing = config.vae_enable_tiling, config.vae_enable_slicing
     encoder = family.load_image_encoder(folder, dtype_of(config.vae_dtype), device, tiling=tiling, slicing=slicing)
     references = [_encoded_image(family, encoder, one) for one in pictures]
-    how = sampling(project, size, config.validation_seed)
 
     def made(denoiser: nn.Module) -> Pixels:
         with torch.no_grad(), autocast(config, device):
