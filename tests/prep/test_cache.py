@@ -59,9 +59,8 @@ def change(folder: Path, number: int = 0, **options: object) -> None:
 # A row is itself, whatever is around it
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_neighbours_order_and_workers_never_show_in_a_row(dtype: str, make_project: MakeProject) -> None:
-    folder = make_project("deblur", vae_dtype=dtype)
+def test_neighbours_order_and_workers_never_show_in_a_row(make_project: MakeProject) -> None:
+    folder = make_project("deblur", vae_dtype="bf16")
     change(
         folder, crop=True, crop_aspect="square", crop_style="center"
     )  # or the first image of a bucket decides on the sizes of others
@@ -234,13 +233,12 @@ def test_an_image_too_large_alone_is_told_and_tried_again(
 # Interruptions
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_killed_at_random_moments_loses_nothing_that_was_written(seed: int, make_project: MakeProject) -> None:
+def test_killed_at_random_moments_loses_nothing_that_was_written(make_project: MakeProject) -> None:
     folder = prepared(make_project("edits", write_batch_size=1))
     cache(folder, workers=1)
     whole = rows(folder)
     shutil.rmtree(folder / "work" / "cache")
-    command = [sys.executable, str(Path(__file__).with_name("kill_cache.py")), str(folder), str(seed), "5"]
+    command = [sys.executable, str(Path(__file__).with_name("kill_cache.py")), str(folder), "1", "5"]
     told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     before: set[str] = set()
     for seen in told["seen"]:
