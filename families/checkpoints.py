@@ -224,7 +224,11 @@ def _text_settings(project: Project) -> dict[str, object]:
     """Return the settings that text embeds depend on; of options, those that are not at their defaults."""
     trainer = project.trainer
     precisions = {name: value for name, value in text_precisions(project).items() if value != "no_change"}
-    settings: dict[str, object] = {"dtype": "bf16", **project.text_settings}
+    called = {"max_sequence_length": project.family.text_rows}
+    settings = {"dtype": "bf16"} | {
+        called.get(name, name): list(value) if isinstance(value, tuple) else value  # as JSON gives them back
+        for name, value in project.text_settings.items()
+    }
     return (
         settings
         | ({"precision": precisions} if precisions else {})

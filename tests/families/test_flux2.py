@@ -21,11 +21,14 @@ from prep.cache import cache
 from prep.pairs import pairs
 from prep.scan import scan
 from prep.upkeep.compact import compact
+from prep.upkeep.explain import explain
 from prep.upkeep.verify import verify
 from schemas.errors import UserError
+from schemas.freshness import read_pairs
 from schemas.keys import text_key
 from schemas.project import Project
 from schemas.shards import ShardIndex
+from train.checkpoint import settings_of
 from train.data import Shelf
 
 Open = Callable[..., Project]
@@ -195,6 +198,21 @@ def _check(project: Project, expected: dict[str, Tensor]) -> None:
     together = shelf.text(["one cat", "two cat"], CPU)  # of one length, so in one batch
     assert torch.equal(together.embed, torch.cat([expected["one cat"], expected["two cat"]]).float())
     assert together.num_tokens == (_counts(project)["one cat"],) * 2
+
+
+def test_what_is_cached_is_explained_as_unchanged(project: Open) -> None:
+    opened = project()
+    [row] = read_pairs(opened, opened.targets[0])
+    assert [part.changes for part in explain(opened, row.sample_id).parts] == [(), (), ()]
+
+
+def test_a_run_goes_on_under_the_caption_dropout_that_it_had_unsaid(project: Open) -> None:
+    told = {}
+    for options in ({}, {"caption_dropout_probability": 0.0}, {"caption_dropout_probability": 0.1}):
+        opened = project(**options)
+        told[str(options)] = settings_of(opened, Shelf(opened, encoder_keys(opened)), None, 1, remember=False)
+    unsaid, none, some = told.values()
+    assert unsaid == none != some
 
 
 def test_dev_stores_real_rows_and_one_of_padding_and_reads_all_of_them(
