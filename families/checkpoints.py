@@ -71,14 +71,18 @@ def here(project: Project, components: Sequence[str]) -> Path | None:
 
 def check_trainable(project: Project, folder: Path) -> None:
     """Raise UserError for a checkpoint that is distilled, unless that is allowed: a LoRA of it learns greyness."""
-    mark, index = project.model.distilled, folder / "model_index.json"
-    if mark is None or project.trainer.allow_distilled or not index.exists():
-        return
-    if _config(index).get(mark) is True:
+    if is_distilled(project, folder) and not project.trainer.allow_distilled:
         raise UserError(
-            f"{index}: {mark} is true. A model that is distilled to few steps does not learn from single steps: train "
-            f"on its base ({project.model.checkpoint}) and load the LoRA into either; allow_distilled trains it anyway"
+            f"{folder / 'model_index.json'}: {project.model.distilled} is true. A model that is distilled to few steps "
+            f"does not learn from single steps: train on its base ({project.model.checkpoint}) and load the LoRA into "
+            "either; allow_distilled trains it anyway"
         )
+
+
+def is_distilled(project: Project, folder: Path) -> bool:
+    """Tell whether a checkpoint says that it is distilled to few steps, and so takes no true guidance."""
+    mark, index = project.model.distilled, folder / "model_index.json"
+    return mark is not None and index.exists() and _config(index).get(mark) is True
 
 
 def check_text_input(project: Project, folder: Path, width: int) -> None:

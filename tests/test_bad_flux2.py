@@ -19,6 +19,7 @@ from prep.scan import scan
 from schemas.errors import UserError
 from schemas.project import Project
 from train.loop import run
+from train.sample import Request, sample
 
 PICTURE = Path(__file__).parent.parent / "datasets_demo" / "edits" / "target" / "cat.jpg"
 ENCODERS = ("vae", "text_encoder", "tokenizer")
@@ -174,6 +175,26 @@ def test_a_tokenizer_without_the_chat_is_an_error(checkpoint: Path) -> None:
         load_tokenizer(checkpoint)
 
 
+def test_a_tokenizer_without_its_vocabulary_is_an_error(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer: no vocabulary; fetch the checkpoint again"):
+        load_tokenizer(checkpoint)
+
+
+def test_a_tokenizer_without_any_file_of_tokens_is_an_error(tiny_flux2: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_flux2 / "dev" / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer: cannot be loaded \(.*\); fetch the checkpoint again"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_pad_is_an_error(tiny_flux2: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_flux2 / "dev" / "tokenizer", tmp_path / "tokenizer")
+    _edit(tmp_path / "tokenizer" / "tokenizer_config.json", lambda values: values.pop("pad_token"))
+    with pytest.raises(UserError, match=r"tokenizer: no padding token; fetch the checkpoint again"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_text_encoder_that_ends_too_early_is_refused(folder: Path, checkpoint: Path) -> None:
     _edit(checkpoint / "text_encoder" / "config.json", _shortened)
     with pytest.raises(UserError, match=r"text_encoder/config.json: 27 layers; what layer 27 gives is read"):
@@ -184,7 +205,9 @@ def test_a_distilled_klein_is_trained_on_only_if_that_is_asked_for(folder: Path,
     _edit(checkpoint / "model_index.json", lambda values: values.update(is_distilled=True))
     with pytest.raises(UserError, match=r"model_index.json: is_distilled is true.*FLUX.2-klein-base-9B.*allow_disti"):
         run(_opened(folder))
-    assert run(_opened(folder, "allow_distilled=true", "tracker_run_name=distilled")).last_step == 1
+    trained = _opened(folder, "allow_distilled=true", "tracker_run_name=distilled", "validation_resolution=64")
+    assert run(trained).last_step == 1
+    assert sample(trained, Request("a cat", steps=1, guidance_real=4.0)).guidance_real == 1.0, "it takes none"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from families import Source, open_project
-from families.checkpoints import locate
+from families.checkpoints import is_distilled, locate
 from families.protocol import Family, TextEmbeds
 from families.quantize import quantize_and_place
 from families.runtime import default_device, dtype_of, family_of, placement, release_memory
@@ -83,6 +83,8 @@ def _sample(project: Project, request: Request, workers: int | None) -> SampleSu
     family = family_of(project)
     folder = locate(project, (*spec.text_encoders, *spec.image_encoder, *spec.denoiser))
     pipeline = family.load_pipeline(folder)
+    if is_distilled(project, folder):  # it takes no true guidance, whatever is asked for
+        project = _asked(project, replace(request, guidance_real=1.0))
     prompts = [request.prompt, *([config.validation_negative_prompt] if project.true_guidance > 1 else [])]
     text, *negative = _encoded_prompts(project, family, folder, prompts, device)
 
