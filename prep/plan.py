@@ -60,6 +60,10 @@ def plan(project: Source, *, workers: int | None = None) -> PlanSummary:
     empty = why_empty(project, manifests, matches)
     blocked = why_blocked(project, matches, empty)
     notes = [*_notes(project, manifests, sizes, made, [*latents.values()])]
+    if not text.exact:
+        notes.append(
+            "text embeds are counted with all their padding: how long prompts are, the checkpoint's tokenizer tells"
+        )
     if _cached(project) and None in (image_encoders, text_encoder):
         notes.append(f"checkpoint {project.checkpoint} is not on this machine: all is counted as to be encoded")
     notes += [f"{name} gives no pair: {reason}" for name, reason in empty.items() if blocked is None]

@@ -274,7 +274,8 @@ def texts(project: Project, matches: Sequence[Match], sizes: Sizes, encoder: str
     if folder is not None and encoder is not None and folder.exists():
         index = ShardIndex(folder)
         there = [key in index for key in text_keys(encoder, prompts)]
-    return Need(len(prompts), sum(there), sum(stored), sum(compress(stored, there)), True)
+    exact = checkpoint is not None or not project.model.padding_first  # else rows of padding are counted too
+    return Need(len(prompts), sum(there), sum(stored), sum(compress(stored, there)), exact)
 
 
 # What smaller settings save

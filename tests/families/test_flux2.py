@@ -19,6 +19,7 @@ from families.checkpoints import encoder_keys, locate
 from families.protocol import Placement, TextEmbeds
 from prep.cache import cache
 from prep.pairs import pairs
+from prep.plan import plan
 from prep.scan import scan
 from prep.upkeep.compact import compact
 from prep.upkeep.explain import explain
@@ -119,6 +120,22 @@ def test_a_vae_without_the_statistics_of_its_latents_is_told(copied: Callable[[s
 
 
 @pytest.mark.parametrize(
+    ("name", "value"), [("running_mean", float("nan")), ("running_var", 0.0), ("running_var", -1.0)]
+)
+def test_statistics_that_latents_cannot_be_divided_by_are_refused(
+    copied: Callable[[str], Path], name: str, value: float
+) -> None:
+    file = copied("klein-4b") / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"bn.{name}"][5] = value
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"vae: of the statistics of its latents, .* some are not finite, or a variance"
+    ):
+        flux2.load_image_encoder(file.parent.parent, torch.float32, CPU, tiling=False, slicing=False)
+
+
+@pytest.mark.parametrize(
     ("flavour", "part", "change", "message"),
     [
         ("klein-9b", "vae", {"batch_norm_eps": None}, "batch_norm_eps is null, flux2 klein-9b needs a number"),
@@ -140,6 +157,17 @@ def test_a_component_of_another_model_is_refused(
     opened = project(model_flavour=flavour, pretrained_model_name_or_path=checkpoint)
     with pytest.raises(UserError, match=rf"{part}/config.json: .*{message}"):
         locate(opened, (part,))
+
+
+def test_a_file_in_a_layout_that_is_not_read_is_told_as_such(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    denoiser = flux2.load_denoiser(copied("klein-4b"), torch.float32)
+    file = tmp_path / "other.safetensors"
+    names = [f"transformer.transformer_blocks.0.attn.to_q.lora_{end}.weight" for end in ("down", "up")]
+    save_file({name: torch.zeros(8, 8) for name in names}, file)
+    with pytest.raises(
+        UserError, match=r"other.safetensors: no layers of a LoRA or LoKr by names that diffusers reads"
+    ):
+        flux2.load_adapter(denoiser, file, 1.0)
 
 
 # dev's padding
@@ -198,6 +226,13 @@ def _check(project: Project, expected: dict[str, Tensor]) -> None:
     together = shelf.text(["one cat", "two cat"], CPU)  # of one length, so in one batch
     assert torch.equal(together.embed, torch.cat([expected["one cat"], expected["two cat"]]).float())
     assert together.num_tokens == (_counts(project)["one cat"],) * 2
+
+
+def test_a_plan_without_the_tokenizer_tells_at_most_how_large_embeds_are(project: Open) -> None:
+    for checkpoint, at_most in ({}, False), ({"pretrained_model_name_or_path": "black-forest-labs/FLUX.2-dev"}, True):
+        planned = plan(project(**checkpoint))
+        [texts] = [one for one in planned.stages if one.stage == "text embeds"]
+        assert texts.at_most == at_most == any("counted with all their padding" in note for note in planned.notes)
 
 
 def test_what_is_cached_is_explained_as_unchanged(project: Open) -> None:
