@@ -47,7 +47,7 @@ def locate(project: Project, components: Sequence[str]) -> Path:
         folder = _fetch(name, components)
     if missing := _missing(project, folder, components):
         raise UserError(f"{folder}: not a whole checkpoint, it lacks {', '.join(missing)}")
-    _check_configs(project, folder, components)
+    check_configs(project, folder, components)
     return folder
 
 
@@ -65,7 +65,7 @@ def here(project: Project, components: Sequence[str]) -> Path | None:
             return None
     if _missing(project, folder, components):
         return None
-    _check_configs(project, folder, components)
+    check_configs(project, folder, components)
     return folder
 
 
@@ -110,7 +110,7 @@ def _missing(project: Project, folder: Path, components: Sequence[str]) -> list[
     return missing
 
 
-def _check_configs(project: Project, folder: Path, components: Sequence[str]) -> None:
+def check_configs(project: Project, folder: Path, components: Sequence[str]) -> None:
     """Raise UserError for a component that is not what the family loads, or is of another flavour."""
     for part in components:
         expected, file = _configs(project).get(part), folder / part / "config.json"

@@ -167,6 +167,11 @@ def test_a_transformer_that_is_not_whole_is_an_error(checkpoint: Path) -> None:
         load_denoiser(checkpoint, dtype_of("fp32"))
 
 
+def test_whole_weights_of_another_flavour_are_not_sampled_with(folder: Path, tiny_flux2: Path) -> None:
+    with pytest.raises(UserError, match=r"dev/transformer/config.json: guidance_embeds is true, flux2 klein-9b needs"):
+        sample(_opened(folder, "validation_resolution=64"), Request("a cat", lora=tiny_flux2 / "dev", steps=1))
+
+
 def test_a_tokenizer_without_the_chat_is_an_error(checkpoint: Path) -> None:
     for file in (checkpoint / "tokenizer").glob("*.jinja"):
         file.unlink()
