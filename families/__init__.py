@@ -126,6 +126,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
         default_lora_target="all",
         elsewhere={"simpletuner": "flux", "musubi": "fk", "sd-scripts": "flux"},
         unquantised=("proj_out", "x_embedder", "context_embedder"),
+        text_rows="t5_tokens",
     ),
     "flux2": FamilySpec(
         module="families.flux2",

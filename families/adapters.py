@@ -44,6 +44,8 @@ def put_adapter(denoiser: nn.Module, file: Path, strength: float, read: Callable
         raise UserError(f"{file}: does not fit this model ({told}); is it the LoRA of another one?") from fault
     layers = sum(isinstance(module, BaseTunerLayer) for module in denoiser.modules())
     named = len({name.rpartition(".lo")[0] for name in found.weights})
+    if not named:
+        raise UserError(f"{file}: no layers of a LoRA or LoKr by names that diffusers reads; is it in another layout?")
     if not layers:
         raise UserError(f"{file}: none of its {named} layers is one of this model; is it the LoRA of another one?")
     if layers < named:

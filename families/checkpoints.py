@@ -49,7 +49,7 @@ def locate(project: Project, components: Sequence[str]) -> Path:
         folder = _fetch(name, components)
     if missing := _missing(project, folder, components):
         raise UserError(f"{folder}: not a whole checkpoint, it lacks {', '.join(missing)}")
-    _check_configs(project, folder, components)
+    check_configs(project, folder, components)
     return folder
 
 
@@ -67,7 +67,7 @@ def here(project: Project, components: Sequence[str]) -> Path | None:
             return None
     if _missing(project, folder, components):
         return None
-    _check_configs(project, folder, components)
+    check_configs(project, folder, components)
     return folder
 
 
@@ -112,7 +112,7 @@ def _missing(project: Project, folder: Path, components: Sequence[str]) -> list[
     return missing
 
 
-def _check_configs(project: Project, folder: Path, components: Sequence[str]) -> None:
+def check_configs(project: Project, folder: Path, components: Sequence[str]) -> None:
     """Raise UserError for a component that is not what the family loads, or is of another flavour."""
     for part in components:
         expected, file = _configs(project).get(part), folder / part / "config.json"
@@ -230,7 +230,11 @@ def _text_settings(project: Project) -> dict[str, object]:
     """Return the settings that text embeds depend on; of options, those that are not at their defaults."""
     trainer = project.trainer
     precisions = {name: value for name, value in text_precisions(project).items() if value != "no_change"}
-    settings: dict[str, object] = {"dtype": "bf16", **project.text_settings}
+    called = {"max_sequence_length": project.family.text_rows}
+    settings = {"dtype": "bf16"} | {
+        called.get(name, name): list(value) if isinstance(value, tuple) else value  # as JSON gives them back
+        for name, value in project.text_settings.items()
+    }
     return (
         settings
         | ({"precision": precisions} if precisions else {})

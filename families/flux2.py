@@ -46,6 +46,7 @@ from schemas.errors import UserError
 _PATCH = 2  # cells of the VAE along a side of one of ours
 _PIXELS = 16  # of pictures along a side of one of ours
 _APART = 10  # between the times of references, the first of which has this one
+_BYTES = 256  # each of which is a token at least, in both vocabularies
 _ROTARY = "image_rotary_emb"
 # Kernels that give zeros to a row with nothing to attend to, as PyTorch defines it; cuDNN's gives other numbers.
 _MASKING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -64,8 +65,17 @@ def load_image_encoder(
     slicing: bool,
     groups: Groups | None = None,
 ) -> AutoencoderKLFlux2:
-    """Load the VAE with the statistics of its latents; raises UserError if weights are not what config.json tells."""
+    """Load the VAE with the statistics of its latents.
+
+    Raises UserError if weights are not what config.json tells, or statistics cannot be divided by.
+    """
     vae = load_vae(AutoencoderKLFlux2, checkpoint, dtype, tiling=tiling, slicing=slicing)
+    mean, variance = vae.bn.running_mean, vae.bn.running_var
+    if not (mean.isfinite() & variance.isfinite() & (variance > 0)).all():
+        raise UserError(
+            f"{checkpoint / 'vae'}: of the statistics of its latents, bn.running_mean and bn.running_var, some are not "
+            "finite, or a variance is not above 0; fetch the checkpoint again"
+        )
     return place_vae(vae, device, groups)
 
 
@@ -160,13 +170,23 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer; of dev, without the processor of pictures it is part of.
 
     Such a processor takes tokenizer.json as it is, whatever class its tokenizer_config.json names. Raises UserError if
-    there is no chat template, without which no prompt can be put as the model learnt to read it.
+    there is no chat template, without which no prompt can be put as the model learnt to read it, nothing that prompts
+    are padded with, or no vocabulary: a tokenizer whose file is not there would be built without.
     """
     folder = checkpoint / "tokenizer"
-    said = json.loads((folder / "tokenizer_config.json").read_text())
-    tokenizer = (PreTrainedTokenizerFast if "processor_class" in said else AutoTokenizer).from_pretrained(folder)
-    if not tokenizer.chat_template:
-        raise UserError(f"{folder}: no chat template; fetch the checkpoint again")
+    try:
+        said = json.loads((folder / "tokenizer_config.json").read_text())
+        tokenizer = (PreTrainedTokenizerFast if "processor_class" in said else AutoTokenizer).from_pretrained(folder)
+    except (OSError, ValueError) as fault:
+        first = str(fault).splitlines()[0]
+        raise UserError(f"{folder}: cannot be loaded ({first}); fetch the checkpoint again") from fault
+    there = {
+        "chat template": bool(tokenizer.chat_template),
+        "padding token": tokenizer.pad_token is not None,
+        "vocabulary": len(tokenizer) > _BYTES,
+    }
+    if lacking := [name for name, whole in there.items() if not whole]:
+        raise UserError(f"{folder}: no {', no '.join(lacking)}; fetch the checkpoint again")
     return tokenizer
 
 

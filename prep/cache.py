@@ -236,6 +236,7 @@ def cache(
         raise UserError("no pair is left to cache; prep pairs says why each was rejected")
     engine = engine or Here(project, workers or default_workers())
     run = _Run(project, engine, share or Share(), limit, dry_run)
+    run.locate_all()
     works = [*run.latents(needed), run.text(needed)]
     if not dry_run:
         record_keys(project, encoder_keys(project))
@@ -259,6 +260,11 @@ class _Run:
         self._limit, self._dry_run = limit, dry_run
         self.said: dict[str, Description] = {}  # of the encoders, by what they encode
         self.unsettled: dict[str, str] = {}  # files that may work another time, and why they did not
+
+    def locate_all(self) -> None:
+        """Raise UserError for what a checkpoint lacks before anything is encoded."""
+        family = self._project.family
+        self._checkpoint((*family.image_encoder, *family.text_encoders))
 
     def latents(self, needed: Needed) -> list[_Work]:
         """Encode what the latent stores lack."""

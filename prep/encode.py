@@ -3,17 +3,17 @@
 Apart from prep/cache.py because it loads a tensor library, which a run with nothing to encode does without.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from families.checkpoints import check_unchanged, image_encoder_keys, text_encoder_key
-from families.protocol import TextEmbeds
+from families.protocol import Family, TextEmbeds
 from families.runtime import default_device, dtype_of, family_of, groups_of, placement, release_memory
 from prep.images import Pixels
 from prep.pixels import Picture, Refusal
@@ -129,6 +129,7 @@ class Texts:
             log.info("group_offload_text_encoder has no effect: there is no CUDA device")
         self._encoders = self._family.load_text_encoders(checkpoint, torch.bfloat16, how, self._settings)
         self._key = text_encoder_key(project, checkpoint)  # of what was loaded
+        _check_length(self._family, checkpoint, self._settings)
         self._size = _batch_size(project.trainer.text_encoder_batch_size)
         self._precision = project.family.text_precision
         self._padding_first = project.model.padding_first
@@ -211,6 +212,16 @@ class Texts:
         lost = (stored.to(torch.float32) * scale - exact).square().mean().sqrt() / exact.square().mean().sqrt()
         bits: Array = stored.contiguous().view(torch.uint8).numpy()
         return text_row(key, prompt, bits, pooled, tokens, (scale, float(lost)))
+
+
+def _check_length(family: Family, checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Raise UserError if no prompt has room within the length that all are cut to: they would all be one embed."""
+    [around] = family.count_tokens(family.load_tokenizer(checkpoint), [""], settings)
+    if around > settings["max_sequence_length"]:
+        raise UserError(
+            f"max_sequence_length {settings['max_sequence_length']}: what stands around every prompt takes {around} "
+            "tokens already; give more, or leave it out"
+        )
 
 
 def _batches(items: Iterable[ItemT], size: Callable[[], int]) -> Iterator[list[ItemT]]:

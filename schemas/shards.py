@@ -26,8 +26,7 @@ from schemas.keys import canonical, digest
 from schemas.rows import LatentRow, RejectRow, TextRow, UInt64, arrow_schema, as_columns
 from schemas.stores import Footer, Store, store_at
 
-SHARD_FORMAT = 5
-_READABLE = (4, SHARD_FORMAT)  # before 5 there were no `pad_rows`
+SHARD_FORMAT, PADDED_FORMAT = 4, 5  # the second of shards with `pad_rows`, which is older readers' warning
 SHARD_BYTES = 64 << 20  # of payload; what is merged comes close to it
 REJECTS = "rejects"  # folder of the images that could not be encoded, beside the buckets
 
@@ -57,6 +56,11 @@ class ShardHeader:
     pad_rows: int = 0  # of an embed: rows equal to its first that were left out before it
     normalised: bool = True
     format: int = SHARD_FORMAT
+
+    def __post_init__(self) -> None:
+        """Name the format that has rows left out, if they are."""
+        if self.pad_rows and self.format == SHARD_FORMAT:
+            object.__setattr__(self, "format", PADDED_FORMAT)
 
     def bits(self, column: str) -> type[np.uint16] | type[np.uint8]:
         """Return the unsigned integers that hold a binary column's values."""
@@ -149,7 +153,10 @@ def _payload(values: Sequence[bytes], size: int) -> pa.ChunkedArray:
 def _write(store: Store, header: ShardHeader, table: pa.Table) -> str:
     keys = table.column("key").to_pylist()
     name = shard_name(keys)
-    said = {"pairline.shard": json.dumps(asdict(header), sort_keys=True), "pairline.keys": json.dumps(keys)}
+    spelled = asdict(header)
+    if not header.pad_rows:
+        del spelled["pad_rows"]  # as shards were before there was any
+    said = {"pairline.shard": json.dumps(spelled, sort_keys=True), "pairline.keys": json.dumps(keys)}
     with store.write(name) as path:
         pq.write_table(
             table.replace_schema_metadata(said),
@@ -559,7 +566,7 @@ def _header(store: Store, name: str, footer: Footer | Exception) -> tuple[ShardH
             raise footer
         metadata = footer.metadata or {}
         values = json.loads(metadata[b"pairline.shard"])
-        if values["format"] in _READABLE:
+        if values["format"] in (SHARD_FORMAT, PADDED_FORMAT):
             shapes = {column: tuple(shape) for column, shape in values["shapes"].items()}
             known = {one.name: values[one.name] for one in fields(ShardHeader) if one.name in values}
             header = ShardHeader(**known | {"shapes": shapes})
@@ -572,7 +579,7 @@ def _header(store: Store, name: str, footer: Footer | Exception) -> tuple[ShardH
     except (pa.ArrowException, OSError, KeyError, ValueError) as fault:
         raise _damaged(where, fault) from fault
     raise UserError(
-        f"{where}: shard format {values['format']}, this version reads {_READABLE[0]} to {SHARD_FORMAT}; "
+        f"{where}: shard format {values['format']}, this version reads {SHARD_FORMAT} and {PADDED_FORMAT}; "
         f"delete {where.rpartition('/')[0]} and run prep cache again"
     )
 

@@ -21,6 +21,7 @@ from prep.scan import scan
 from schemas.errors import UserError
 from schemas.project import Project
 from train.loop import run
+from train.sample import Request, sample
 
 PICTURE = Path(__file__).parent.parent / "datasets_demo" / "edits" / "target" / "cat.jpg"
 ENCODERS = ("vae", "text_encoder", "tokenizer")
@@ -183,12 +184,44 @@ def test_what_dev_takes_is_an_upper_bound_as_long_as_its_tokenizer_is_not_there(
     assert not planned["dev"].at_most and planned["dev"].bytes < 2 * 512 * 3 * 48 * 2
 
 
+def test_a_length_without_room_for_a_prompt_is_refused(folder: Path) -> None:
+    project = _opened(folder, "model_flavour=dev", "pretrained_model_name_or_path=dev", "max_sequence_length=100")
+    scan(project), pairs(project)
+    with pytest.raises(UserError, match=r"max_sequence_length 100: what stands around every prompt takes \d+ tokens"):
+        cache(project)
+
+
+def test_whole_weights_of_another_flavour_are_not_sampled_with(folder: Path, tiny_flux2: Path) -> None:
+    with pytest.raises(UserError, match=r"dev/transformer/config.json: guidance_embeds is true, flux2 klein-9b needs"):
+        sample(_opened(folder, "validation_resolution=64"), Request("a cat", lora=tiny_flux2 / "dev", steps=1))
+
+
 def test_a_tokenizer_without_the_chat_is_an_error(checkpoint: Path) -> None:
     for file in (checkpoint / "tokenizer").glob("*.jinja"):
         file.unlink()
     _edit(checkpoint / "tokenizer" / "tokenizer_config.json", lambda values: values.pop("chat_template", None))
     with pytest.raises(UserError, match=r"tokenizer: no chat template; fetch the checkpoint again"):
         load_tokenizer(checkpoint)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_an_error(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer: no vocabulary; fetch the checkpoint again"):
+        load_tokenizer(checkpoint)
+
+
+def test_a_tokenizer_without_any_file_of_tokens_is_an_error(tiny_flux2: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_flux2 / "dev" / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer: cannot be loaded \(.*\); fetch the checkpoint again"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_pad_is_an_error(tiny_flux2: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_flux2 / "dev" / "tokenizer", tmp_path / "tokenizer")
+    _edit(tmp_path / "tokenizer" / "tokenizer_config.json", lambda values: values.pop("pad_token"))
+    with pytest.raises(UserError, match=r"tokenizer: no padding token; fetch the checkpoint again"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_text_encoder_that_ends_too_early_is_refused(folder: Path, checkpoint: Path) -> None:
@@ -201,7 +234,9 @@ def test_a_distilled_klein_is_trained_on_only_if_that_is_asked_for(folder: Path,
     _edit(checkpoint / "model_index.json", lambda values: values.update(is_distilled=True))
     with pytest.raises(UserError, match=r"model_index.json: is_distilled is true.*FLUX.2-klein-base-9B.*allow_disti"):
         run(_opened(folder))
-    assert run(_opened(folder, "allow_distilled=true", "tracker_run_name=distilled")).last_step == 1
+    trained = _opened(folder, "allow_distilled=true", "tracker_run_name=distilled", "validation_resolution=64")
+    assert run(trained).last_step == 1
+    assert sample(trained, Request("a cat", steps=1, guidance_real=4.0)).guidance_real == 1.0, "it takes none"
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ def settings_of(
     settings = {name: value for name, value in acting if name not in _FREE and not name.startswith("validation_")}
     settings |= {
         "model_flavour": project.flavour,
+        "caption_dropout_probability": project.caption_dropout,
         "batches_per_step": project.trainer.gradient_accumulation_steps * processes,
         "samples": shelf.fingerprint(),
         "lycoris_config": project.lokr.model_dump(mode="json")

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from families import Source, open_project
-from families.checkpoints import is_distilled, locate
+from families.checkpoints import check_configs, is_distilled, locate
 from families.protocol import Family, TextEmbeds
 from families.quantize import quantize_and_place
 from families.runtime import default_device, dtype_of, family_of, placement, release_memory
@@ -84,7 +84,7 @@ def _sample(project: Project, request: Request, workers: int | None) -> SampleSu
     folder = locate(project, (*spec.text_encoders, *spec.image_encoder, *spec.denoiser))
     pipeline = family.load_pipeline(folder)
     how = sampling(project, size, config.validation_seed)
-    how = replace(how, guidance_real=1.0) if is_distilled(project, folder) else how
+    how = replace(how, guidance_real=1.0) if is_distilled(project, folder) else how  # it takes no true guidance
     prompts = [request.prompt, *([config.validation_negative_prompt] if how.guidance_real > 1 else [])]
     text, *negative = _encoded_prompts(project, family, folder, prompts, device)
 
@@ -254,15 +254,16 @@ def _encoded_image(family: Family, encoder: object, picture: Pixels) -> Tensor:
 
 def _loaded(project: Project, family: Family, folder: Path, trained: Path | None, scale: float) -> nn.Module:
     """Load the denoiser as training does, then what was trained; raises UserError if that does not fit."""
-    config, device = project.trainer, default_device()
-    whole = trained is not None and trained.name == project.family.denoiser[0]
+    config, device, spec = project.trainer, default_device(), project.family
+    whole = trained is not None and trained.name == spec.denoiser[0]
     source = trained.parent if trained is not None and whole else folder
+    check_configs(project, source, spec.denoiser)
     denoiser = family.load_denoiser(source, base_dtype(config)).requires_grad_(False)
     waiting = config.enable_group_offload
     denoiser = quantize_and_place(
         denoiser,
         config.base_model_precision,
-        project.family.unquantised,
+        spec.unquantised,
         CPU if waiting else device,
         config.quantize_via,
     )

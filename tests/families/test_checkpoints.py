@@ -14,10 +14,12 @@ from transformers import T5EncoderModel
 from families import flux, open_project
 from families.checkpoints import (
     check_unchanged,
+    describe_text_encoder,
     encoder_keys,
     fingerprint,
     here,
     image_encoder_key,
+    key_of,
     locate,
     text_encoder_key,
 )
@@ -286,6 +288,14 @@ def test_each_option_enters_the_keys_of_what_it_changes(project: Project) -> Non
         assert others[options][:2] == (target, reference) and others[options][2] != text
     assert len({one[0] for one in others.values()}) == 5  # four others, and the one that text options leave alone
     assert len({one[2] for one in others.values()}) == 5
+
+
+def test_keys_of_caches_that_older_versions_made_stay(project: Project) -> None:
+    described = describe_text_encoder(project, _checkpoint(project))
+    weights = described.pop("weights")
+    assert described == {"encoder": "text", "cache_version": 3, "dtype": "bf16", "t5_tokens": 512}
+    old = {"encoder": "text", "cache_version": 3, "weights": weights, "dtype": "bf16", "t5_tokens": 512}
+    assert encoder_keys(project).text == key_of(old)
 
 
 def test_keys_are_noted_by_all_options_they_depend_on(make_project: MakeProject) -> None:

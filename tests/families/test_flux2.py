@@ -21,11 +21,14 @@ from prep.cache import cache
 from prep.pairs import pairs
 from prep.scan import scan
 from prep.upkeep.compact import compact
+from prep.upkeep.explain import explain
 from prep.upkeep.verify import verify
 from schemas.errors import UserError
+from schemas.freshness import read_pairs
 from schemas.keys import text_key
 from schemas.project import Project
 from schemas.shards import ShardIndex
+from train.checkpoint import settings_of
 from train.data import Shelf
 
 Open = Callable[..., Project]
@@ -116,6 +119,22 @@ def test_a_vae_without_the_statistics_of_its_latents_is_told(copied: Callable[[s
 
 
 @pytest.mark.parametrize(
+    ("name", "value"), [("running_mean", float("nan")), ("running_var", 0.0), ("running_var", -1.0)]
+)
+def test_statistics_that_latents_cannot_be_divided_by_are_refused(
+    copied: Callable[[str], Path], name: str, value: float
+) -> None:
+    file = copied("klein-4b") / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"bn.{name}"][5] = value
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"vae: of the statistics of its latents, .* some are not finite, or a variance"
+    ):
+        flux2.load_image_encoder(file.parent.parent, torch.float32, CPU, tiling=False, slicing=False)
+
+
+@pytest.mark.parametrize(
     ("flavour", "part", "change", "message"),
     [
         ("klein-9b", "vae", {"batch_norm_eps": None}, "batch_norm_eps is null, flux2 klein-9b needs a number"),
@@ -169,6 +188,17 @@ def test_a_tokenizer_that_is_part_of_a_processor_is_the_processors(copied: Calla
     ours, theirs = (one.apply_chat_template(chats, padding=True, return_dict=True) for one in (found, plain))
     assert ours["input_ids"] == theirs["input_ids"] and ours["attention_mask"] == theirs["attention_mask"]
     assert ours["attention_mask"][1][0] == 0
+
+
+def test_a_file_in_a_layout_that_is_not_read_is_told_as_such(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    denoiser = flux2.load_denoiser(copied("klein-4b"), torch.float32)
+    file = tmp_path / "other.safetensors"
+    names = [f"transformer.transformer_blocks.0.attn.to_q.lora_{end}.weight" for end in ("down", "up")]
+    save_file({name: torch.zeros(8, 8) for name in names}, file)
+    with pytest.raises(
+        UserError, match=r"other.safetensors: no layers of a LoRA or LoKr by names that diffusers reads"
+    ):
+        flux2.load_adapter(denoiser, file, 1.0)
 
 
 # dev's padding
@@ -227,6 +257,21 @@ def _check(project: Project, expected: dict[str, Tensor]) -> None:
     together = shelf.text(["one cat", "two cat"], CPU)  # of one length, so in one batch
     assert torch.equal(together.embed, torch.cat([expected["one cat"], expected["two cat"]]).float())
     assert together.num_tokens == (_counts(project)["one cat"],) * 2
+
+
+def test_what_is_cached_is_explained_as_unchanged(project: Open) -> None:
+    opened = project()
+    [row] = read_pairs(opened, opened.targets[0])
+    assert [part.changes for part in explain(opened, row.sample_id).parts] == [(), (), ()]
+
+
+def test_a_run_goes_on_under_the_caption_dropout_that_it_had_unsaid(project: Open) -> None:
+    told = {}
+    for options in ({}, {"caption_dropout_probability": 0.0}, {"caption_dropout_probability": 0.1}):
+        opened = project(**options)
+        told[str(options)] = settings_of(opened, Shelf(opened, encoder_keys(opened)), None, 1, remember=False)
+    unsaid, none, some = told.values()
+    assert unsaid == none != some
 
 
 def test_dev_stores_real_rows_and_one_of_padding_and_reads_all_of_them(

@@ -1,7 +1,6 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -84,15 +83,18 @@ def test_rows_equal_to_the_first_are_left_out_before_an_embed_and_read_all_the_s
         write_shard(tmp_path, header, [text_row("k9", "a", numbers(9, 4), numbers(6), 3)])
 
 
-def test_shards_of_the_format_before_are_read(tmp_path, monkeypatch):
-    header, embed = ShardHeader("TextRow", "e1", {"embed": (7, 4)}, format=4), numbers(7, 4)
-    with monkeypatch.context() as patch:  # what said nothing of `pad_rows`
-        patch.setattr(shards, "asdict", lambda one: {k: v for k, v in asdict(one).items() if k != "pad_rows"})
-        name = write_shard(tmp_path, header, [text_row("k1", "a", embed, None, 3)])
-    assert "pad_rows" not in json.loads(pq.read_schema(tmp_path / name).metadata[b"pairline.shard"])
-    index = ShardIndex(tmp_path)
-    assert index.headers == {name: header}
-    assert np.array_equal(index.read("k1")["embed"], embed)
+def test_only_shards_that_leave_rows_out_are_of_the_format_that_older_readers_refuse(tmp_path):
+    plain, padded = (
+        ShardHeader("TextRow", "e1", {"embed": (7, 4)}),
+        ShardHeader("TextRow", "e1", {"embed": (7, 4)}, pad_rows=2),
+    )
+    said = []
+    for number, header in enumerate((plain, padded)):
+        row = text_row(f"k{number}", "a", numbers(7, 4)[header.pad_rows :], None, 3)
+        name = write_shard(tmp_path, header, [row])
+        said.append(json.loads(pq.read_schema(tmp_path / name).metadata[b"pairline.shard"]))
+    assert [(one["format"], one.get("pad_rows")) for one in said] == [(4, None), (5, 2)]
+    assert ShardIndex(tmp_path).header_of("k0") == plain and ShardIndex(tmp_path).header_of("k1") == padded
 
 
 def test_what_is_read_can_be_written_to_without_touching_the_file(tmp_path):
@@ -121,8 +123,7 @@ def test_any_parquet_reader_finds_fixed_size_columns_row_by_row_and_the_header(t
         "shapes": {"latent": [16, 3, 5]},
         "dtypes": {},
         "normalised": True,
-        "format": 5,
-        "pad_rows": 0,
+        "format": 4,
     }
     assert {file.metadata.row_group(0).column(place).compression for place in range(3)} == {"UNCOMPRESSED"}
     second = file.read().to_pylist()[1]
@@ -254,7 +255,7 @@ def test_a_parquet_file_of_somebody_elses_is_told_by_name(metadata, tmp_path):
 def test_a_shard_of_another_format_names_both_formats_and_what_to_delete(tmp_path):
     header = ShardHeader(row="LatentRow", encoder="e1", shapes={"latent": (16, 3, 5)}, format=9)
     write_shard(tmp_path / "3x5", header, [latent_row("key", numbers(16, 3, 5))])
-    with pytest.raises(UserError, match="shard format 9, this version reads 4 to 5") as caught:
+    with pytest.raises(UserError, match="shard format 9, this version reads 4 and 5") as caught:
         ShardIndex(tmp_path)
     assert f"delete {tmp_path / '3x5'} and run prep cache again" in str(caught.value)
 
