@@ -1,6 +1,8 @@
 # make demo: install and run all four stages on the embedded photographs.  make test: install and run the tests.
 PYTHON ?= python3
 BIN := .venv/bin
+# One more than there are cores: some tests wait for processes of their own.
+TESTERS ?= $$($(BIN)/python -c 'import os; print(os.cpu_count() + 1)')
 DEMO := datasets_demo/deblur
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -22,7 +24,7 @@ demo: .venv/installed
 	@echo "Run it again: nothing is done twice. Your own project: README.md."
 
 test: .venv/installed-dev
-	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

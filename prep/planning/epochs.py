@@ -3,7 +3,7 @@
 `plan_epoch` is the way in; a test holds it to `train.data.epoch_batches`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 import pyarrow as pa
@@ -31,7 +31,7 @@ def plan_epoch(project: Project, trained: Sequence[Match]) -> Epoch:
         for group, count in counts.items():
             groups[group] = groups.get(group, Fraction(0)) + count * times
     size = project.trainer.train_batch_size
-    buckets = [_bucket(group, round(count), size) for group, count in groups.items()]
+    buckets = [_bucket(group, count, size) for group, count in _apportioned(groups, showings).items()]
     buckets.sort(key=lambda one: (-one.showings, one.target, one.references))
     batches = sum(one.batches for one in buckets)
     steps, epochs, set_by = _run(project, batches)
@@ -47,6 +47,15 @@ def plan_epoch(project: Project, trained: Sequence[Match]) -> Epoch:
         set_by=set_by,
         buckets=tuple(buckets),
     )
+
+
+def _apportioned(groups: Mapping[Group, Fraction], total: int) -> dict[Group, int]:
+    """Round expected showings so that they add up to all of them, by largest remainders; those without any go."""
+    whole = {group: int(count) for group, count in groups.items()}
+    by_remainder = sorted(groups, key=lambda group: whole[group] - groups[group])
+    for group in by_remainder[: total - sum(whole.values())]:
+        whole[group] += 1
+    return {group: count for group, count in whole.items() if count}
 
 
 def shown_of(pairs: Match) -> int:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from families.checkpoints import encoder_keys
 from prep.cache import cache
 from prep.pairs import pairs
 from prep.plan import plan
+from prep.planning.epochs import _apportioned
 from prep.scan import scan
 from schemas.planned import PlanSummary, StagePlan
 from schemas.project import Project
@@ -612,3 +614,10 @@ def test_200_000_images_are_planned_in_seconds(tmp_path) -> None:
     assert _stage(summary, "latents").at_most
     assert count < _stage(summary, "latents").needed <= 4 * count
     assert _stage(summary, "text embeds").needed == 1001
+
+
+def test_expected_showings_are_rounded_so_that_they_add_up_and_none_is_told_of_none():
+    halves = {(name, ()): Fraction(1, 2) for name in "abc"} | {("d", ()): Fraction(7, 2)}
+    rounded = _apportioned(halves, 5)
+    assert sum(rounded.values()) == 5 and rounded["d", ()] in (3, 4) and 0 not in rounded.values()
+    assert _apportioned({("a", ()): Fraction(3), ("b", ()): Fraction(2)}, 5) == {("a", ()): 3, ("b", ()): 2}
