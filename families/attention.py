@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from families.runtime import library_silenced
 from schemas.console import log
 
-_TRIED = (1, 320, 2, 128)  # shape of a self-test: batch, tokens, heads, width
+_TRIED = (1, 320, 2)  # batch, tokens and heads of a self-test; the width of a head is the model's
 _TOLERANCE = 2e-2  # largest relative error of bfloat16 against float32, of outputs and gradients
 
 _DEFAULT = "native"  # of diffusers: PyTorch chooses
@@ -65,7 +65,7 @@ def choose_attention(denoiser: nn.Module, device: torch.device, *, half: bool) -
     if device.type != "cuda" or not half:
         return _DEFAULT
     for name, attention in _FASTER:
-        wrong = _tried(attention, device)
+        wrong = _tried(attention, device, denoiser.config.attention_head_dim)  # type: ignore[union-attr]
         if wrong is None:
             _AttentionBackendRegistry.register(name)(attention)
             _use(denoiser, name)
@@ -74,11 +74,11 @@ def choose_attention(denoiser: nn.Module, device: torch.device, *, half: bool) -
     return _DEFAULT
 
 
-def _tried(attention: Attention, device: torch.device) -> str | None:
+def _tried(attention: Attention, device: torch.device, width: int) -> str | None:
     """Run an attention forwards and backwards, the gradient a narrowed view; say what is wrong, None if nothing is."""
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(_TRIED, generator=generator).to(device, torch.bfloat16) for _ in range(4)]
-    gradient = torch.cat([drawn[3], drawn[3]], dim=-1)[..., : _TRIED[-1]]
+    drawn = [torch.randn(*_TRIED, width, generator=generator).to(device, torch.bfloat16) for _ in range(4)]
+    gradient = torch.cat([drawn[3], drawn[3]], dim=-1)[..., :width]
     try:
         found = _both_ways(attention, drawn[:3], gradient)
     except RuntimeError as fault:

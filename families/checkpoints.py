@@ -91,7 +91,7 @@ def check_text_input(project: Project, folder: Path, width: int) -> None:
     """Raise UserError if the denoiser of a checkpoint takes text embeds of another width."""
     file, key = folder / project.family.denoiser[0] / "config.json", project.family.text_input
     takes = _config(file).get(key)
-    if takes != width:
+    if takes not in (None, width):
         raise UserError(
             f"{file}: {key} is {takes}, the cached text embeds are {width} wide: they are of another model; "
             f"run: {project.command('prep cache')}"

@@ -34,10 +34,10 @@ def _missing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def test_an_attention_that_is_right_passes_and_others_say_why() -> None:
-    assert _tried(_native, CPU) is None
-    assert "relative error" in str(_tried(_unscaled, CPU))
-    assert "relative error" in str(_tried(_no_gradient_of_values, CPU))
-    assert _tried(_missing, CPU) == "No available kernel. Aborting execution."
+    assert _tried(_native, CPU, 64) is None
+    assert "relative error" in str(_tried(_unscaled, CPU, 64))
+    assert "relative error" in str(_tried(_no_gradient_of_values, CPU, 64))
+    assert _tried(_missing, CPU, 64) == "No available kernel. Aborting execution."
 
 
 def test_a_narrowed_gradient_becomes_dense_and_stays_the_same() -> None:
