@@ -64,8 +64,9 @@ def choose_attention(denoiser: nn.Module, device: torch.device, *, half: bool) -
     torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type != "cuda" or not half:
         return _DEFAULT
+    width: int = denoiser.config.attention_head_dim  # type: ignore[union-attr, assignment]
     for name, attention in _FASTER:
-        wrong = _tried(attention, device, denoiser.config.attention_head_dim)  # type: ignore[union-attr]
+        wrong = _tried(attention, device, width)
         if wrong is None:
             _AttentionBackendRegistry.register(name)(attention)
             _use(denoiser, name)
