@@ -145,7 +145,7 @@ def diffusers_step(
 def compiled_step(model: torch.nn.Module, batch: Batch, project: Project) -> Callable[[], float]:
     """Return a step as `train run` takes it with `dynamo_backend: inductor`."""
     step = pairline_step(model, batch, project)
-    compile_blocks(family_of(project), model, Path("/tmp/compiled"))
+    compile_blocks(family_of(project), model, Path(tempfile.gettempdir()) / "pairline-compiled")
     return step
 
 

@@ -109,11 +109,9 @@ def _rule_encoders_offload(project: Project, _: str, found: Findings) -> None:
     """Refuse to move quantised layers: of several encoders, the largest alone waits on the CPU."""
     trainer, key = project.trainer, project.family.text_precision
     if trainer.group_offload_text_encoder and getattr(trainer, key) != "no_change":
-        problem, hint = (
-            "contradicts group_offload_text_encoder",
-            "quantised weights cannot be moved; keep one of the two",
-        )
-        found.faults.append(Fault(project.config_path.name, key, problem, shown(getattr(trainer, key)), hint))
+        problem, value = "contradicts group_offload_text_encoder", shown(getattr(trainer, key))
+        hint = "quantised weights cannot be moved; keep one of the two"
+        found.faults.append(Fault(project.config_path.name, key, problem, value, hint))
 
 
 def _changed(trainer: TrainerConfig, key: str) -> bool:
