@@ -1,9 +1,9 @@
 """`train run`, read top to bottom: what is trained on, where to go on, the model, then one step after the other.
 
-`run` is the whole, `_train` the loop, `_load` the model. What may not be is refused in plan.py, before anything is
+`run` is the whole, `_train` the loop. What may not be is refused in plan.py, before anything is
 loaded. What is shown when is in order.py, reading ahead in loader.py; time, noise and loss of one forward pass in
 step.py, with flow.py and rollout.py; what is trained in adapter.py; evaluation and samples in watch.py; checkpoints in
-checkpoint.py, several processes in processes.py, what saves memory in memory.py; the network in its family's module.
+checkpoint.py, several processes in processes.py; how the network is made, and made fast, in network.py.
 """
 
 import json
@@ -20,8 +20,6 @@ import torch
 from torch import nn
 
 from families import Source, open_project
-from families.attention import choose_attention
-from families.quantize import quantize_and_place
 from families.routing import Routing
 from families.runtime import default_device, family_of
 from schemas.console import Progress, progress
@@ -32,23 +30,21 @@ from schemas.project import Project
 from schemas.storage import write_aside
 from schemas.summaries import TrainSummary
 from train import checkpoint
-from train.adapter import LORA_NAME, adapter_layers, add_adapter, check_gradients, save_adapter, start_from_file
-from train.compiling import compile_blocks, compiled_graphs
+from train.adapter import LORA_NAME, adapter_layers, check_gradients, save_adapter, start_from_file
+from train.compiling import compiled_graphs
 from train.ema import averaged, make_average, update
-from train.fusing import fuse
 from train.interrupt import stops
 from train.loader import Loader
-from train.memory import checkpoint_blocks, enough_memory, offload_blocks
+from train.memory import enough_memory
 from train.metrics import Metrics
+from train.network import make_network
 from train.optimizer import make_optimizer, make_schedule
 from train.order import Cursor, turns
 from train.pictures import pictures_of
 from train.plan import FINISHED, Plan, is_done, plan_of, record_of, result_of, supply_of
 from train.processes import Processes, processes
-from train.step import base_dtype, in_half, step_loss
+from train.step import base_dtype, step_loss
 from train.watch import Watch
-
-CPU = torch.device("cpu")
 
 
 @dataclass(slots=True)
@@ -228,29 +224,15 @@ def _peak_gib(device: torch.device) -> float | None:
 
 
 def _load(project: Project, plan: Plan, folder: Path, device: torch.device) -> checkpoint.State:
-    """Load, freeze, quantise, then adapt: in this order, or the adapter would be quantised as well."""
-    config, family = project.trainer, family_of(project)
-    denoiser = family.load_denoiser(folder, base_dtype(config))
-    if config.fuse_qkv_projections:
-        fuse(denoiser)
-    denoiser.requires_grad_(False)
-    place = CPU if config.enable_group_offload else device  # there blocks wait until their turn
-    precision, spared = config.base_model_precision, project.family.unquantised
-    denoiser = quantize_and_place(denoiser, precision, spared, place, config.quantize_via)
-    choose_attention(denoiser, device, half=in_half(config))
-    parameters = add_adapter(denoiser, project)
-    if config.gradient_checkpointing:
-        checkpoint_blocks(family, denoiser, config.gradient_checkpointing_interval)
-    if config.dynamo_backend != "no":
-        compile_blocks(family, denoiser, project.compiled, config.dynamo_backend)
-    if config.enable_group_offload:
-        offload_blocks(family, denoiser, device, config)
-    optimizer = make_optimizer(parameters, config)
+    """Load the network, then what steps change; all of it from the checkpoint that the run resumes, if it does."""
+    config = project.trainer
+    network = make_network(project, family_of(project).load_denoiser(folder, base_dtype(config)), device)
+    optimizer = make_optimizer(network.parameters, config)
     schedule = make_schedule(optimizer, config, plan.steps)
     if plan.resumed is None:
-        start_from_file(denoiser, project)
-    average = make_average(parameters, config)
-    state = checkpoint.State(denoiser.train(), parameters, optimizer, schedule, average)
+        start_from_file(network.denoiser, project)
+    average = make_average(network.parameters, config)
+    state = checkpoint.State(network.denoiser, network.parameters, optimizer, schedule, average)
     if plan.resumed is not None:
         checkpoint.load(plan.resumed, state)
     return state
