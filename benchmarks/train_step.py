@@ -19,15 +19,13 @@ from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 from peft import LoraConfig
 
 from families import open_project
-from families.attention import choose_attention
 from families.protocol import TextEmbeds
 from families.quantize import quantize_and_place
 from families.runtime import family_of
 from schemas.project import Project
-from train.adapter import add_adapter, preset_of
-from train.compiling import compile_blocks
+from train.adapter import preset_of
 from train.data import Batch
-from train.memory import checkpoint_blocks
+from train.network import make_network
 from train.optimizer import make_optimizer
 from train.step import step_loss
 
@@ -103,7 +101,8 @@ def diffusers_step(
     LoRA is in float32 and attention is flash, as in pairline, unless all is `as_written`: LoRA in the weights' own
     bfloat16, and whichever attention PyTorch prefers.
     """
-    family = family_of(project)
+    family, precision = family_of(project), project.trainer.base_model_precision
+    model = quantize_and_place(model, precision, project.family.unquantised, DEVICE, "accelerator")
     model.enable_gradient_checkpointing()
     targets = project.family.lora_targets[preset_of(project)]
     model.add_adapter(LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=targets))
@@ -142,33 +141,15 @@ def diffusers_step(
     return step
 
 
-def compiled_step(model: torch.nn.Module, batch: Batch, project: Project) -> Callable[[], float]:
-    """Return a step as `train run` takes it with `dynamo_backend: inductor`."""
-    step = pairline_step(model, batch, project)
-    compile_blocks(family_of(project), model, Path(tempfile.gettempdir()) / "pairline-compiled")
-    return step
-
-
-def uncheckpointed_step(model: torch.nn.Module, batch: Batch, project: Project) -> Callable[[], float]:
-    """Return a compiled step that keeps activations."""
-    step = compiled_step(model, batch, project)
-    model.disable_gradient_checkpointing()
-    return step
-
-
 def pairline_step(model: torch.nn.Module, batch: Batch, project: Project) -> Callable[[], float]:
     """Return a step as `train run` takes it."""
-    family = family_of(project)
-    choose_attention(model, DEVICE, half=True)
-    parameters = add_adapter(model, project)
-    checkpoint_blocks(family, model, 1)
-    model.train()
-    optimizer = make_optimizer(parameters, project.trainer)
+    network, family = make_network(project, model, DEVICE), family_of(project)
+    optimizer = make_optimizer(network.parameters, project.trainer)
 
     def step() -> float:
-        loss = step_loss(family, model, batch, 1, project.trainer)
+        loss = step_loss(family, network.denoiser, batch, 1, project.trainer)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(network.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
@@ -176,38 +157,49 @@ def pairline_step(model: torch.nn.Module, batch: Batch, project: Project) -> Cal
     return step
 
 
-VARIANTS = {  # whose step, over which base
-    "diffusers": (diffusers_step, "no_change"),
-    "pairline": (pairline_step, "no_change"),
-    "pairline compiled": (compiled_step, "no_change"),
-    "pairline compiled, no checkpointing": (uncheckpointed_step, "no_change"),
-    "diffusers int8-quanto": (diffusers_step, "int8-quanto"),
-    "pairline int8-quanto": (pairline_step, "int8-quanto"),
-    "pairline compiled int8-quanto": (compiled_step, "int8-quanto"),
-    "pairline fp8-quanto": (pairline_step, "fp8-quanto"),
-    "pairline int4-quanto": (pairline_step, "int4-quanto"),
-    "pairline int8-torchao": (pairline_step, "int8-torchao"),
-    "pairline fp8-torchao": (pairline_step, "fp8-torchao"),
-    "diffusers as written": (partial(diffusers_step, as_written=True), "no_change"),
+INT8, FLOAT8 = {"base_model_precision": "int8-quanto"}, {"base_model_precision": "fp8-torchao"}
+COMPILED = {"dynamo_backend": "inductor"}
+KEPT = COMPILED | {"gradient_checkpointing": False}
+SELECTED = COMPILED | {"gradient_checkpointing_keep": "attention"}
+OFFLOADED = {"enable_group_offload": True, "group_offload_use_stream": True}
+VARIANTS = {  # whose step, and options
+    "diffusers": (diffusers_step, {}),
+    "diffusers int8-quanto": (diffusers_step, INT8),
+    "diffusers as written": (partial(diffusers_step, as_written=True), {}),
+    "pairline": (pairline_step, {}),
+    "pairline compiled": (pairline_step, COMPILED),
+    "pairline compiled, attention kept": (pairline_step, SELECTED),
+    "pairline compiled, all kept": (pairline_step, KEPT),
+    "pairline int8-quanto": (pairline_step, INT8),
+    "pairline int8-quanto compiled": (pairline_step, COMPILED | INT8),
+    "pairline int8-quanto compiled, attention kept": (pairline_step, SELECTED | INT8),
+    "pairline int8-quanto compiled, all kept": (pairline_step, KEPT | INT8),
+    "pairline fp8-torchao": (pairline_step, FLOAT8),
+    "pairline fp8-torchao compiled": (pairline_step, COMPILED | FLOAT8),
+    "pairline fp8-torchao compiled, attention kept": (pairline_step, SELECTED | FLOAT8),
+    "pairline fp8-torchao compiled, all kept": (pairline_step, KEPT | FLOAT8),
+    "pairline fp8-quanto": (pairline_step, {"base_model_precision": "fp8-quanto"}),
+    "pairline int4-quanto": (pairline_step, {"base_model_precision": "int4-quanto"}),
+    "pairline group offload": (pairline_step, OFFLOADED),
+    "pairline compiled, group offload": (pairline_step, COMPILED | OFFLOADED),
 }
 
 
-def project_of(model: Model, precision: str) -> Project:
-    """Open a project that trains a model over a base of some precision."""
+def project_of(model: Model, chosen: dict[str, object]) -> Project:
+    """Open a project that trains a model with some options."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"model_family": model.family, "model_flavour": model.flavour, "lora_rank": 16}
-        options |= {"flux_lora_target": model.preset, "base_model_precision": precision}
+        options |= {"flux_lora_target": model.preset, **chosen}
         (Path(folder) / "config.json").write_text(json.dumps(options))
         (Path(folder) / "multidatabackend.json").write_text('[{"id": "none", "instance_data_dir": "."}]')
-        return open_project(folder)
+        return open_project(folder, workspace=Path(tempfile.gettempdir()) / "pairline-compiled")
 
 
 def measure(variant: str, model: Model, pixels: int, count: int, steps: int) -> None:
     """Time one variant and print its row: median seconds a step, peak memory."""
-    prepare, precision = VARIANTS[variant]
-    project = project_of(model, precision)
+    prepare, chosen = VARIANTS[variant]
+    project = project_of(model, chosen)
     network = random_transformer(model)
-    network = quantize_and_place(network, precision, project.family.unquantised, DEVICE, "accelerator")
     step = prepare(network, random_batch(project, pixels, count), project)
     for _ in range(2):
         step()

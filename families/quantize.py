@@ -1,11 +1,12 @@
-"""Frozen weights in fewer bits, by optimum-quanto and torchao: less memory, no speed-up.
+"""Frozen weights in fewer bits: by optimum-quanto, or by the layers of families/products.py, which compile.
 
-A new precision is a line in `_QUANTO` or `_TORCHAO`. Order matters: load, quantise, freeze, then adapt; an adapter that
+A new precision is a line in `_QUANTO` or `_OWN`. Order matters: load, quantise, freeze, then adapt; an adapter that
 is there already would be quantised as well.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from optimum.quanto import freeze, qfloat8, qint2, qint4, qint8
@@ -13,7 +14,8 @@ from optimum.quanto.library.extensions.extension import _extensions
 from optimum.quanto.nn import quantize_module
 from optimum.quanto.tensor.weights import WeightQBitsTensor
 from torch import Tensor, nn
-from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+from families.products import Float8Linear, Int8Linear
 
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
@@ -28,7 +30,7 @@ for _extension in _extensions.values():
 _extensions.clear()  # of those that are there it would choose
 
 _QUANTO = {"int8-quanto": qint8, "int4-quanto": qint4, "int2-quanto": qint2, "fp8-quanto": qfloat8}
-_TORCHAO = {"int8-torchao": Int8WeightOnlyConfig, "fp8-torchao": Float8WeightOnlyConfig}
+_OWN: Mapping[str, type[Int8Linear] | type[Float8Linear]] = {"int8-torchao": Int8Linear, "fp8-torchao": Float8Linear}
 
 
 def quantize_and_place(
@@ -69,11 +71,13 @@ def _linear_layers(network: nn.Module, spared: Sequence[str]) -> frozenset[str]:
     return frozenset(linear - set(spared))
 
 
-def _quantised(layer: nn.Module, precision: str) -> nn.Module:
+def _quantised(layer: Any, precision: str) -> nn.Module:
     """Quantise and freeze one layer."""
-    if precision in _TORCHAO:
-        quantize_(layer, _TORCHAO[precision](set_inductor_config=False))
-        return layer.requires_grad_(False)
+    if precision in _OWN:
+        return _OWN[precision].of(layer)
     quantised: nn.Module = quantize_module(layer, weights=_QUANTO[precision])
     freeze(quantised)
+    weight: Any = quantised.weight
+    if precision == "int8-quanto":  # its numbers, in a layer that compiles
+        return Int8Linear(weight._data, weight._scale.float(), layer.bias)
     return quantised.requires_grad_(False)

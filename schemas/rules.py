@@ -293,7 +293,6 @@ def _rule_offload(project: Project, file: str, found: Findings) -> None:
         (config.gradient_checkpointing_interval > 1, "gradient_checkpointing_interval", "every block is recomputed: 1"),
         (quantised, "base_model_precision", "quantised weights cannot be moved; choose one of the two"),
         (config.model_type == "full", "model_type", "no weight is frozen"),
-        (config.dynamo_backend != "no", "dynamo_backend", "not in this version: weights that move are not compiled"),
     )
     for contradicts, name, hint in wrong:
         if contradicts:
@@ -301,10 +300,13 @@ def _rule_offload(project: Project, file: str, found: Findings) -> None:
             found.faults.append(Fault(project.config_path.name, name, problem, value, hint))
 
 
+_COMPILED = ("no_change", "int8-quanto", "int8-torchao", "fp8-torchao")
+
+
 def _rule_compiled(project: Project, file: str, found: Findings) -> None:
     config = project.trainer
-    if config.dynamo_backend != "no" and config.base_model_precision != "no_change":
-        hint = "not in this version: compiled blocks are proven on unquantised weights alone; choose one of the two"
+    if config.dynamo_backend != "no" and config.base_model_precision not in _COMPILED:
+        hint = f"compiled blocks take {', '.join(_COMPILED)}"
         value = shown(config.base_model_precision)
         problem = "contradicts dynamo_backend"
         found.faults.append(Fault(project.config_path.name, "base_model_precision", problem, value, hint))

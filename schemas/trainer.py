@@ -90,7 +90,9 @@ class TrainerConfig(Options):
         "model, and loads into the distilled one too",
     )
     base_model_precision: BasePrecision = option(
-        "no_change", "quantisation of the frozen weights (optimum-quanto, torchao): less memory, no faster"
+        "no_change",
+        "quantisation of the frozen weights: less memory; `fp8-torchao` multiplies in float8 too, forwards and "
+        "backwards, which is faster (NVIDIA's Ada, Hopper and later)",
     )
     quantize_via: Literal["cpu", "accelerator"] = option(
         "accelerator",
@@ -109,6 +111,11 @@ class TrainerConfig(Options):
     )
     gradient_checkpointing_interval: int = option(
         1, "with `gradient_checkpointing`: every Nth block is recomputed, the others keep their activations", ge=1
+    )
+    gradient_checkpointing_keep: Literal["nothing", "attention"] = option(
+        "nothing",
+        "with `gradient_checkpointing`: what of a block is kept all the same; `attention` keeps the outputs of "
+        "attention, the costliest part to recompute, as much again as the block's input",
     )
     fuse_qkv_projections: bool = option(
         False,

@@ -384,7 +384,7 @@ def test_blocks_that_wait_on_the_cpu_change_nothing_but_memory(options: dict[str
     release_memory()
     plain = _several_blocks().to("cuda")
     choose_attention(plain, torch.device("cuda"), half=in_half(config))
-    checkpoint_blocks(flux, plain, 1)
+    checkpoint_blocks(flux, plain, TrainerConfig())
     expected, gradients, most = _steps(plain, config)
     weights = sum(one.nbytes for block in flux.blocks(plain) for one in block.module.parameters())
     del plain
@@ -393,7 +393,7 @@ def test_blocks_that_wait_on_the_cpu_change_nothing_but_memory(options: dict[str
     model = _several_blocks()
     choose_attention(model, torch.device("cuda"), half=in_half(config))
     offload_blocks(flux, model, torch.device("cuda"), config)
-    checkpoint_blocks(flux, model, 1)
+    checkpoint_blocks(flux, model, TrainerConfig())
     losses, found, less = _steps(model, config)
     assert losses == expected
     assert all(torch.equal(found[name], one) for name, one in gradients.items())

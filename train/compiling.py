@@ -1,6 +1,6 @@
 """Compiled blocks: the passes of all blocks of a kind are compiled once, and again for sizes that vary, then never.
 
-What hooks into blocks (routes, group offload) runs outside of what is compiled.
+What hooks into blocks (routes, group offload) runs outside of what is compiled; recomputation, where it is inside.
 """
 
 import os
@@ -13,11 +13,13 @@ from torch._dynamo.utils import counters
 from families.protocol import Family
 
 _KEPT_IN = "TORCHINDUCTOR_CACHE_DIR"
+_MOST_GRAPHS = 32  # of all kinds of blocks, of contiguous and of narrowed inputs, each for one size and for any
 
 
 def compile_blocks(family: Family, denoiser: nn.Module, kept: Path, backend: str = "inductor") -> None:
     """Have every block compiled when it first runs; what compilers make is kept in a folder for the next run."""
     os.environ.setdefault(_KEPT_IN, str(kept))
+    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     for block in family.blocks(denoiser):
         block.module.forward = torch.compile(block.module.forward, backend=backend)
 

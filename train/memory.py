@@ -5,11 +5,12 @@ Another way to save is a line in `_savings`, if it is an option of its own a fun
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from families.offloading import offload
 from families.protocol import Family
@@ -17,17 +18,35 @@ from families.runtime import groups_of
 from schemas.errors import UserError
 from schemas.trainer import TrainerConfig
 
+_ATEN = torch.ops.aten
+_ATTENTION = (  # what `gradient_checkpointing_keep: attention` keeps, whichever kernel runs
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+)
 _GOES_ON = ", and the run can be resumed with it"
 
 
-def checkpoint_blocks(family: Family, denoiser: nn.Module, interval: int) -> None:
-    """Have the activations of every `interval`th block recomputed in the backward pass, from the first on."""
-    recomputed = {block.module for block in family.blocks(denoiser)[::interval]}
+def checkpoint_blocks(family: Family, denoiser: nn.Module, config: TrainerConfig) -> None:
+    """Have the activations of every Nth block recomputed in the backward pass, from the first on.
 
-    def call(module: nn.Module, *args: Any) -> Any:
-        return checkpoint(module, *args, use_reentrant=False) if module in recomputed else module(*args)
+    Outputs of attention are kept if the options say so. Hooks of blocks run once, as recomputation is inside of them;
+    but where weights wait on the CPU they run again, to bring the weights.
+    """
+    recomputed = [block.module for block in family.blocks(denoiser)[:: config.gradient_checkpointing_interval]]
+    told: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": config.lora_dropout > 0}
+    if config.gradient_checkpointing_keep == "attention":
+        told["context_fn"] = partial(create_selective_checkpoint_contexts, list(_ATTENTION))
+    if config.enable_group_offload:
 
-    denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=call)  # type: ignore[operator]
+        def call(module: nn.Module, *args: Any) -> Any:
+            return checkpoint(module, *args, **told) if module in recomputed else module(*args)
+
+        denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=call)  # type: ignore[operator]
+        return
+    for module in recomputed:
+        module.forward = partial(checkpoint, module.forward, **told)
 
 
 def offload_blocks(family: Family, denoiser: nn.Module, device: torch.device, config: TrainerConfig) -> None:

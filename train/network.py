@@ -15,6 +15,7 @@ from schemas.project import Project
 from train.adapter import add_adapter
 from train.compiling import compile_blocks
 from train.fusing import fuse
+from train.lora import make_lean
 from train.memory import checkpoint_blocks, offload_blocks
 from train.step import in_half
 
@@ -40,8 +41,9 @@ def make_network(project: Project, denoiser: nn.Module, device: torch.device) ->
     denoiser = quantize_and_place(denoiser, precision, spared, place, config.quantize_via)
     choose_attention(denoiser, device, half=in_half(config))
     parameters = add_adapter(denoiser, project)
+    make_lean(denoiser, join=not config.enable_group_offload)
     if config.gradient_checkpointing:
-        checkpoint_blocks(family, denoiser, config.gradient_checkpointing_interval)
+        checkpoint_blocks(family, denoiser, config)
     if config.dynamo_backend != "no":
         compile_blocks(family, denoiser, project.compiled, config.dynamo_backend)
     if config.enable_group_offload:

@@ -25,7 +25,7 @@ def denoiser(tiny_models: Path) -> nn.Module:
     model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v", "proj_mlp"], init_lora_weights=False))
     for one in model.parameters():
         one.data = one.data.float() if one.requires_grad else one.data
-    checkpoint_blocks(flux, model, 1)
+    checkpoint_blocks(flux, model, TrainerConfig())
     return model.train()
 
 

@@ -44,7 +44,7 @@ def _gradients(interval: int) -> tuple[dict[str, torch.Tensor], list[int]]:
     for number, block in enumerate(flux.blocks(model)):
         block.module.register_forward_pre_hook(lambda *_, number=number: calls.update([number]))
     if interval:
-        checkpoint_blocks(flux, model, interval)
+        checkpoint_blocks(flux, model, TrainerConfig(gradient_checkpointing_interval=interval))
     torch.manual_seed(1)
     text = TextEmbeds(torch.randn(1, 4, 24), torch.randn(1, 8), (4,))
     flux.velocity(model, torch.randn(1, 16, 8, 8), [], text, torch.ones(1), None).square().mean().backward()

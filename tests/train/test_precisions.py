@@ -57,7 +57,7 @@ def test_every_precision_trains_every_adapter_and_its_file_loads_into_diffusers(
     assert len(parameters) == 2 * 23
     assert all(one.dtype == torch.float32 for one in parameters)
     if checkpointing:
-        checkpoint_blocks(flux, denoiser, 1)
+        checkpoint_blocks(flux, denoiser, TrainerConfig())
     optimizer = torch.optim.AdamW(parameters, lr=project.trainer.learning_rate)
     losses = []
     for step in range(1, STEPS + 1):

@@ -141,7 +141,7 @@ def test_gradients_are_those_without_checkpointing(interval: int) -> None:
         model, inputs = _transformer(), _inputs(2, ((12, 8),))
         routing = Routing(flux.blocks(model), [_route(0.5, 0, 1), _route(0.3, 2, 4)])
         if interval:
-            checkpoint_blocks(flux, model, interval)
+            checkpoint_blocks(flux, model, TrainerConfig(gradient_checkpointing_interval=interval))
         routing.choose(9, PLACES, TEXT, CPU)
         _velocity(model, inputs).square().mean().backward()
         return {name: one.grad for name, one in model.named_parameters()}
