@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from families.protocol import Family
 
@@ -17,9 +18,18 @@ _KEPT_IN = "TORCHINDUCTOR_CACHE_DIR"
 
 def compile_blocks(family: Family, denoiser: nn.Module, kept: Path, backend: str = "inductor") -> None:
     """Have every block compiled when it first runs; what compilers make is kept in a folder for the next run."""
-    os.environ.setdefault(_KEPT_IN, str(kept))
+    keep_compiled(kept)
     for block in family.blocks(denoiser):
         block.module.forward = torch.compile(block.module.forward, backend=backend)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keep what compilers make, kernels of Triton too, in a folder, unless the environment names another.
+
+    The compiler writes its usual place into the environment when it is imported; that counts as none.
+    """
+    if os.environ.get(_KEPT_IN, default_cache_dir()) == default_cache_dir():
+        os.environ[_KEPT_IN] = str(folder)
 
 
 def compiled_graphs() -> int:

@@ -275,7 +275,9 @@ def _peak_gib() -> float | None:
 def _load(project: Project, plan: Plan, folder: Path, device: torch.device) -> checkpoint.State:
     """Load the network, then what steps change; all of it from the checkpoint that the run resumes, if it does."""
     config = project.trainer
-    network = make_network(project, family_of(project).load_denoiser(folder, base_dtype(config)), device)
+    direct = config.base_model_precision == "no_change" and not config.enable_group_offload
+    denoiser = family_of(project).load_denoiser(folder, base_dtype(config), device if direct else CPU)
+    network = make_network(project, denoiser, device)
     optimizer = make_optimizer(network.parameters, config)
     schedule = make_schedule(optimizer, config, plan.steps)
     if plan.resumed is None:
