@@ -80,3 +80,4 @@ def test_what_compilers_make_lies_in_the_workspace_unless_the_environment_names_
     keep_compiled(tmp_path / "other")
     assert Path(cache_dir()) == tmp_path / "compiled"
     assert functorch.enable_autograd_cache and inductor.fx_graph_cache
+    assert functorch.autograd_cache_allow_custom_autograd_functions
