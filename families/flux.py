@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from families.adapters import AdapterFile, put_adapter
-from families.components import load_scheduler, load_vae, load_whole, pixels_of, place_vae, values_of
+from families.components import CPU, load_scheduler, load_vae, load_whole, pixels_of, place_vae, values_of
 from families.offloading import Groups, offload
 from families.protocol import Block, Placement, Posterior, Sampling, TextEmbeds
 from families.quantize import quantize_and_place
@@ -105,9 +105,9 @@ def count_tokens(tokenizer: Any, prompts: Sequence[str], settings: Mapping[str, 
     return tuple(len(ids) for ids in tokenizer(list(prompts))["input_ids"])
 
 
-def load_denoiser(checkpoint: Path, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """Load the transformer on the CPU; raises UserError if its weights are not those its config.json tells of."""
-    return load_whole(FluxTransformer2DModel, checkpoint, "transformer", dtype)
+def load_denoiser(checkpoint: Path, dtype: torch.dtype, device: torch.device = CPU) -> FluxTransformer2DModel:
+    """Load the transformer; raises UserError if its weights are not those its config.json tells of."""
+    return load_whole(FluxTransformer2DModel, checkpoint, "transformer", dtype, device)
 
 
 def blocks(denoiser: FluxTransformer2DModel) -> list[Block]:

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from families.adapters import AdapterFile, put_adapter
-from families.components import load_scheduler, load_vae, load_whole, pixels_of, place_vae, values_of
+from families.components import CPU, load_scheduler, load_vae, load_whole, pixels_of, place_vae, values_of
 from families.offloading import Groups, offload
 from families.protocol import Block, Placement, Posterior, Sampling, TextEmbeds
 from families.quantize import quantize_and_place
@@ -203,9 +203,9 @@ def count_tokens(
     return tuple(map(len, tokenizer.apply_chat_template(chats, return_dict=True, **told)["input_ids"]))
 
 
-def load_denoiser(checkpoint: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
-    """Load the transformer on the CPU; raises UserError if its weights are not those its config.json tells of."""
-    return load_whole(Flux2Transformer2DModel, checkpoint, "transformer", dtype)
+def load_denoiser(checkpoint: Path, dtype: torch.dtype, device: torch.device = CPU) -> Flux2Transformer2DModel:
+    """Load the transformer; raises UserError if its weights are not those its config.json tells of."""
+    return load_whole(Flux2Transformer2DModel, checkpoint, "transformer", dtype, device)
 
 
 def blocks(denoiser: Flux2Transformer2DModel) -> list[Block]:

@@ -110,8 +110,8 @@ class Family(Protocol):
     def count_tokens(self, tokenizer: Any, prompts: Sequence[str], settings: Mapping[str, Any]) -> tuple[int, ...]:
         """Count the tokens of prompts before padding and before the cut."""
 
-    def load_denoiser(self, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
-        """Load the network that training adapts, on the CPU: `quantize_and_place` moves it."""
+    def load_denoiser(self, checkpoint: Path, dtype: torch.dtype, device: torch.device = ...) -> nn.Module:
+        """Load the network that training adapts; on the CPU, where not told else: `quantize_and_place` moves it."""
 
     def blocks(self, denoiser: nn.Module) -> Sequence[Block]:
         """Return the network's blocks in the order they run in."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from families.protocol import Block
+from families.runtime import sent
 from schemas.errors import UserError
 from schemas.keys import seed_of
 from schemas.trainer import Route
@@ -93,7 +94,7 @@ class Routing:
         for number, span in enumerate(self._spans):
             skipping = int(num_target * span.ratio)
             order = np.random.default_rng(seed_of(seed, "tread", number)).permutation(num_target)
-            kept = torch.from_numpy(np.sort(order[skipping:])).to(device)
+            kept = sent(torch.from_numpy(np.sort(order[skipping:])), device)
             span.now = _Pass(kept, num_target, num_text) if skipping else None
 
 

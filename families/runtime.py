@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from families.checkpoints import text_precisions
@@ -62,6 +62,11 @@ def default_device() -> torch.device:
 def dtype_of(name: str) -> torch.dtype:
     """Return the dtype of an option's value."""
     return _DTYPES[name]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device without waiting until it is there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def check_whole(folder: Path, model: nn.Module, missing: Sequence[str]) -> None:

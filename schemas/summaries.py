@@ -272,6 +272,7 @@ class TrainSummary:
     peak_memory_gib: float | None = None  # of the accelerator
     compiled_graphs: int | None = None  # of blocks; more than a dozen say that something is compiled again and again
     seconds: float = 0.0  # in all
+    seconds_to_first_step: float | None = None  # from the start until the first step had been taken
     first_eval_loss: float | None = None  # on the held-out pairs, the first of this run
     eval_loss: float | None = None  # the last
     psnr: float | None = None  # dB, mean of the held-out pairs that were sampled last, against their targets
@@ -292,7 +293,8 @@ class TrainSummary:
         else:
             yield (
                 f"{steps} steps{resumed} on {self.samples} samples ({self.device}): {self.trainable_parameters:,} "
-                f"parameters, loss {self.first_loss:.4f} to {self.loss:.4f}, {self.seconds_per_step:.2f} s/step"
+                f"parameters, loss {self.first_loss:.4f} to {self.loss:.4f}, {self.seconds_per_step:.2f} s/step, "
+                f"the first after {self.seconds_to_first_step:.0f} s"
             )
         if self.compiled_graphs:
             yield f"  {counted(self.compiled_graphs, 'graph')} compiled"

@@ -27,6 +27,7 @@ from schemas import console
 from schemas.errors import UserError
 from schemas.shards import ShardIndex
 from schemas.trainer import Route, TrainerConfig
+from train import loop
 from train.adapter import add_adapter
 from train.data import Batch, Shelf
 from train.likeness import psnr
@@ -401,6 +402,48 @@ def test_blocks_that_wait_on_the_cpu_change_nothing_but_memory(options: dict[str
     away = [one for one in model.parameters() if one.device.type == "cpu"]
     assert all(not one.requires_grad and one.is_pinned() for one in away)
     assert sum(one.nbytes for one in away) > 0.7 * weights
+
+
+class _Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["use_ema=true", "lora_dropout=0.1", "train_batch_size=2", "gradient_accumulation_steps=2"],
+        ['tread_config={"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -1}]}',
+         "scheduled_sampling_max_step_offset=100", "scheduled_sampling_probability=0.8"],
+    ],
+)  # fmt: skip
+def test_steps_between_checkpoints_wait_for_nothing(
+    make_project: object, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    folder = make_project("edits")
+    quiet = ["max_train_steps=20", "checkpointing_steps=0", "validation_disable=true", "eval_steps_interval=0"]
+    project = open_project(folder, overrides=[*quiet, *options])
+    scan(project), pairs(project), cache(project)
+
+    def strict(family: object, denoiser: object, batch: Batch, step: int, *others: object) -> torch.Tensor:
+        torch.cuda.set_sync_debug_mode("error" if 3 <= step <= 10 else "default")
+        if step > 10:
+            raise _Enough
+        return step_loss(family, denoiser, batch, step, *others)
+
+    monkeypatch.setattr(loop, "step_loss", strict)
+    with pytest.raises(_Enough):
+        run(project)
+    lines = [json.loads(line) for line in (project.run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in lines] == list(range(1, 11))
+
+
+def test_weights_that_go_straight_to_the_gpu_are_those_of_the_file(make_project: object) -> None:
+    project = open_project(make_project("edits"))
+    checkpoint = locate(project, project.family.denoiser)
+    there, here = (flux.load_denoiser(checkpoint, torch.bfloat16, torch.device(one)) for one in ("cuda", "cpu"))
+    for name, tensor in here.state_dict().items():
+        assert there.state_dict()[name].is_cuda and torch.equal(there.state_dict()[name].cpu(), tensor)
 
 
 def test_real_memory_that_runs_out_in_training_is_told_with_numbers() -> None:

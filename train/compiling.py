@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from families.protocol import Family
 
@@ -18,10 +20,21 @@ _MOST_GRAPHS = 32  # of all kinds of blocks, of contiguous and of narrowed input
 
 def compile_blocks(family: Family, denoiser: nn.Module, kept: Path, backend: str = "inductor") -> None:
     """Have every block compiled when it first runs; what compilers make is kept in a folder for the next run."""
-    os.environ.setdefault(_KEPT_IN, str(kept))
+    keep_compiled(kept)
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     for block in family.blocks(denoiser):
         block.module.forward = torch.compile(block.module.forward, backend=backend)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keep what compilers make, kernels of Triton too, in a folder, unless the environment names another.
+
+    The compiler writes its usual place into the environment when it is imported; that counts as none. Graphs with
+    autograd functions of our own are kept too: their bodies are part of the graph, and so of the key it is found by.
+    """
+    functorch.autograd_cache_allow_custom_autograd_functions = True
+    if os.environ.get(_KEPT_IN, default_cache_dir()) == default_cache_dir():
+        os.environ[_KEPT_IN] = str(folder)
 
 
 def compiled_graphs() -> int:

@@ -6,6 +6,7 @@ in order.py, how they are read ahead in loader.py.
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from schemas.keys import digest, seed_of, text_key
 from schemas.project import Project
 from schemas.rows import PairRow
 from schemas.shards import Array, ShardIndex
+from train.prompts import Prompt, Prompts, embeds_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Room:
     """Host memory for one batch, used again for the next; pinned where an accelerator copies from it."""
 
     def __init__(self, *, pinned: bool = False) -> None:
-        self._pinned = pinned
+        self.pinned = pinned
         self._flat: dict[str, Tensor] = {}
 
     def get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -54,38 +56,20 @@ class Room:
         size = int(np.prod(shape)) * dtype.itemsize
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size:
-            flat = self._flat[name] = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+            flat = self._flat[name] = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
         return flat[:size].view(dtype).view(*shape)
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedText:
-    """Prompts on the host, as they are stored; lies in a Room."""
-
-    embed: Tensor  # B × tokens × width, bfloat16 or float8
-    scale: Tensor | None  # B × 1 × 1, of float8
-    pooled: Tensor | None  # B × width, bfloat16
-    num_tokens: tuple[int, ...]
-
-    def to(self, device: torch.device) -> TextEmbeds:
-        """Copy to where the model is, in float32."""
-        embed = _there(self.embed, device)
-        if self.scale is not None:
-            embed = embed * _there(self.scale, device)
-        pooled = _there(self.pooled, device) if self.pooled is not None else None
-        return TextEmbeds(embed, pooled, self.num_tokens)
-
-
-@dataclass(frozen=True, slots=True)
 class Loaded:
-    """A batch on the host, as it is stored; lies in a Room."""
+    """A batch as it is stored; all but its prompts lies in a Room on the host."""
 
     showings: tuple[Shown, ...]
     target: Tensor  # B × C × H × W, bfloat16; of moments 2C, mean, then deviation
     drawn: Tensor | None  # B × C × H × W, standard normal: what the draw of moments takes
     noise: Tensor  # B × C × H × W, standard normal
     references: tuple[Tensor, ...]  # each B × C × h × w, bfloat16
-    text: LoadedText
+    prompts: tuple[Prompt, ...]
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to where the model is, in float32; on an accelerator the copy may be still under way."""
@@ -99,7 +83,7 @@ class Loaded:
             latents=target,
             noise=_there(self.noise, device),
             references=tuple(_there(one, device) for one in self.references),
-            text=self.text.to(device),
+            text=embeds_of(self.prompts, device),
         )
 
 
@@ -214,26 +198,28 @@ class Shelf:
         """Read one batch of equal shapes; raises UserError if a shard is damaged."""
         return self.read(showings, Room()).to(device)
 
-    def read(self, showings: Sequence[Shown], room: Room) -> Loaded:
-        """Read a batch into a room; several threads may, each into its own. Raises UserError as `load` does."""
+    def read(self, showings: Sequence[Shown], room: Room, kept: Prompts | None = None) -> Loaded:
+        """Read a batch into a room, prompts that are not kept; several threads may, each into a room of its own.
+
+        Raises UserError as `load` does.
+        """
         target = self._images("target", [one.target for one in showings], room)
         places = zip(*(one.references for one in showings), strict=True)
         references = [self._images(f"reference {number}", images, room) for number, images in enumerate(places)]
         moments = showings[0].target.encoder == self._moments
         shape = [target.shape[1] // 2 if moments else target.shape[1], *target.shape[2:]]
-        text = self._texts([one.prompt for one in showings], room)
         return Loaded(
             showings=tuple(showings),
             target=target,
             drawn=_normal("posterior", showings, shape, room) if moments else None,
             noise=_normal("noise", showings, shape, room),
             references=tuple(references),
-            text=text,
+            prompts=self._prompts([one.prompt for one in showings], kept or Prompts(), pinned=room.pinned),
         )
 
     def text(self, prompts: Sequence[str], device: torch.device) -> TextEmbeds:
         """Read the embeds of prompts; raises UserError if a shard is damaged."""
-        return self._texts(prompts, Room()).to(device)
+        return embeds_of(self._prompts(prompts, Prompts(), pinned=False), device)
 
     def _images(self, name: str, images: Sequence[Image], room: Room) -> Tensor:
         tensor = room.get(name, (len(images), *self._stored(images[0])), torch.bfloat16)
@@ -241,17 +227,26 @@ class Shelf:
             self._of(image).fill([image.key], {"latent": bits[None]})
         return tensor
 
-    def _texts(self, prompts: Sequence[str], room: Room) -> LoadedText:
+    def _prompts(self, prompts: Sequence[str], kept: Prompts, *, pinned: bool) -> tuple[Prompt, ...]:
         keys = [text_key(self._text_encoder, prompt) for prompt in prompts]
+        return kept.of(keys, partial(self._embeds, pinned=pinned))
+
+    def _embeds(self, keys: Sequence[str], *, pinned: bool) -> list[Prompt]:
         header = self._text.header_of(keys[0])
         parts = {
-            column: room.get(column, (len(keys), *shape), getattr(torch, header.dtypes.get(column, "bfloat16")))
+            column: torch.empty(
+                (len(keys), *shape),
+                dtype=getattr(torch, header.dtypes.get(column, "bfloat16")),
+                pin_memory=pinned,
+            )
             for column, shape in header.shapes.items()
         }
         rest = self._text.fill(keys, {column: _bits(tensor) for column, tensor in parts.items()})
-        scales = [row["scale"] for row in rest]
-        scale = None if scales[0] is None else torch.tensor(scales, dtype=torch.float32).view(-1, 1, 1)
-        return LoadedText(parts["embed"], scale, parts.get("pooled"), tuple(row["num_tokens"] for row in rest))
+        pooled: Iterable[Tensor | None] = parts.get("pooled", [None] * len(keys))
+        return [
+            Prompt(embed, row["scale"], one, row["num_tokens"])
+            for embed, one, row in zip(parts["embed"], pooled, rest, strict=True)
+        ]
 
     def _stored(self, image: Image) -> tuple[int, ...]:
         return tuple(self._of(image).header_of(image.key).shapes["latent"])

@@ -15,7 +15,10 @@ def make_average(parameters: Sequence[nn.Parameter], config: TrainerConfig) -> E
     The first update takes the weights as they are; after n its decay is (1 + n) / (10 + n), at most `ema_decay`, so
     that a short run has an average too.
     """
-    return EMAModel(parameters, decay=config.ema_decay) if config.use_ema else None
+    if not config.use_ema:
+        return None
+    together = all(parameter.is_cuda for parameter in parameters)  # a few kernels for all of them
+    return EMAModel(parameters, decay=config.ema_decay, foreach=together)
 
 
 def update(average: EMAModel | None, parameters: Sequence[nn.Parameter], step: int, config: TrainerConfig) -> None:

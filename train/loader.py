@@ -16,6 +16,7 @@ import torch
 from schemas.errors import UserError
 from train.data import Batch, Loaded, Room, Shelf, Shown
 from train.order import Turn
+from train.prompts import Prompts
 
 CPU = torch.device("cpu")
 AHEAD = 4  # batches that are read, or being read, before they are asked for
@@ -48,6 +49,7 @@ class Loader(AbstractContextManager["Loader"]):
 
     def __init__(self, shelf: Shelf, turns: Iterator[Turn], device: torch.device) -> None:
         self._shelf, self._turns, self._device = shelf, turns, device
+        self._prompts = Prompts()
         self._places: Queue[_Place | None] = Queue()
         for _ in range(AHEAD):
             self._places.put(_Place(device))
@@ -106,6 +108,6 @@ class Loader(AbstractContextManager["Loader"]):
 
     def _read(self, showings: tuple[Shown, ...], place: _Place) -> Loaded:
         try:
-            return self._shelf.read(showings, place.free())
+            return self._shelf.read(showings, place.free(), self._prompts)
         except UserError as fault:
             raise UserError(f"samples {', '.join(one.sample_id for one in showings)}: {fault}") from fault

@@ -1,9 +1,9 @@
 """`train run`, read top to bottom: what is trained on, where to go on, the model, then one step after the other.
 
-`run` is the whole, `_train` the loop. What may not be is refused in plan.py, before anything is
-loaded. What is shown when is in order.py, reading ahead in loader.py; time, noise and loss of one forward pass in
-step.py, with flow.py and rollout.py; what is trained in adapter.py; evaluation and samples in watch.py; checkpoints in
-checkpoint.py, several processes in processes.py; how the network is made, and made fast, in network.py.
+`run` is the whole, `_train` the loop. What may not be is refused in plan.py, before anything is loaded. What is shown
+when is in order.py, reading ahead in loader.py; time, noise and loss of one forward pass in step.py, with flow.py and
+rollout.py; when its numbers are known in pending.py; what is trained in adapter.py; evaluation and samples in watch.py;
+checkpoints in checkpoint.py, several processes in processes.py; how the network is made, and made fast, in network.py.
 """
 
 import json
@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from families import Source, open_project
 from families.routing import Routing
@@ -29,9 +30,11 @@ from schemas.lock import only_one
 from schemas.project import Project
 from schemas.storage import write_aside
 from schemas.summaries import TrainSummary
+from schemas.trainer import TrainerConfig
 from train import checkpoint
 from train.adapter import LORA_NAME, adapter_layers, check_gradients, save_adapter, start_from_file
 from train.compiling import compiled_graphs
+from train.data import Shelf
 from train.ema import averaged, make_average, update
 from train.interrupt import stops
 from train.loader import Loader
@@ -40,22 +43,26 @@ from train.metrics import Metrics
 from train.network import make_network
 from train.optimizer import make_optimizer, make_schedule
 from train.order import Cursor, turns
+from train.pending import Arrived, Pending, Taken, lateness
 from train.pictures import pictures_of
 from train.plan import FINISHED, Plan, is_done, plan_of, record_of, result_of, supply_of
 from train.processes import Processes, processes
 from train.step import base_dtype, step_loss
 from train.watch import Watch
 
+CPU = torch.device("cpu")
+
 
 @dataclass(slots=True)
 class _Done:
-    """What a run did so far."""
+    """What a run did so far, as far as it is known."""
 
     step: int  # the last one
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # of each step, evaluations and checkpoints not counted
     samples: int = 0
     waited: float = 0.0  # seconds that steps waited for data
+    first: float | None = None  # when the first step had been taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +134,8 @@ def run(
         trainable_parameters=sum(parameter.numel() for parameter in state.parameters),
         seconds_per_step=median(done.seconds) if done.seconds else None,
         data_wait=done.waited / max(sum(done.seconds), 1e-9) if done.seconds else None,
-        peak_memory_gib=_peak_gib(device),
+        peak_memory_gib=_peak_gib(),
+        seconds_to_first_step=done.first - start if done.first is not None else None,
         compiled_graphs=compiled_graphs() if project.trainer.dynamo_backend != "no" else None,
         **watch.numbers(),
         seconds=time.monotonic() - start,
@@ -144,10 +152,11 @@ def _train(project: Project, plan: Plan, state: checkpoint.State, ranks: Process
     with (
         Loader(plan.supply.shelf, planned, ranks.device) as loader,
         progress("train", plan.last, "step", done=plan.first, quiet=not ranks.first) as bar,
+        Pending(partial(_tell, done, plan.supply.shelf, around.metrics, bar), lateness(ranks.device)) as pending,
     ):
         stream = iter(loader)
         for step in range(plan.first + 1, plan.last + 1):
-            began, loss, odd = time.monotonic(), 0.0, list[str]()
+            before, parts = loader.waited, list[Tensor]()
             turn, batches = next(stream)
 
             # Forward and backward, a batch at a time; each weighs as many samples as it has.
@@ -156,44 +165,78 @@ def _train(project: Project, plan: Plan, state: checkpoint.State, ranks: Process
                 weight = len(batch.seeds) / turn.samples
                 part = step_loss(family, state.denoiser, batch, step, config, routing) * weight
                 part.backward()  # type: ignore[no-untyped-call]
-                loss += part.item()
-                odd += [] if torch.isfinite(part) else batch.suspects
-            loss, stop = ranks.sum(loss, around.asked_to_stop())
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"step {step}: the loss is {loss}; samples: {', '.join(odd) or 'of another process'}; a lower "
-                    "learning_rate may help, and prep cache --verify finds damaged latents"
-                )
+                parts.append(part.detach().double())
 
             # The gradients of all processes, scaled down to the norm that is allowed; then the update.
             if step == plan.first + 1:
                 check_gradients(state.denoiser.named_parameters(), project)
             ranks.sum_gradients(state.parameters)
-            norm = _clip(state, step, config.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(state.parameters, config.max_grad_norm or float("inf"))
             rate = state.schedule.get_last_lr()[0]
             state.optimizer.step()
             state.schedule.step()
             state.optimizer.zero_grad(set_to_none=True)
             update(state.average, state.parameters, step, config)
 
-            # What there is to tell.
-            done.step = step
-            done.losses.append(loss)
-            done.seconds.append(time.monotonic() - began)
-            done.samples += turn.samples
-            waited, done.waited = loader.waited - done.waited, loader.waited
-            around.metrics.write(
-                step, epoch=turn.epoch, loss=loss, lr=rate, grad_norm=norm, seconds=done.seconds[-1], data_wait=waited
+            # What there is to tell, when it is there to be told; numbers that are not finite end the run.
+            loss = sum(parts, torch.zeros_like(parts[0]))
+            sums = ranks.sum(torch.stack([loss, torch.full_like(loss, around.asked_to_stop())]))
+            pending.push(
+                Taken(step, turn, rate, loader.waited - before, tuple(parts)), torch.cat([sums, norm.double()[None]])
             )
-            _tell(bar, done, rate, ranks.device)
+            stop = pending.settle(wholly=step == plan.first + 1)
 
-            # Now and then: save, then look; a run that was asked to stop looks no more.
-            if ranks.first:
-                _save(project, plan, state, (step, turn.after), ends=step == plan.last or bool(stop))
-            if stop:
-                break
-            around.watch.look(state, step, plan.steps, around.metrics)
+            # Now and then: save, then look; a run that was asked to stop looks no more. What is written is finite.
+            ends = stop or step == plan.last
+            if ends or _saves(config, step) or around.watch.looks(step, plan.steps):
+                stop = pending.settle(wholly=True) or stop
+                if ranks.first:
+                    _save(project, plan, state, (step, turn.after), ends=step == plan.last or stop)
+                if stop:
+                    break
+                around.watch.look(state, step, plan.steps, around.metrics)
+                pending.set_clock()
     return done
+
+
+def _tell(done: _Done, shelf: Shelf, metrics: Metrics, bar: Progress, taken: Taken, numbers: Arrived) -> None:
+    """Take in and tell what a step came to; raises UserError if it is not finite."""
+    _check_finite(shelf, taken, numbers)
+    done.step = taken.step
+    done.losses.append(numbers.loss)
+    done.seconds.append(numbers.seconds)
+    done.samples += taken.turn.samples
+    done.waited += taken.waited
+    done.first = done.first or time.monotonic()
+    metrics.write(
+        taken.step,
+        epoch=taken.turn.epoch,
+        loss=numbers.loss,
+        lr=taken.rate,
+        grad_norm=numbers.norm,
+        seconds=numbers.seconds,
+        data_wait=taken.waited,
+    )
+    _show(bar, done, taken.rate)
+
+
+def _check_finite(shelf: Shelf, taken: Taken, numbers: Arrived) -> None:
+    """Raise UserError if the loss of a step or its gradient is not finite."""
+    if not math.isfinite(numbers.loss):
+        odd = [
+            name
+            for showings, part in zip(taken.turn.batches, taken.parts, strict=True)
+            if not torch.isfinite(part)
+            for name in shelf.load(showings, CPU).suspects
+        ]
+        raise UserError(
+            f"step {taken.step}: the loss is {numbers.loss}; samples: {', '.join(odd) or 'of another process'}; a "
+            "lower learning_rate may help, and prep cache --verify finds damaged latents"
+        )
+    if not math.isfinite(numbers.norm):
+        raise UserError(
+            f"step {taken.step}: the gradient is {numbers.norm}; a lower learning_rate or mixed_precision: no may help"
+        )
 
 
 def _save(project: Project, plan: Plan, state: checkpoint.State, at: tuple[int, Cursor], *, ends: bool) -> None:
@@ -205,28 +248,36 @@ def _save(project: Project, plan: Plan, state: checkpoint.State, at: tuple[int, 
         checkpoint.save(folder, state, mark, keep=config.checkpoints_rolling_total_limit, rolling=True)
 
 
+def _saves(config: TrainerConfig, step: int) -> bool:
+    """Tell whether a checkpoint is due after a step."""
+    return _due(step, config.checkpointing_steps) or _due(step, config.checkpointing_rolling_steps)
+
+
 def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _tell(bar: Progress, done: _Done, rate: float, device: torch.device) -> None:
+def _show(bar: Progress, done: _Done, rate: float) -> None:
     seconds = sum(done.seconds)
     parts = [f"loss {done.losses[-1]:.4f}", f"lr {rate:.2e}", f"{done.seconds[-1]:.2f} s/step",
              f"{done.samples / seconds:.2f} samples/s", f"data {done.waited / seconds:.0%}"]  # fmt: skip
-    if (peak := _peak_gib(device)) is not None:
+    if (peak := _peak_gib()) is not None:
         parts.append(f"{peak:.1f} GiB")
     bar.set_postfix_str(", ".join(parts))
     bar.update()
 
 
-def _peak_gib(device: torch.device) -> float | None:
+def _peak_gib() -> float | None:
+    device = default_device()
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def _load(project: Project, plan: Plan, folder: Path, device: torch.device) -> checkpoint.State:
     """Load the network, then what steps change; all of it from the checkpoint that the run resumes, if it does."""
     config = project.trainer
-    network = make_network(project, family_of(project).load_denoiser(folder, base_dtype(config)), device)
+    direct = config.base_model_precision == "no_change" and not config.enable_group_offload
+    denoiser = family_of(project).load_denoiser(folder, base_dtype(config), device if direct else CPU)
+    network = make_network(project, denoiser, device)
     optimizer = make_optimizer(network.parameters, config)
     schedule = make_schedule(optimizer, config, plan.steps)
     if plan.resumed is None:
@@ -236,14 +287,6 @@ def _load(project: Project, plan: Plan, folder: Path, device: torch.device) -> c
     if plan.resumed is not None:
         checkpoint.load(plan.resumed, state)
     return state
-
-
-def _clip(state: checkpoint.State, step: int, limit: float) -> float:
-    """Scale gradients down to the norm `limit` and return the norm they had; raises UserError if it is not finite."""
-    norm = nn.utils.clip_grad_norm_(state.parameters, limit or float("inf")).item()
-    if not math.isfinite(norm):
-        raise UserError(f"step {step}: the gradient is {norm}; a lower learning_rate or mixed_precision: no may help")
-    return norm
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -46,13 +46,11 @@ class Processes:
             for parameter, part in zip(group, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
 
-    def sum(self, *numbers: float) -> list[float]:
-        """Add up numbers over all processes."""
-        if self.count == 1:
-            return list(numbers)
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        _all_reduce(total)
-        return list(total.tolist())
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Add up numbers over all processes, in place; on an accelerator nothing waits until they are read."""
+        if self.count > 1:
+            _all_reduce(numbers)
+        return numbers
 
     def agree(self, what: object) -> bool:
         """Tell whether all processes have the same to say."""
@@ -61,7 +59,7 @@ class Processes:
 
     def wait(self) -> None:
         """Wait for all others to come here."""
-        self.sum(0.0)
+        self.sum(torch.zeros(1, device=self.device)).item()
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:

@@ -26,12 +26,15 @@ OFFSETS: Mapping[str, Callable[[float], float]] = {
 
 
 def starts(times: Tensor, seeds: Sequence[int], step: int, config: TrainerConfig) -> Tensor | None:
-    """Return where each sample's rollout starts, its own time where it has none; None if no sample has one."""
+    """Return where each sample's rollout starts, its own time where it has none; None if no sample has one.
+
+    All on the host, where times are drawn: nothing waits for the accelerator.
+    """
     share = _share(step, config)
     if not (share and config.scheduled_sampling_max_step_offset):
         return None
     offsets = [_offset(seed, share, config) for seed in seeds]
-    later = (times + torch.tensor(offsets, device=times.device)).clamp(max=1)
+    later = (times + torch.tensor(offsets)).clamp(max=1)
     later = torch.where(times < _LEAST_TIME, times, later)
     return later if bool((later > times).any()) else None
 

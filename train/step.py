@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from families.protocol import Family
 from families.routing import Routing
-from families.runtime import dtype_of, evaluating
+from families.runtime import dtype_of, evaluating, sent
 from schemas.keys import seed_of
 from schemas.trainer import TrainerConfig
 from train import flow, rollout
@@ -47,20 +47,20 @@ def step_loss(
     `routing` is of `tread_config`; its backward pass must come before the next call.
     """
     num_tokens = family.num_tokens(batch.latents.shape[1:])
-    times = drawn_times(batch, num_tokens, config).to(batch.latents.device)
-    guidance = drawn_guidance(batch, config).to(times.device) if family.takes_guidance(denoiser) else None
+    device, drawn = batch.latents.device, drawn_times(batch, num_tokens, config)
+    times, later = sent(drawn, device), rollout.starts(drawn, batch.seeds, step, config)
+    guidance = sent(drawn_guidance(batch, config), device) if family.takes_guidance(denoiser) else None
 
     def predict(noisy: Tensor, at: Tensor) -> Tensor:
         return predicted(family, denoiser, batch, (noisy, at, guidance), config)
 
-    later = rollout.starts(times, batch.seeds, step, config)
     if later is None:
         noisy, velocity = flow.noised(batch.latents, batch.noise, times), batch.noise - batch.latents
     else:
         with evaluating(denoiser):
-            noisy, velocity = rollout.rolled_out(batch.latents, batch.noise, times, later, predict)
+            noisy, velocity = rollout.rolled_out(batch.latents, batch.noise, times, sent(later, device), predict)
     if routing is not None:
-        routing.choose(batch.seeds[0], num_tokens, batch.text.embed.shape[1], times.device)
+        routing.choose(batch.seeds[0], num_tokens, batch.text.embed.shape[1], device)
     return flow.losses(predict(noisy, times), velocity, config.loss_type, config.huber_c).mean()
 
 

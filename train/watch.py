@@ -31,6 +31,12 @@ class Watch:
         self.last: Evaluation | None = None
         self.samples: SampleReport | None = None
 
+    def looks(self, step: int, steps: int) -> bool:
+        """Tell whether it is time, by the settings alone: the same in every process."""
+        config = self._config
+        evaluates = bool(config.eval_steps_interval) and _due(step, steps, config.eval_steps_interval)
+        return evaluates or _due(step, steps, config.validation_steps)
+
     def look(self, state: State, step: int, steps: int, metrics: Metrics) -> None:
         """Look after `step` of `steps`, if it is time: at the start, at intervals, at the end."""
         config = self._config

@@ -6,12 +6,15 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
+from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
 
 from families import flux
 from families.protocol import TextEmbeds
 from families.routing import Routing
 from schemas.trainer import Route, TrainerConfig
-from train.compiling import compile_blocks, compiled_graphs
+from train.compiling import compile_blocks, compiled_graphs, keep_compiled
 from train.data import Batch
 from train.memory import checkpoint_blocks
 from train.step import step_loss
@@ -62,3 +65,19 @@ def test_compiled_blocks_give_the_same_numbers_and_are_compiled_twice_at_most(
     assert len(found) == len(gradients) > 4
     assert all(torch.equal(one, other) for one, other in zip(found, gradients, strict=True))
     assert before < graphs[0] < graphs[1] == graphs[2] == graphs[3]
+
+
+def test_what_compilers_make_lies_in_the_workspace_unless_the_environment_names_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    assert not Path(cache_dir()).is_relative_to(tmp_path)  # it is in the environment from now on
+    keep_compiled(tmp_path / "compiled")
+    assert Path(cache_dir()) == tmp_path / "compiled"
+    assert Path(triton_cache_dir(0)).is_relative_to(tmp_path / "compiled")
+    keep_compiled(tmp_path / "other")
+    assert Path(cache_dir()) == tmp_path / "compiled"
+    assert functorch.enable_autograd_cache and inductor.fx_graph_cache
+    assert functorch.autograd_cache_allow_custom_autograd_functions

@@ -20,7 +20,7 @@ from families.quantize import quantize_and_place
 from families.routing import Routing
 from families.runtime import family_of
 from schemas.project import Project
-from schemas.trainer import BasePrecision, Route
+from schemas.trainer import BasePrecision, Route, TrainerConfig
 from train.adapter import adapter_layers, add_adapter, check_gradients, save_adapter, start_from_file
 from train.data import Batch, Image, Sample
 from train.fusing import fuse

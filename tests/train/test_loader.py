@@ -3,7 +3,8 @@
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,13 @@ from prep.cache import cache
 from prep.pairs import pairs
 from prep.scan import scan
 from schemas.errors import UserError
+from schemas.keys import text_key
 from schemas.project import Project
+from schemas.shards import ShardIndex
 from train.data import Shelf
 from train.loader import AHEAD, Loader
 from train.order import Cursor, Turn, epoch_batches, turns
+from train.prompts import Prompt, Prompts
 
 MakeProject = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -143,3 +147,66 @@ def test_a_fault_of_planning_reaches_the_step_and_no_thread_stays(make_project: 
     with Loader(shelf, turns(project, shelf, Cursor()), CPU):
         pass
     assert threading.active_count() == before
+
+
+def test_a_prompt_that_repeats_is_read_once(make_project: MakeProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, shelf = _cached(make_project("deblur", train_batch_size=2))
+    encoder = encoder_keys(project).text
+    known = {text_key(encoder, prompt) for one in shelf.samples for prompt in (*one.prompts, "")}
+    read: list[str] = []
+    fill = ShardIndex.fill
+    monkeypatch.setattr(ShardIndex, "fill", lambda self, keys, arrays: read.extend(keys) or fill(self, keys, arrays))
+    with Loader(shelf, turns(project, shelf, Cursor()), CPU) as loader:
+        steps = [(turn.batches[0], next(batches)) for turn, batches in itertools.islice(loader, 4 * len(known))]
+    asked = Counter(one.prompt for showings, _ in steps for one in showings)
+    assert max(asked.values()) > 2
+    assert [read.count(text_key(encoder, prompt)) for prompt in asked] == [1] * len(asked)
+    for showings, batch in steps:
+        assert torch.equal(batch.text.embed, shelf.text([one.prompt for one in showings], CPU).embed)
+    assert len({batch.text.embed.data_ptr() for _, batch in steps}) == len(steps)  # none can change another
+
+
+def _prompt(size: int) -> Prompt:
+    return Prompt(torch.zeros(size, 1, dtype=torch.bfloat16), None, None, 1)
+
+
+def test_prompts_stay_as_long_as_there_is_room_the_last_used_longest() -> None:
+    kept, read = Prompts(most=2 * 300), list[str]()
+
+    def some(keys: Sequence[str]) -> list[Prompt]:
+        read.extend(keys)
+        return [_prompt(100) for _ in keys]
+
+    for keys in (["a", "b", "a"], ["c"], ["a"], ["d"], ["c", "a"], ["b"]):
+        assert len(kept.of(keys, some)) == len(keys)
+    assert read == ["a", "b", "c", "d", "b"]
+    one, other = kept.of(["a"], some)[0], kept.of(["a"], some)[0]
+    assert one is other and one.move(CPU).embed is one.move(CPU).embed
+    assert kept.of(["large"], lambda _: [_prompt(1000)])[0].num_bytes == 2000
+    assert kept.of(["a"], some) and read[-1] == "a"
+
+
+def test_a_prompt_that_cannot_be_read_is_tried_again_and_fails_all_who_wait_for_it() -> None:
+    kept, asked, waiting = Prompts(), threading.Event(), threading.Event()
+    faults: list[Exception] = []
+
+    def broken(_keys: Sequence[str]) -> list[Prompt]:
+        asked.set()
+        waiting.wait(10)
+        raise UserError("damaged")
+
+    def ask() -> None:
+        try:
+            kept.of(["a"], broken)
+        except UserError as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    threads[0].start()
+    assert asked.wait(10)
+    threads[1].start()
+    waiting.set()
+    for one in threads:
+        one.join(10)
+    assert [str(one) for one in faults] == ["damaged", "damaged"]
+    assert kept.of(["a"], lambda _: [_prompt(1)])[0].num_tokens == 1

@@ -14,6 +14,7 @@ from families.checkpoints import locate
 from families.protocol import TextEmbeds
 from families.quantize import quantize_and_place
 from schemas.project import Project
+from schemas.trainer import TrainerConfig
 from train.adapter import LORA_NAME, adapter_layers, add_adapter, check_gradients, save_adapter
 from train.data import Batch
 from train.memory import checkpoint_blocks

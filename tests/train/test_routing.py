@@ -11,7 +11,7 @@ from families import flux
 from families.protocol import Block, TextEmbeds
 from families.routing import Routing, spans
 from schemas.errors import UserError
-from schemas.trainer import Route
+from schemas.trainer import Route, TrainerConfig
 from train.memory import checkpoint_blocks
 
 CPU = torch.device("cpu")

@@ -80,8 +80,10 @@ def test_evaluations_and_samples_change_no_bit_of_what_is_trained(folder: Path) 
     assert {path.name for path in (watched.run_folder / "samples").iterdir()} == {"step-3", "step-6"}
     assert not (blind.run_folder / "samples").exists() and not (blind.run_folder / "tensorboard").exists()
     last = [one for one in told if "eval_loss" in one][-1]
+    assert summary.seconds_to_first_step is not None and 0 < summary.seconds_to_first_step < summary.seconds
     assert summary.eval_loss == last["eval_loss"] != summary.first_eval_loss
     lines = "\n".join(summary.lines())
+    assert f"s/step, the first after {summary.seconds_to_first_step:.0f} s" in lines
     assert f"held-out pairs: loss {summary.first_eval_loss:.4f} to {summary.eval_loss:.4f}" in lines
     assert f"samples: PSNR {summary.psnr:.1f} dB, references {summary.reference_psnr:.1f} dB" in lines
 
