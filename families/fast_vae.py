@@ -64,7 +64,8 @@ class FastEncoder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as fault:
-            return (str(fault).splitlines() or [type(fault).__name__])[0][:120]
+            told = str(getattr(fault, "inner_exception", fault))  # of a compiler's own
+            return (told.splitlines() or [type(fault).__name__])[0][:120]
         expected = torch.cat([self._plain(one) for one in torch.split(values, 1)]).float()
         error = float((found.float() - expected).norm() / expected.norm())
         return None if error < _TOLERANCE else f"relative difference {error:.2g}"
