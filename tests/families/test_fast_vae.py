@@ -1,5 +1,6 @@
 """The encoder that is compiled: the numbers of the plain one, one graph a shape, and what becomes of faults."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ Backend = Callable[..., Callable[..., object]]
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
+def nothing_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "elsewhere"))  # what a test sets instead is undone
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -121,6 +123,16 @@ def test_every_shape_is_one_graph_and_only_shapes_that_were_prepared_are_compile
         assert 0 < _error(found, expected) < 1e-5
     vae.encode(_drawn(1, 3, 16, 16))  # another number of pictures is another shape
     assert len(graphs) == shapes and fast.seconds > 0
+
+
+def test_what_compilers_make_is_kept_in_the_workspace_unless_one_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FastEncoder(flux._tiny_vae().encoder, tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "elsewhere")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    FastEncoder(flux._tiny_vae().encoder, tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
 
 
 def test_decoding_stays_as_it_is(vae: AutoencoderKL, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ class Seen:
 
 
 @pytest.fixture
-def launcher(tmp_path: Path) -> Launcher:
+def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     vae = flux._tiny_vae().to(torch.bfloat16).requires_grad_(False)
     return Launcher(Seen(), vae, CPU, FastEncoder(vae.encoder, tmp_path, "eager"))
