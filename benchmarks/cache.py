@@ -31,8 +31,10 @@ from smaller import compressed, float8, gaussian_embeds, plain_rate, tiny_embeds
 import schemas.storage
 from families import open_project
 from families.checkpoints import image_encoder_keys, locate, text_encoder_key
+from families.protocol import Posterior
 from prep.cache import Here, cache
 from prep.encode import Latents
+from prep.launching import Flight, Launcher
 from prep.needed import REFERENCES, TARGETS, needed_of
 from prep.pairs import pairs
 from prep.pixels import pixels_of
@@ -253,6 +255,22 @@ WAYS = {
 # Decoding ahead
 
 
+class NoEncoder(Launcher):
+    """Latents of the right size at no cost."""
+
+    def __init__(self):
+        super().__init__(None, None, torch.device("cpu"), None)
+        self._made = {}
+
+    def launch(self, pixels, size, alike):
+        """Return what was made before for pictures of this size."""
+        height, width = (one // 8 for one in pixels[0].shape[:2])
+        if (height, width) not in self._made:
+            self._made[height, width] = torch.randn(1, 16, height, width).to(torch.bfloat16)
+        made = self._made[height, width].expand(len(pixels), -1, -1, -1)
+        return Flight(Posterior(made, made), len(pixels), None, None, None)
+
+
 class Free(Latents):
     """An image encoder that costs nothing: latents of the right size, always the same."""
 
@@ -260,13 +278,7 @@ class Free(Latents):
         targets, references = image_encoder_keys(project, checkpoint)
         self._checkpoint, self._choices = checkpoint, {references: "mode", targets: "mode"}
         self._size, self._writer = 1, Writer()
-        self._made = {}
-
-    def _encode(self, batch, choice):
-        sizes = [(one.shape[0] // 8, one.shape[1] // 8) for _, one in batch]
-        for height, width in {*sizes} - {*self._made}:
-            self._made[height, width] = torch.randn(16, height, width).to(torch.bfloat16)
-        return [self._made[size] for size in sizes]
+        self._launcher = NoEncoder()
 
     def close(self):
         """Write what is left."""

@@ -6,6 +6,7 @@ Several processes, on one machine or many, may work on the same stores at once: 
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -42,7 +43,7 @@ from schemas.planned import sized
 from schemas.project import Project
 from schemas.shards import REJECTS, ShardIndex
 from schemas.stores import Store
-from schemas.summaries import CacheSummary, StoreSummary, counted
+from schemas.summaries import AcceleratorUse, CacheSummary, StoreSummary, counted
 from schemas.trainer import Posterior
 
 _NOT_HERE = "(encoder not known yet)"  # in place of an encoder's key, in a dry run without a checkpoint
@@ -97,6 +98,9 @@ class Engine(Protocol):
     def release(self) -> None:
         """Free the encoders that were loaded, and what else was started."""
 
+    def used(self) -> AcceleratorUse | None:
+        """Say how well this process's GPU was used for images; None if it has none."""
+
 
 class Here:
     """Encoders in this process, one after the other, pixels from a pool of others."""
@@ -105,6 +109,7 @@ class Here:
         self._project, self._workers = project, workers
         self._crew: Crew | None = None
         self._encoder: Any = None
+        self._used: AcceleratorUse | None = None
 
     def latents(self, checkpoint: Path, units: Iterator[Unit]) -> Iterator[Part]:
         """Encode units of pictures, decoded ahead."""
@@ -124,6 +129,8 @@ class Here:
             unit = taken.pop(0)
             yield from encoder.work(unit, chain([first], islice(made, len(unit.items) - 1)))
         yield from self._settled()
+        if self._encoder is not None:
+            self._used = self._encoder.used()
 
     def texts(self, checkpoint: Path, units: Iterator[Unit]) -> Iterator[Part]:
         """Encode units of prompts."""
@@ -150,6 +157,10 @@ class Here:
             crew.__exit__()
         if encoder is not None:
             encoder.close()
+
+    def used(self) -> AcceleratorUse | None:
+        """Say how well the GPU was used for images."""
+        return self._used
 
 
 @dataclass(slots=True)
@@ -249,7 +260,7 @@ def cache(
     if not dry_run and limit is None and all(work.is_whole() for work in works):
         note(project, run.said)
     summaries = tuple(work.summary() for work in works)
-    return CacheSummary(summaries, project.warnings, time.monotonic() - start, dry_run)
+    return CacheSummary(summaries, project.warnings, time.monotonic() - start, dry_run, engine.used())
 
 
 class _Run:
@@ -387,6 +398,9 @@ class _Left:
     def __init__(self, work: _Work, pending: dict[str, Span], wanted: set[int], leases: Leases) -> None:
         self.work, self.pending = work, pending
         self._wanted, self._leases = wanted, leases
+        self._alike: Counter[str] = Counter()  # rows that are wanted, by folder
+        for span in pending.values():
+            self._alike[span.folder] += sum(int(n) in wanted for n in span.rows)
         self._mine: set[str] = set()
         self._told = False
 
@@ -406,7 +420,8 @@ class _Left:
                 self._mine.add(span.name)
                 keys = tuple(self.work.keys[n] for n in todo)
                 items = tuple(map(self.work.item, todo))
-                yield Unit(span.name, store, self.work.encoder, span.folder, keys, items, self.work.most_rows)
+                alike = self._alike[span.folder]
+                yield Unit(span.name, store, self.work.encoder, span.folder, keys, items, self.work.most_rows, alike)
             else:
                 self.finish(span.name)
 

@@ -158,6 +158,9 @@ class OnRay:
             store.remove(token)
         self._members, self._tokens, self._faults, self._load = [], {}, {}, ()
 
+    def used(self) -> None:
+        """Say nothing of GPUs: they are the actors'."""
+
     def _encode(self, kind: str, components: Sequence[str], checkpoint: Path, units: Iterator[Unit]) -> Iterator[Part]:
         """Hand units to actors as they become free, their pictures decoded ahead: one unit ahead for each actor."""
         first = next(units, None)

@@ -3,19 +3,22 @@
 Apart from prep/cache.py because it loads a tensor library, which a run with nothing to encode does without.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from families.checkpoints import check_unchanged, image_encoder_keys, text_encoder_key
+from families.fast_vae import speed_up
 from families.protocol import Family, TextEmbeds
 from families.runtime import default_device, dtype_of, family_of, groups_of, placement, release_memory
 from prep.images import Pixels
+from prep.launching import Flight, Launcher
 from prep.pixels import Picture, Refusal
 from prep.pool import Crash
 from prep.posterior import chosen
@@ -26,6 +29,7 @@ from schemas.errors import UserError
 from schemas.project import Project
 from schemas.rows import TextRow
 from schemas.shards import Array, ShardHeader, latent_row, text_row
+from schemas.summaries import AcceleratorUse
 from schemas.trainer import Posterior as Choice
 
 ItemT = TypeVar("ItemT")
@@ -33,32 +37,47 @@ ItemT = TypeVar("ItemT")
 _FLOAT8_MOST = 448.0  # of float8_e4m3fn
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """Pictures of a batch that are being encoded, or that memory does not hold."""
+
+    pictures: Sequence[tuple[str, str, Pixels]]  # key, name and pixels of each
+    flight: Flight | None
+
+
 class Latents:
     """The image encoder at work: pixels in, latent shards out."""
 
     def __init__(self, project: Project, checkpoint: Path) -> None:
-        self._family, self._checkpoint, trainer = family_of(project), checkpoint, project.trainer
-        self._device = default_device()
-        self._encoder = self._family.load_image_encoder(
+        family, trainer = family_of(project), project.trainer
+        self._checkpoint, device = checkpoint, default_device()
+        groups = groups_of(trainer) if trainer.group_offload_vae and device.type == "cuda" else None
+        encoder = family.load_image_encoder(
             checkpoint,
             dtype_of(trainer.vae_dtype),
-            self._device,
+            device,
             tiling=trainer.vae_enable_tiling,
             slicing=trainer.vae_enable_slicing,
-            groups=groups_of(trainer) if trainer.group_offload_vae and self._device.type == "cuda" else None,
+            groups=groups,
         )
-        if trainer.group_offload_vae and self._device.type != "cuda":
+        if trainer.group_offload_vae and groups is None:
             log.info("group_offload_vae has no effect: there is no CUDA device")
         targets, references = image_encoder_keys(project, checkpoint)  # of what was loaded
         self._choices: dict[str, Choice] = {references: "mode", targets: trainer.posterior}
         self._size = _batch_size(trainer.vae_batch_size)
+        fast = speed_up(encoder, project.compiled) if groups is None else None
+        self._launcher: Launcher | None = Launcher(family, encoder, device, fast)
         self._writer = Writer()
 
     def close(self) -> None:
         """Let its memory go; rows of a unit that was interrupted are written."""
-        self._encoder = None
+        self._launcher = None
         release_memory()
         self._writer.close()
+
+    def used(self) -> AcceleratorUse | None:
+        """Say how well the GPU was used so far; None if there is none."""
+        return self._launcher.used() if self._launcher is not None else None
 
     def work(self, unit: Unit, pixels: Iterable[Pixels | Refusal | Crash]) -> Iterator[Part]:
         """Encode a unit whose pixels arrive in its order; yields what reached the disk, of units before it too.
@@ -66,42 +85,58 @@ class Latents:
         Raises UserError if the unit is not for the encoder that was loaded: its weights were replaced meanwhile.
         """
         check_unchanged(self._checkpoint, unit.encoder in self._choices, True)
+        assert self._launcher is not None, "not closed"
         rejected: dict[str, str] = {}
         unsettled: dict[str, str] = {}
+        under_way: deque[_Launched] = deque()
         for batch in _batches(_usable(unit, pixels, rejected, unsettled), lambda: self._size):
-            latents = self._encode([(key, one) for key, _, one in batch], self._choices[unit.encoder])
-            rows = []
-            for (key, name, _), latent in zip(batch, latents, strict=True):
-                if latent is None:
-                    unsettled[name] = "the accelerator's memory does not hold it; vae_enable_tiling needs less"
-                elif not torch.isfinite(latent).all():
-                    rejected[key] = "not encodable: the VAE gave a value that is not finite"
-                else:
-                    rows.append(latent_row(key, _bits(latent)))
-                    shape = tuple(latent.shape)
-            if rows:
-                yield from self._writer.put(unit, ShardHeader("LatentRow", unit.encoder, {"latent": shape}), rows)
+            under_way += self._launch(batch, unit)
+            while len(under_way) > self._launcher.behind:
+                yield from self._land(under_way.popleft(), unit, rejected, unsettled)
+        while under_way:
+            yield from self._land(under_way.popleft(), unit, rejected, unsettled)
         yield from self._writer.finish(unit, rejected, unsettled)
 
     def settle(self) -> Iterator[Part]:
         """Yield what else reaches the disk of the units that were worked on, and wait for it."""
         yield from self._writer.settle()
 
-    def _encode(self, batch: Sequence[tuple[str, Pixels]], choice: Choice) -> list[torch.Tensor | None]:
-        """Encode a batch, in halves if memory does not hold it; None stands for an image that is too large alone."""
+    def _launch(self, batch: Sequence[tuple[str, str, Pixels]], unit: Unit) -> list[_Launched]:
+        """Have a batch encoded, in halves if memory does not hold it."""
+        assert self._launcher is not None, "not closed"
         try:
-            pixels = torch.from_numpy(np.stack([one for _, one in batch]))
-            return list(chosen(self._family.encode_images(self._encoder, pixels), [key for key, _ in batch], choice))
+            return [_Launched(batch, self._launcher.launch([one for *_, one in batch], self._size, unit.alike))]
         except torch.OutOfMemoryError:
             pass  # gone on with below: here, the fault still holds what filled the memory
         release_memory()
         if len(batch) == 1:
-            return [None]
+            return [_Launched(batch, None)]
         half = (len(batch) + 1) // 2
         self._size = min(self._size, half)
-        height, width = batch[0][1].shape[:2]
+        height, width = batch[0][2].shape[:2]
         log.warning("out of memory with %d images of %dx%d; going on with %d", len(batch), width, height, half)
-        return [*self._encode(batch[:half], choice), *self._encode(batch[half:], choice)]
+        return [*self._launch(batch[:half], unit), *self._launch(batch[half:], unit)]
+
+    def _land(
+        self, launched: _Launched, unit: Unit, rejected: dict[str, str], unsettled: dict[str, str]
+    ) -> Iterator[Part]:
+        """Write a batch once it is encoded; note what cannot be, and what memory does not hold."""
+        if launched.flight is None:
+            told = "the accelerator's memory does not hold it; vae_enable_tiling needs less"
+            unsettled.update((name, told) for _, name, _ in launched.pictures)
+            return
+        assert self._launcher is not None, "not closed"
+        keys = [key for key, *_ in launched.pictures]
+        latents = chosen(self._launcher.land(launched.flight), keys, self._choices[unit.encoder])
+        rows = []
+        for key, latent in zip(keys, latents, strict=True):
+            if torch.isfinite(latent).all():
+                rows.append(latent_row(key, _bits(latent)))
+            else:
+                rejected[key] = "not encodable: the VAE gave a value that is not finite"
+        if rows:
+            header = ShardHeader("LatentRow", unit.encoder, {"latent": tuple(latents.shape[1:])})
+            yield from self._writer.put(unit, header, rows)
 
 
 def _usable(

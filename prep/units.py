@@ -28,6 +28,7 @@ class Unit:
     keys: tuple[str, ...]  # to be encoded, in order
     items: tuple[Picture | str, ...]  # pictures, or prompts
     most_rows: int  # of one write
+    alike: int = 0  # rows of this shape that are to be encoded in all
 
 
 @dataclass(frozen=True, slots=True)

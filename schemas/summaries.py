@@ -235,6 +235,22 @@ class StoreSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class AcceleratorUse:
+    """How well a GPU was used while images were encoded."""
+
+    busy: float  # share of the time between the first batch and the last, but for compiling, that it encoded
+    images: int
+    seconds: float  # between the first batch and the last, but for compiling
+    compiling_s: float  # that compiling the encoder took
+
+    def lines(self) -> Iterator[str]:
+        """Yield the closing report."""
+        yield f"  {self.images / self.seconds:.1f} images/s; GPU busy {self.busy:.0%}" + (
+            f"; compiling the encoder took {self.compiling_s:.0f} s before" if self.compiling_s else ""
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class CacheSummary:
     """What `prep cache` did."""
 
@@ -242,12 +258,15 @@ class CacheSummary:
     warnings: tuple[str, ...]
     seconds: float
     dry_run: bool
+    accelerator: AcceleratorUse | None = None  # null if this process encoded no image on a GPU
     command: str = "prep cache"
 
     def lines(self) -> Iterator[str]:
         """Yield the closing report."""
         for store in self.stores:
             yield from store.lines(self.dry_run)
+        if self.accelerator is not None:
+            yield from self.accelerator.lines()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,19 +7,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, Flux2Pipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    FluxTransformer2DModel,
+)
 from peft import LoraConfig
 from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3ForCausalLM
 
 from families import FAMILIES, attention, flux, flux2, open_project
 from families.attention import choose_attention
 from families.checkpoints import encoder_keys, locate
+from families.fast_vae import speed_up
 from families.offloading import Groups
 from families.protocol import Placement, TextEmbeds
 from families.quantize import quantize_and_place
 from families.routing import Routing
 from families.runtime import family_of, placement, release_memory
 from families.tiny import mistral_tokenizer, qwen_tokenizer
+from prep import launching, units
 from prep.cache import cache
 from prep.pairs import pairs
 from prep.scan import scan
@@ -303,6 +311,84 @@ def test_real_memory_that_runs_out_halves_the_batch(
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert summary.stores[0].encoded == 12
     assert "out of memory with" in caplog.text
+
+
+def _full_size_vae(kind: type) -> AutoencoderKL | AutoencoderKLFlux2:
+    """Return a VAE of the real width, of which config.json's of both families agree but for channels of latents."""
+    torch.manual_seed(0)
+    flux2_too = {} if kind is AutoencoderKLFlux2 else {"use_quant_conv": False, "use_post_quant_conv": False}
+    with torch.device("cuda"):
+        vae = kind(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=32 if kind is AutoencoderKLFlux2 else 16,
+            norm_num_groups=32,
+            sample_size=1024,
+            **flux2_too,
+        )
+    return vae.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", [AutoencoderKL, AutoencoderKLFlux2])
+def test_the_compiled_image_encoder_is_as_exact_as_the_plain_one_in_bfloat16(
+    kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    vae, generator = _full_size_vae(kind), torch.Generator().manual_seed(5)
+    smooth = torch.rand(2, 3, 24, 32, generator=generator) * 2 - 1
+    pictures = torch.nn.functional.interpolate(smooth, (384, 512), mode="bicubic").clamp(-1, 1).to("cuda")
+    pictures = pictures.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        exact = vae.encode(pictures.float()).latent_dist.mode()
+        vae.to(torch.bfloat16)
+        plain = vae.encode(pictures).latent_dist.mode().float()
+        fast = speed_up(vae, tmp_path)
+        assert fast is not None and fast.prepare(pictures)
+        found = vae.encode(pictures).latent_dist.mode().float()
+        alone = vae.encode(pictures[:1]).latent_dist.mode().float()
+    assert not torch.equal(found, plain)
+    assert (found - exact).norm() < 1.5 * (plain - exact).norm()
+    assert (alone - exact[:1]).norm() < 1.5 * (plain - exact).norm()  # a shape that was not prepared
+    assert any(tmp_path.rglob("*.py"))
+
+
+def test_tiles_slices_and_float32_keep_the_plain_image_encoder(tmp_path: Path) -> None:
+    vae = _full_size_vae(AutoencoderKL)
+    assert speed_up(vae, tmp_path) is None
+    vae.to(torch.bfloat16).enable_tiling()
+    assert speed_up(vae, tmp_path) is None
+    vae.disable_tiling(), vae.enable_slicing()
+    assert speed_up(vae, tmp_path) is None
+    vae.disable_slicing()
+    assert speed_up(vae, tmp_path) is not None
+
+
+def test_a_cache_of_compiled_batches_is_that_of_plain_ones_within_rounding(
+    make_project: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    folder = make_project("deblur", vae_dtype="bf16", vae_batch_size=4)
+    sets = json.loads((folder / "multidatabackend.json").read_text())
+    sets[0] |= {"crop": True, "crop_aspect": "square", "crop_style": "center"}
+    (folder / "multidatabackend.json").write_text(json.dumps(sets))
+    scan(folder), pairs(folder)
+    plain = cache(folder).accelerator
+    assert plain is not None and plain.images == 12 and plain.compiling_s == 0 and 0 < plain.busy <= 1
+    expected = _rows(folder)
+    shutil.rmtree(folder / "work" / "cache")
+    monkeypatch.setattr(launching, "_WORTH", 1)
+    monkeypatch.setattr(units, "_MOST_ROWS", 7)  # the last batches are short: 4 and 3, 4 and 1
+    used = cache(folder).accelerator
+    assert used is not None and used.images == 12 and used.compiling_s > 0 and 0 < used.busy <= 1
+    found = _rows(folder)
+    assert found.keys() == expected.keys()
+    for key, row in expected.items():
+        if "latent" in row:
+            exact = _values(row["latent"])
+            assert (_values(found[key]["latent"]) - exact).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.parametrize("tokens", [320, 1601, 8704])

@@ -38,7 +38,7 @@ MakeProject = Callable[..., Path]
 
 HEADER = ShardHeader("LatentRow", "e1", {"latent": (2, 3)})
 ONE_ROW = "import prep.units; prep.units._MOST_ROWS = 1; from prep.cli import main; main()"  # units of one row each
-SLOW = "import time; from prep.encode import Latents as L; e = L._encode; L._encode = lambda *a: time.sleep(0.3) or e(*a); "
+SLOW = "import time; from prep.encode import Latents as L; e = L._launch; L._launch = lambda *a: time.sleep(0.3) or e(*a); "
 WHOLE: dict[str, bytes] = {}
 ELSEWHERE = json.dumps({"holder": "x", "machine": "another", "process": 1, "beat": 1}).encode()
 
