@@ -120,7 +120,7 @@ def count_tokens(tokenizer: Any, prompts: Sequence[str], settings: Mapping[str, 
 
 def denoiser_config(flavour: str, *, tiny: bool) -> Mapping[str, Any]:
     """Return what is not the class's default; flavours differ in guidance alone."""
-    return {"guidance_embeds": flavour != "schnell"} | (_TINY if tiny else {})
+    return {"guidance_embeds": flavour != "schnell", **(_TINY if tiny else {})}
 
 
 def build_denoiser(config: Mapping[str, Any]) -> FluxTransformer2DModel:

@@ -218,10 +218,8 @@ def count_tokens(
 
 def denoiser_config(flavour: str, *, tiny: bool) -> Mapping[str, Any]:
     """Return what is not the class's default, which is dev."""
-    guidance = {"guidance_embeds": flavour == "dev"}
-    if tiny:
-        return guidance | _TINY | {"joint_attention_dim": 3 * _TINY_WIDTHS[flavour]}
-    return guidance | _KLEIN.get(flavour, {})
+    own = {**_TINY, "joint_attention_dim": 3 * _TINY_WIDTHS[flavour]} if tiny else _KLEIN.get(flavour, {})
+    return {"guidance_embeds": flavour == "dev", **own}
 
 
 def build_denoiser(config: Mapping[str, Any]) -> Flux2Transformer2DModel:

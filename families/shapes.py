@@ -1,6 +1,6 @@
 """Networks by their shapes alone: without memory, or with random weights; nothing is downloaded.
 
-The configuration is that of the project's checkpoint where it is on this machine, else that of its flavour as published.
+Its configuration is that of the project's checkpoint where it is on this machine, else of its flavour as published.
 """
 
 from collections.abc import Mapping

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -46,6 +47,8 @@ from train.processes import Processes, processes
 from train.step import base_dtype, step_loss
 from train.watch import Watch
 
+Load = Callable[[Path, torch.dtype], nn.Module]  # as the family's `load_denoiser`
+
 
 @dataclass(slots=True)
 class _Done:
@@ -68,13 +71,18 @@ class _Around:
 
 
 def run(
-    project: Source, *, limit: int | None = None, workers: int | None = None, dry_run: bool = False
+    project: Source,
+    *,
+    limit: int | None = None,
+    workers: int | None = None,
+    dry_run: bool = False,
+    load: Load | None = None,
 ) -> TrainSummary:
     """Train on the cached pairs of a project and write the adapter to the run folder.
 
     Resumes where an earlier run stopped. `limit` stops after N steps of this run, `workers` is the number of CPU
-    threads. Raises UserError before the first step if anything is missing, stale or damaged, and at the step where a
-    loss or gradient is not finite.
+    threads; `load` makes the network in place of the family's `load_denoiser`. Raises UserError before the first step
+    if anything is missing, stale or damaged, and at the step where a loss or gradient is not finite.
     """
     start = time.monotonic()
     project, device = open_project(project), default_device()
@@ -106,7 +114,7 @@ def run(
         held.enter_context(enough_memory(project.trainer, device))
         pictures = pictures_of(project, supply.shelf, device) if ranks.first else None
         watch = Watch(project, supply.shelf, supply.held if ranks.first else (), pictures, device)
-        state = _load(project, plan, supply.weights, device)
+        state = _load(project, plan, partial(load or family_of(project).load_denoiser, supply.weights), device)
         record = record_of(project)
         if ranks.first:
             _write_record(folder, record)
@@ -223,10 +231,12 @@ def _peak_gib(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
-def _load(project: Project, plan: Plan, folder: Path, device: torch.device) -> checkpoint.State:
+def _load(
+    project: Project, plan: Plan, load: Callable[[torch.dtype], nn.Module], device: torch.device
+) -> checkpoint.State:
     """Load the network, then what steps change; all of it from the checkpoint that the run resumes, if it does."""
     config = project.trainer
-    network = make_network(project, family_of(project).load_denoiser(folder, base_dtype(config)), device)
+    network = make_network(project, load(base_dtype(config)), device)
     optimizer = make_optimizer(network.parameters, config)
     schedule = make_schedule(optimizer, config, plan.steps)
     if plan.resumed is None:
