@@ -48,5 +48,6 @@ def random_denoiser(family: Family, config: Mapping[str, Any], dtype: torch.dtyp
 def _fill(values: Tensor, drawn: Tensor) -> None:
     """Repeat what was drawn, begun at a place that differs from tensor to tensor."""
     begun = drawn.roll(values.numel() % 1009)
-    for part in values.split(drawn.numel()):
+    for first in range(0, values.numel(), drawn.numel()):
+        part = values[first : first + drawn.numel()]
         part.copy_(begun[: part.numel()])

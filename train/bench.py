@@ -1,7 +1,7 @@
 """`train bench`: steps of real runs on random weights and random shards, of any model, size and options.
 
-Each row is a run of `train.loop` in a process of its own, for a kernel that fails spoils its process. What a row tells is
-read from what the run itself writes.
+Each row is a run of `train.loop` in a process of its own, for a kernel that fails spoils its process. What a row tells
+is read from what the run itself writes.
 """
 
 import json
@@ -94,14 +94,13 @@ def bench(request: Request) -> BenchSummary:
     with TemporaryDirectory() as folder:
         project = _project(request, Path(folder), ())
         sizes, config = _sizes(request, project), project.trainer
-        shape = shaped(project)
         summary = BenchSummary(
             family=config.model_family,
             flavour=project.flavour,
             width=sizes.target[0],
             height=sizes.target[1],
             references=names(sizes.references),
-            tokens=tokens_of(shape, sizes),
+            tokens=tokens_of(project, sizes),
             batch=config.train_batch_size,
             steps=request.steps,
             warmup=request.warmup,

@@ -135,6 +135,42 @@ def sample(
 
 
 @app.command(
+    short_help="Estimate memory and time of ways to train.",
+    epilog="Example:  train plan my-project --memory-budget-gib 24;  before there is a card:  "
+    "train plan my-project --device 'RTX 4090' --pixels 1024 --references 1",
+)
+def plan(
+    project: ProjectPath,
+    pixels: Annotated[
+        int | None, typer.Option(min=16, help="Side of the pictures.  [default: what is paired, else 1024]")
+    ] = None,
+    references: Annotated[int | None, typer.Option(min=0, help="References of each.  [default: as is paired]")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--memory-budget-gib", metavar="GIB", help="Plan for so much.  [default: memory_budget_gib]"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Plan for another accelerator, as 'RTX 4090'.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show choices that gain nothing, too.")] = False,
+    workspace: Workspace = None,
+    root: Root = None,
+    settings: Settings = None,
+    json: AsJson = False,
+) -> None:
+    """Estimate memory and time of the ways to train, and name the fastest that fits; no weights are loaded."""
+    with reporting():
+        from families import open_project
+        from train.planner import Asked
+        from train.planner import plan as planned
+
+        overrides = [*(settings or ()), *([] if budget is None else [f"memory_budget_gib={budget}"])]
+        opened = open_project(project, root=root, workspace=workspace, overrides=overrides)
+        warn(opened.warnings)
+        report(planned(opened, Asked(pixels, references, device, everything)), json)
+
+
+@app.command(
     short_help="Measure steps on random weights and data.",
     epilog="Example:  train bench --family flux2 --flavour klein-9b --row 'bf16:' --row 'compiled: "
     "dynamo_backend=inductor,gradient_checkpointing=false'",

@@ -86,6 +86,7 @@ class Block:
     inputs: float  # text and image tokens that come in
     attended: float  # the output of its attention
     kept: float  # all that is kept, both of these included
+    touched: float  # all that it reads and writes between products
     working: float  # gradients that are there at once
 
 
@@ -155,15 +156,16 @@ def _made(project: Project, family: Family, config: Mapping[str, Any], dtype: to
     return network.requires_grad_(False)
 
 
-def tokens_of(shape: Shaped, sizes: Sizes) -> int:
+def tokens_of(project: Project, sizes: Sizes) -> int:
     """Count the tokens of one sample: target, references and text."""
-    pictures = [shape.family.num_tokens(_latent(shape, one)) for one in (sizes.target, *sizes.references)]
-    return sum(pictures) + shape.project.text_tokens
+    family = family_of(project)
+    pictures = [family.num_tokens(_latent(project, one)) for one in (sizes.target, *sizes.references)]
+    return sum(pictures) + project.text_tokens
 
 
 def costs_of(shape: Shaped, sizes: Sizes, batch: int) -> Costs:
     """Run a batch of equal samples through a network without memory and count what it takes."""
-    noted, tokens = _noted(shape, sizes, batch), batch * tokens_of(shape, sizes)
+    noted, tokens = _noted(shape, sizes, batch), batch * tokens_of(shape.project, sizes)
     first = _first(shape, noted)
     products = tuple(replace(one, flows=one.flows and (one.block is None or one.block >= first)) for one in noted)
     blocks = []
@@ -171,7 +173,7 @@ def costs_of(shape: Shaped, sizes: Sizes, batch: int) -> Costs:
         own = [one for one in products if one.block == number and one.tokens]
         blocks.append(_block(shape, own, (tokens, batch), trains=number >= first))
     text = shape.project.text_tokens * _width(shape, shape.project.family.text_input)
-    pictures = sum(_values(_latent(shape, one)) for one in (sizes.target, sizes.target, *sizes.references))
+    pictures = sum(_values(_latent(shape.project, one)) for one in (sizes.target, sizes.target, *sizes.references))
     return Costs(tokens, products, tuple(blocks), shape.whole, 4.0 * batch * (text + pictures))
 
 
@@ -190,6 +192,7 @@ def _block(shape: Shaped, products: Sequence[Product], count: tuple[int, int], *
     item = 2 if in_half(shape.project.trainer) else 4
     stream = float(tokens * network.config.attention_head_dim * network.config.num_attention_heads)
     read = {one.source: one.rows * one.inputs for one in products if one.trained or shape.whole}
+    every = {one.source: one.rows * one.inputs for one in products}
     put = [one.rows * one.outputs for one in products]
     widest = max((one.inputs for one in products), default=0) + max((one.outputs for one in products), default=0)
     return Block(
@@ -198,6 +201,7 @@ def _block(shape: Shaped, products: Sequence[Product], count: tuple[int, int], *
         inputs=item * stream,
         attended=item * stream,
         kept=item * (sum(read.values()) + sum(put) + 3 * stream) if trains else 0.0,
+        touched=item * (sum(every.values()) + sum(put) + 3 * stream),
         working=float(item * tokens * widest),
     )
 
@@ -271,7 +275,7 @@ def _forward(shape: Shaped, sizes: Sizes, batch: int) -> None:
         (project.text_tokens,) * batch,
     )
     target, *references = (
-        torch.empty(batch, *_latent(shape, one), device=META) for one in (sizes.target, *sizes.references)
+        torch.empty(batch, *_latent(shape.project, one), device=META) for one in (sizes.target, *sizes.references)
     )
     times = torch.empty(batch, device=META)
     family.velocity(
@@ -279,8 +283,8 @@ def _forward(shape: Shaped, sizes: Sizes, batch: int) -> None:
     )
 
 
-def _latent(shape: Shaped, size: Size) -> tuple[int, int, int]:
-    spec = shape.project.family
+def _latent(project: Project, size: Size) -> tuple[int, int, int]:
+    spec = project.family
     width, height = size
     return spec.latent_channels.usual, height // spec.latent_scale, width // spec.latent_scale
 

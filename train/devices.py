@@ -67,6 +67,9 @@ DEVICES: tuple[Device, ...] = (
 
 
 def device_named(name: str) -> Device | None:
-    """Return what is known of an accelerator, None if nothing is; a longer name goes before one it contains."""
+    """Return what is known of an accelerator by its name, or a part of its name alone; None if nothing is."""
     found = [one for one in DEVICES if one.name.lower() in name.lower()]
-    return max(found, key=lambda one: len(one.name), default=None)
+    if found:
+        return max(found, key=lambda one: len(one.name))
+    part = [one for one in DEVICES if name.lower() in one.name.lower()]
+    return part[0] if len(part) == 1 else None

@@ -36,7 +36,7 @@ from train.compiling import compiled_graphs
 from train.ema import averaged, make_average, update
 from train.interrupt import stops
 from train.loader import Loader
-from train.memory import enough_memory
+from train.memory import enough_memory, limit_memory
 from train.metrics import Metrics
 from train.network import make_network
 from train.optimizer import make_optimizer, make_schedule
@@ -111,6 +111,7 @@ def run(
 
         torch.set_num_threads(workers or torch.get_num_threads())
         asked_to_stop = held.enter_context(stops())
+        limit_memory(project.trainer, device)
         held.enter_context(enough_memory(project.trainer, device))
         pictures = pictures_of(project, supply.shelf, device) if ranks.first else None
         watch = Watch(project, supply.shelf, supply.held if ranks.first else (), pictures, device)
