@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,10 +16,12 @@ from families.quantize import quantize_and_place
 from families.runtime import family_of
 from families.shapes import config_of, random_denoiser
 from schemas.project import Project
+from schemas.trainer import BasePrecision
 from train.adapter import add_adapter
 from train.costs import Shaped, Sizes, costs_of, shaped
 from train.devices import DEVICES, H200, device_named
-from train.estimate import PRECISIONS, peak_bytes, seconds, trained_bytes, weights_of
+from train.estimate import _STATES, PRECISIONS, peak_bytes, seconds, trained_bytes, weights_of
+from train.optimizer import OPTIMIZERS
 
 CPU = torch.device("cpu")
 ONE_REFERENCE = Sizes((128, 128), ((128, 96),))
@@ -168,6 +170,10 @@ def test_estimates_order_as_what_is_saved_and_computed_twice(full_size: Callable
     by_bits = [weights_of(shape, one).total for one in ("no_change", "int8-quanto", "int4-quanto", "int2-quanto")]
     assert by_bits == sorted(by_bits, reverse=True)
     assert estimated(large, base_model_precision="fp8-torchao")[0] < estimated(large)[0]
+
+
+def test_every_precision_and_optimiser_is_estimated() -> None:
+    assert set(PRECISIONS) == set(get_args(BasePrecision)) and set(_STATES) == set(OPTIMIZERS)
 
 
 def test_accelerators_are_known_by_what_pytorch_calls_them() -> None:

@@ -91,6 +91,18 @@ def test_a_budget_is_for_accelerators_alone_and_must_be_more_than_nothing(caplog
         TrainerConfig(memory_budget_gib=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_process_keeps_to_its_budget() -> None:
+    device = torch.device("cuda")
+    limit_memory(TrainerConfig(memory_budget_gib=CUDA_GIB + 1), device)
+    try:
+        with pytest.raises(UserError, match="memory is full"), enough_memory(TrainerConfig(), device):
+            torch.empty(2 << 30, dtype=torch.uint8, device=device)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
 def test_who_runs_out_of_memory_is_told_of_the_plan() -> None:
     with pytest.raises(UserError, match="train plan"), enough_memory(TrainerConfig(), torch.device("cpu")):
         raise torch.OutOfMemoryError("full")
