@@ -58,17 +58,35 @@ def here(project: Project, components: Sequence[str]) -> Path | None:
 
     Raises UserError if one of them is of another family.
     """
-    name = project.checkpoint
-    folder = _tiny_folder(project) if name == TINY else resolved(project.root, name)
-    if name != TINY and not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(name, local_files_only=True))
-        except (HFValidationError, LocalEntryNotFoundError, OSError):
-            return None
-    if _missing(project, folder, components):
+    folder = _local(project)
+    if folder is None or _missing(project, folder, components):
         return None
     check_configs(project, folder, components)
     return folder
+
+
+def _local(project: Project) -> Path | None:
+    """Return the folder that a checkpoint has, or would have, on this machine; None for one of the Hub without."""
+    name = project.checkpoint
+    folder = _tiny_folder(project) if name == TINY else resolved(project.root, name)
+    if name == TINY or folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
+
+
+def denoiser_config(project: Project) -> dict[str, Any] | None:
+    """Read the denoiser's config.json if it is on this machine, whether or not its weights are.
+
+    Raises UserError if it is of another family or flavour.
+    """
+    folder, components = _local(project), project.family.denoiser
+    if folder is None or not (folder / components[0] / "config.json").exists():
+        return None
+    check_configs(project, folder, components)
+    return _config(folder / components[0] / "config.json")
 
 
 def is_distilled(project: Project, folder: Path) -> bool:

@@ -29,6 +29,19 @@ from families.tiny import clip_tokenizer, seeded, t5_tokenizer
 
 _PATCH = 2  # latent pixels of a token's side
 
+# The transformer of tiny checkpoints.
+_TINY: Mapping[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": (4, 12, 16),
+}
+
 
 def load_image_encoder(
     checkpoint: Path,
@@ -103,6 +116,16 @@ def load_tokenizer(checkpoint: Path) -> Any:
 def count_tokens(tokenizer: Any, prompts: Sequence[str], settings: Mapping[str, Any]) -> tuple[int, ...]:
     """Count T5's tokens."""
     return tuple(len(ids) for ids in tokenizer(list(prompts))["input_ids"])
+
+
+def denoiser_config(flavour: str, *, tiny: bool) -> Mapping[str, Any]:
+    """Return what is not the class's default; flavours differ in guidance alone."""
+    return {"guidance_embeds": flavour != "schnell", **(_TINY if tiny else {})}
+
+
+def build_denoiser(config: Mapping[str, Any]) -> FluxTransformer2DModel:
+    """Make a transformer."""
+    return FluxTransformer2DModel.from_config(config)
 
 
 def load_denoiser(checkpoint: Path, dtype: torch.dtype, device: torch.device = CPU) -> FluxTransformer2DModel:
@@ -358,15 +381,4 @@ def _tiny_t5(tokenizer: Any) -> T5EncoderModel:
 
 def _tiny_transformer(flavour: str) -> FluxTransformer2DModel:
     with seeded(f"flux transformer {flavour}"):
-        return FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=64,
-            num_layers=1,
-            num_single_layers=2,
-            attention_head_dim=32,
-            num_attention_heads=2,
-            joint_attention_dim=64,
-            pooled_projection_dim=32,
-            guidance_embeds=flavour != "schnell",
-            axes_dims_rope=(4, 12, 16),
-        ).eval()
+        return build_denoiser(denoiser_config(flavour, tiny=True)).eval()

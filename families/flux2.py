@@ -55,6 +55,19 @@ _NOTHING = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "tran
 # Of hidden states; multiples of 16, or PyTorch 2.13's int8 product on a CPU, which quanto calls, reads past their end.
 _TINY_WIDTHS = {"dev": 48, "klein-9b": 32, "klein-4b": 16}
 
+# The transformers of tiny checkpoints, and those of klein.
+_TINY: Mapping[str, Any] = {
+    "num_layers": 2,
+    "num_single_layers": 6,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "axes_dims_rope": (8, 8, 8, 8),
+}
+_KLEIN: Mapping[str, Mapping[str, Any]] = {
+    "klein-9b": {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+    "klein-4b": {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+}
+
 
 def load_image_encoder(
     checkpoint: Path,
@@ -201,6 +214,17 @@ def count_tokens(
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         told = {"add_generation_prompt": True, "enable_thinking": False}
     return tuple(map(len, tokenizer.apply_chat_template(chats, return_dict=True, **told)["input_ids"]))
+
+
+def denoiser_config(flavour: str, *, tiny: bool) -> Mapping[str, Any]:
+    """Return what is not the class's default, which is dev."""
+    own = {**_TINY, "joint_attention_dim": 3 * _TINY_WIDTHS[flavour]} if tiny else _KLEIN.get(flavour, {})
+    return {"guidance_embeds": flavour == "dev", **own}
+
+
+def build_denoiser(config: Mapping[str, Any]) -> Flux2Transformer2DModel:
+    """Make a transformer."""
+    return Flux2Transformer2DModel.from_config(config)
 
 
 def load_denoiser(checkpoint: Path, dtype: torch.dtype, device: torch.device = CPU) -> Flux2Transformer2DModel:
@@ -474,12 +498,4 @@ def _tiny_qwen(tokenizer: PreTrainedTokenizerBase, width: int) -> Qwen3ForCausal
 
 def _tiny_transformer(flavour: str) -> Flux2Transformer2DModel:
     with seeded(f"flux2 transformer {flavour}"):
-        return Flux2Transformer2DModel(
-            num_layers=2,
-            num_single_layers=6,
-            attention_head_dim=32,
-            num_attention_heads=2,
-            joint_attention_dim=3 * _TINY_WIDTHS[flavour],
-            axes_dims_rope=(8, 8, 8, 8),
-            guidance_embeds=flavour == "dev",
-        ).eval()
+        return build_denoiser(denoiser_config(flavour, tiny=True)).eval()

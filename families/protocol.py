@@ -110,6 +110,12 @@ class Family(Protocol):
     def count_tokens(self, tokenizer: Any, prompts: Sequence[str], settings: Mapping[str, Any]) -> tuple[int, ...]:
         """Count the tokens of prompts before padding and before the cut."""
 
+    def denoiser_config(self, flavour: str, *, tiny: bool) -> Mapping[str, Any]:
+        """Return the configuration of a flavour's network as published, or of its tiny checkpoint."""
+
+    def build_denoiser(self, config: Mapping[str, Any]) -> nn.Module:
+        """Make a network of a configuration, on the default device, its weights not loaded."""
+
     def load_denoiser(self, checkpoint: Path, dtype: torch.dtype, device: torch.device = ...) -> nn.Module:
         """Load the network that training adapts; on the CPU, where not told else: `quantize_and_place` moves it."""
 

@@ -68,6 +68,7 @@ class FamilySpec:
     latent_scale: int  # pixels per cell of a latent, along each side
     pooled_width: Width | None  # values of a pooled embed; null for families without one
     text_input: str  # key of the denoiser's config.json that says how wide the text embeds are that it takes
+    pooled_input: str  # the same of pooled embeds, for families that have them
     default_flavour: str
     alignment: int  # pixels that target sides are multiples of, unless aspect_bucket_alignment says otherwise
     smallest_alignment: int  # pixels that sides must be multiples of for the model to run at all

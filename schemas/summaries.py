@@ -10,6 +10,7 @@ from statistics import median
 
 from schemas.imported import ImportSummary
 from schemas.planned import PlanSummary, sized
+from schemas.timed import BenchSummary, TrainPlan
 from schemas.upkeep import CompactSummary, ExplainSummary, GcSummary, StatsSummary
 
 _CUT_TOLD = 5  # prompts that were cut, told one by one
@@ -499,6 +500,8 @@ Summary = (
     | CacheSummary
     | TrainSummary
     | SampleSummary
+    | BenchSummary
+    | TrainPlan
     | ReportSummary
     | PlanSummary
     | StatusSummary

@@ -127,6 +127,12 @@ class TrainerConfig(Options):
         "`inductor` compiles the blocks of the model, each kind of them once and once more for sizes that vary: a "
         "minute or two before the first step, quicker from then on; what is compiled is kept in the workspace",
     )
+    memory_budget_gib: float | None = option(
+        None,
+        "the most of the accelerator's memory that the process may take, CUDA's own part included: `train run` keeps "
+        "to it, as on a smaller card, and `train plan` plans for it; null is all that is free",
+        gt=0,
+    )
     enable_group_offload: bool = option(
         False,
         "frozen weights of blocks wait on the CPU, in memory that is locked there, until their turn: less memory, "

@@ -134,6 +134,90 @@ def sample(
         report(sampled(opened, request, workers=workers), json)
 
 
+@app.command(
+    short_help="Estimate memory and time of ways to train.",
+    epilog="Example:  train plan my-project --memory-budget-gib 24;  before there is a card:  "
+    "train plan my-project --device 'RTX 4090' --pixels 1024 --references 1",
+)
+def plan(
+    project: ProjectPath,
+    pixels: Annotated[
+        int | None, typer.Option(min=16, help="Side of the pictures.  [default: what is paired, else 1024]")
+    ] = None,
+    references: Annotated[int | None, typer.Option(min=0, help="References of each.  [default: as is paired]")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--memory-budget-gib", metavar="GIB", help="Plan for so much.  [default: memory_budget_gib]"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Plan for another accelerator, as 'RTX 4090'.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show choices that gain nothing, too.")] = False,
+    workspace: Workspace = None,
+    root: Root = None,
+    settings: Settings = None,
+    json: AsJson = False,
+) -> None:
+    """Estimate memory and time of the ways to train, and name the fastest that fits; no weights are loaded."""
+    with reporting():
+        from families import open_project
+        from train.planner import Asked
+        from train.planner import plan as planned
+
+        overrides = [*(settings or ()), *([] if budget is None else [f"memory_budget_gib={budget}"])]
+        opened = open_project(project, root=root, workspace=workspace, overrides=overrides)
+        warn(opened.warnings)
+        report(planned(opened, Asked(pixels, references, device, everything)), json)
+
+
+@app.command(
+    short_help="Measure steps on random weights and data.",
+    epilog="Example:  train bench --family flux2 --flavour klein-9b --row 'bf16:' --row 'compiled: "
+    "dynamo_backend=inductor,gradient_checkpointing=false'",
+)
+def bench(
+    project: Annotated[
+        Path | None, typer.Argument(metavar="[PROJECT]", help="Take the options and the model of a project.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Model family, without a project.  [default: flux]")] = None,
+    flavour: Annotated[str | None, typer.Option(help="Flavour of the family.  [default: the family's own]")] = None,
+    pixels: Annotated[
+        int | None, typer.Option(min=16, help="Side of the pictures.  [default: most of the project's, or 1024]")
+    ] = None,
+    references: Annotated[
+        int | None, typer.Option(min=0, help="References of each.  [default: as the project's, or 1]")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples a step.  [default: train_batch_size]")] = None,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps that are measured.")] = 6,
+    warmup: Annotated[int, typer.Option(min=1, metavar="N", help="Steps before these.")] = 2,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A small network of the model's kind.")] = False,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option("--row", metavar="NAME:KEY=VALUE,...", help="Measure a setting of its own; repeatable."),
+    ] = None,
+    workspace: Workspace = None,
+    root: Root = None,
+    settings: Settings = None,
+    json: AsJson = False,
+) -> None:
+    """Take steps on random weights and random data, and tell time, memory and utilisation; nothing is downloaded."""
+    with reporting():
+        from schemas.errors import UserError
+        from train.bench import Request, parse_row
+        from train.bench import bench as measured
+
+        if project is not None and (family or flavour):
+            raise UserError("--family and --flavour are for a bench without a project, which has its own")
+        request = Request(
+            project, root, workspace, family, flavour, tiny, pixels, references, batch, steps, warmup,
+            tuple(settings or ()), tuple(map(parse_row, rows or ())),
+        )  # fmt: skip
+        summary = measured(request)
+        report(summary, json)
+        if summary.failed:
+            raise SystemExit(1)
+
+
 def main() -> None:
     """Run the command line."""
     app(prog_name="train")

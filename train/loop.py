@@ -38,9 +38,9 @@ from train.data import Shelf
 from train.ema import averaged, make_average, update
 from train.interrupt import stops
 from train.loader import Loader
-from train.memory import enough_memory
+from train.memory import enough_memory, limit_memory
 from train.metrics import Metrics
-from train.network import make_network
+from train.network import loaded_to, make_network
 from train.optimizer import make_optimizer, make_schedule
 from train.order import Cursor, turns
 from train.pending import Arrived, Pending, Taken, lateness
@@ -51,6 +51,7 @@ from train.step import base_dtype, step_loss
 from train.watch import Watch
 
 CPU = torch.device("cpu")
+Load = Callable[[Path, torch.dtype, torch.device], nn.Module]  # as the family's `load_denoiser`
 
 
 @dataclass(slots=True)
@@ -75,13 +76,18 @@ class _Around:
 
 
 def run(
-    project: Source, *, limit: int | None = None, workers: int | None = None, dry_run: bool = False
+    project: Source,
+    *,
+    limit: int | None = None,
+    workers: int | None = None,
+    dry_run: bool = False,
+    load: Load | None = None,
 ) -> TrainSummary:
     """Train on the cached pairs of a project and write the adapter to the run folder.
 
     Resumes where an earlier run stopped. `limit` stops after N steps of this run, `workers` is the number of CPU
-    threads. Raises UserError before the first step if anything is missing, stale or damaged, and at the step where a
-    loss or gradient is not finite.
+    threads; `load` makes the network in place of the family's `load_denoiser`. Raises UserError before the first step
+    if anything is missing, stale or damaged, and at the step where a loss or gradient is not finite.
     """
     start = time.monotonic()
     project, device = open_project(project), default_device()
@@ -110,10 +116,11 @@ def run(
 
         torch.set_num_threads(workers or torch.get_num_threads())
         asked_to_stop = held.enter_context(stops())
+        limit_memory(project.trainer, device)
         held.enter_context(enough_memory(project.trainer, device))
         pictures = pictures_of(project, supply.shelf, device) if ranks.first else None
         watch = Watch(project, supply.shelf, supply.held if ranks.first else (), pictures, device)
-        state = _load(project, plan, supply.weights, device)
+        state = _load(project, plan, partial(load or family_of(project).load_denoiser, supply.weights), device)
         record = record_of(project)
         if ranks.first:
             _write_record(folder, record)
@@ -272,12 +279,12 @@ def _peak_gib() -> float | None:
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
-def _load(project: Project, plan: Plan, folder: Path, device: torch.device) -> checkpoint.State:
+def _load(
+    project: Project, plan: Plan, load: Callable[[torch.dtype, torch.device], nn.Module], device: torch.device
+) -> checkpoint.State:
     """Load the network, then what steps change; all of it from the checkpoint that the run resumes, if it does."""
     config = project.trainer
-    direct = config.base_model_precision == "no_change" and not config.enable_group_offload
-    denoiser = family_of(project).load_denoiser(folder, base_dtype(config), device if direct else CPU)
-    network = make_network(project, denoiser, device)
+    network = make_network(project, load(base_dtype(config), loaded_to(config, device)), device)
     optimizer = make_optimizer(network.parameters, config)
     schedule = make_schedule(optimizer, config, plan.steps)
     if plan.resumed is None:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from families.offloading import offload
 from families.protocol import Family
 from families.runtime import groups_of
+from schemas.console import log
 from schemas.errors import UserError
 from schemas.trainer import TrainerConfig
 
@@ -25,6 +26,7 @@ _ATTENTION = (  # what `gradient_checkpointing_keep: attention` keeps, whichever
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 )
+CUDA_GIB = 0.6  # that CUDA takes of a process for itself, besides tensors
 _GOES_ON = ", and the run can be resumed with it"
 
 
@@ -60,6 +62,32 @@ def offload_blocks(family: Family, denoiser: nn.Module, device: torch.device, co
     offload(denoiser, [block.module for block in family.blocks(denoiser)], device, groups_of(config))
 
 
+def room_of(budget: float) -> float:
+    """Return the GiB that a budget leaves for tensors; raises UserError if it leaves none."""
+    if budget <= CUDA_GIB:
+        raise UserError(f"memory_budget_gib {budget:g}: CUDA itself takes about {CUDA_GIB} GiB; give more")
+    return budget - CUDA_GIB
+
+
+def limit_memory(config: TrainerConfig, device: torch.device) -> None:
+    """Keep this process within `memory_budget_gib` of the accelerator's memory; raises UserError if that is too little.
+
+    What does not fit fails as on a card of that size.
+    """
+    budget = config.memory_budget_gib
+    if budget is None:
+        return
+    if device.type != "cuda":
+        log.info("memory_budget_gib has no effect on %s", device)
+        return
+    room, total = room_of(budget), torch.cuda.get_device_properties(device).total_memory / 2**30
+    if budget > total:
+        log.warning("memory_budget_gib %g: there are %.1f GiB, and all of them may be used", budget, total)
+        return
+    torch.cuda.set_per_process_memory_fraction(room / total, device)
+    log.info("memory_budget_gib %g: %.1f of %.1f GiB may hold tensors", budget, room, total)
+
+
 @contextmanager
 def enough_memory(config: TrainerConfig, device: torch.device) -> Iterator[None]:
     """Turn the accelerator's running out of memory into a UserError that says what to change."""
@@ -70,7 +98,9 @@ def enough_memory(config: TrainerConfig, device: torch.device) -> Iterator[None]
         if device.type == "cuda":
             peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
             used = f": {peak / 2**30:.1f} of {total / 2**30:.1f} GiB were in use at most"
-        raise UserError(f"the accelerator's memory is full{used}; {advice(config)}") from fault
+        raise UserError(
+            f"the accelerator's memory is full{used}; {advice(config)}; train plan estimates what fits"
+        ) from fault
 
 
 def advice(config: TrainerConfig) -> str:

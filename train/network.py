@@ -12,6 +12,7 @@ from families.attention import choose_attention
 from families.quantize import quantize_and_place
 from families.runtime import family_of
 from schemas.project import Project
+from schemas.trainer import TrainerConfig
 from train.adapter import add_adapter
 from train.compiling import compile_blocks
 from train.fusing import fuse
@@ -28,6 +29,11 @@ class Network:
 
     denoiser: nn.Module
     parameters: list[nn.Parameter]
+
+
+def loaded_to(config: TrainerConfig, device: torch.device) -> torch.device:
+    """Say where weights are to be loaded: straight to the accelerator, unless they get smaller or wait on the way."""
+    return CPU if config.base_model_precision != "no_change" or config.enable_group_offload else device
 
 
 def make_network(project: Project, denoiser: nn.Module, device: torch.device) -> Network:
