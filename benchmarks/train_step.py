@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -141,18 +142,18 @@ def diffusers_step(
     return step
 
 
-def pairline_step(model: torch.nn.Module, batch: Batch, project: Project) -> Callable[[], float]:
-    """Return a step as `train run` takes it."""
+def pairline_step(model: torch.nn.Module, batch: Batch, project: Project) -> Callable[[], torch.Tensor]:
+    """Return a step as `train run` takes it, which reads no number of a step before the next is launched."""
     network, family = make_network(project, model, DEVICE), family_of(project)
     optimizer = make_optimizer(network.parameters, project.trainer)
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         loss = step_loss(family, network.denoiser, batch, 1, project.trainer)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss.detach()
 
     return step
 
@@ -204,14 +205,13 @@ def measure(variant: str, model: Model, pixels: int, count: int, steps: int) -> 
     for _ in range(2):
         step()
     torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(steps):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        loss = step()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        loss = float(step()) if mark is marks[-1] else step()
+        mark.record()
+    torch.cuda.synchronize()
+    times = [begin.elapsed_time(end) / 1000 for begin, end in pairwise(marks)]
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     peak = torch.cuda.max_memory_allocated() / 2**30
     print(f"| {variant} | {sorted(times)[len(times) // 2]:.3f} | {peak:.1f} | {trained / 1e6:.1f} | {loss:.3f} |")
