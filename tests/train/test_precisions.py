@@ -112,7 +112,7 @@ def test_gradients_are_those_of_the_same_weights_unquantised(make_project: Calla
     network = _dequantised(_quantised(project))
     assert {type(one) for one in network.modules() if isinstance(one, nn.Linear)} == {nn.Linear}
     found, expected = _gradients(_quantised(project), project), _gradients(network, project)
-    most = 5e-2 if precision == "fp8-torchao" else 1e-5  # of which what the weights meet is rounded too
+    most = 0.1 if precision == "fp8-torchao" else 1e-5  # what weights meet is rounded too, to 4 bits in narrow rows
     assert 0 < (found - expected).norm() < most * expected.norm()
 
 
