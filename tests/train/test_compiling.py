@@ -1,21 +1,25 @@
 """Compiled blocks give the same numbers, and are compiled no more once sizes vary."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
 
-from families import flux
+from families import FAMILIES, flux
 from families.protocol import TextEmbeds
+from families.quantize import quantize_and_place
 from families.routing import Routing
 from schemas.trainer import Route, TrainerConfig
 from train.compiling import compile_blocks, compiled_graphs, keep_compiled
 from train.data import Batch
+from train.lora import make_lean
 from train.memory import checkpoint_blocks
 from train.step import step_loss
 
@@ -23,13 +27,27 @@ SIZES = ((8, 8), (8, 12), (12, 8), (8, 16))
 
 
 @pytest.fixture
-def denoiser(tiny_models: Path) -> nn.Module:
-    model = flux.load_denoiser(tiny_models / "tiny-flux-kontext", torch.bfloat16).requires_grad_(False)
-    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v", "proj_mlp"], init_lora_weights=False))
-    for one in model.parameters():
-        one.data = one.data.float() if one.requires_grad else one.data
+def made(tiny_models: Path) -> Callable[..., nn.Module]:
+    """Load the tiny network in a precision, with an adapter of layers that match."""
+
+    def made(layers: str | list[str], precision: str = "no_change") -> nn.Module:
+        model = flux.load_denoiser(tiny_models / "tiny-flux-kontext", torch.bfloat16).requires_grad_(False)
+        quantize_and_place(model, precision, FAMILIES["flux"].unquantised, torch.device("cpu"), "cpu")
+        model.add_adapter(LoraConfig(r=4, target_modules=layers, init_lora_weights=False))
+        generator = torch.Generator().manual_seed(4)
+        for one in model.parameters():
+            if one.requires_grad:
+                one.data = 0.1 * torch.randn(one.shape, generator=generator)
+        return model.train()
+
+    return made
+
+
+@pytest.fixture
+def denoiser(made: Callable[..., nn.Module]) -> nn.Module:
+    model = made(["to_q", "to_v", "proj_mlp"])
     checkpoint_blocks(flux, model, TrainerConfig())
-    return model.train()
+    return model
 
 
 def _batch(height: int, width: int) -> Batch:
@@ -65,6 +83,37 @@ def test_compiled_blocks_give_the_same_numbers_and_are_compiled_twice_at_most(
     assert len(found) == len(gradients) > 4
     assert all(torch.equal(one, other) for one, other in zip(found, gradients, strict=True))
     assert before < graphs[0] < graphs[1] == graphs[2] == graphs[3]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("keep", ["nothing", "attention"])
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "fp8-torchao"])
+def test_every_way_that_compiles_is_one_graph_a_block_and_right(
+    made: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, keep: str, routed: bool
+) -> None:
+    if routed and (precision, keep) != ("fp8-torchao", "attention"):
+        pytest.skip("routes are outside of what is compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    expected = _run(made(FAMILIES["flux"].lora_targets["all+ffs"], precision), routed)[:2]
+    denoiser = made(FAMILIES["flux"].lora_targets["all+ffs"], precision)
+    make_lean(denoiser, join=True)
+    checkpoint_blocks(flux, denoiser, TrainerConfig(gradient_checkpointing_keep=keep))
+    compile_blocks(flux, denoiser, tmp_path, "aot_eager")
+    counters["graph_break"].clear()
+    before = compiled_graphs()
+    losses, found, graphs = _run(denoiser, routed)
+    assert not counters["graph_break"]
+    assert graphs[-1] == graphs[1] and graphs[-1] - before <= (7 if routed else 5)
+    assert losses == pytest.approx(expected[0], rel=1e-2)
+    assert (found - expected[1]).norm() < (0.1 if precision == "fp8-torchao" else 0.02) * expected[1].norm()
+
+
+def _run(denoiser: nn.Module, routed: bool) -> tuple[list[float], torch.Tensor, list[int]]:
+    routes = [Route(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=1)] if routed else []
+    losses, gradients, graphs = _passes(denoiser, Routing(flux.blocks(denoiser), routes))
+    return losses, torch.cat([one.flatten() for one in gradients]), graphs
 
 
 def test_what_compilers_make_lies_in_the_workspace_unless_the_environment_names_a_folder(
