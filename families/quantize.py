@@ -37,9 +37,10 @@ _OWN: Mapping[str, type[Int8Linear] | type[Float8Linear]] = {"int8-torchao": Int
 def check_precision(precision: str, device: torch.device) -> None:
     """Raise UserError if a device cannot multiply what a precision makes of weights."""
     if _OWN.get(precision) is Float8Linear and not multiplies_float8(device):
+        name = torch.cuda.get_device_name(device)
         raise UserError(
-            f"base_model_precision: {precision} multiplies in float8, which {torch.cuda.get_device_name(device)} cannot "
-            "(NVIDIA's Ada, Hopper and later can); set int8-quanto, or fp8-quanto, of which the weights alone are float8"
+            f"base_model_precision: {precision} multiplies in float8, which {name} cannot (NVIDIA's Ada, Hopper and "
+            "later can); set int8-quanto, or fp8-quanto, of which the weights alone are float8"
         )
 
 

@@ -169,7 +169,9 @@ def test_a_gpu_without_float8_is_refused_with_what_there_is_instead(
     if can:
         check_precision("fp8-torchao", CUDA)
         return
-    with pytest.raises(UserError, match=r"base_model_precision: fp8-torchao .* an old one .* int8-quanto, or fp8-quanto"):
+    with pytest.raises(
+        UserError, match=r"base_model_precision: fp8-torchao .* an old one .* int8-quanto, or fp8-quanto"
+    ):
         check_precision("fp8-torchao", CUDA)
 
 
