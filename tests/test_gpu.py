@@ -607,7 +607,7 @@ EIGHT_BITS = COMPILED | {"gradient_checkpointing": True, "gradient_checkpointing
 def wide(make_project: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Project]:
     """Open one project of a published model under other and other options, nothing of it compiled yet."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.enable_cudnn_sdp(False)  # as every run has it: its backward pass is wrong on narrowed gradients
     torch._dynamo.reset()
     release_memory()
