@@ -674,15 +674,15 @@ def _drawn_batch(project: Project, seed: int = 1) -> Batch:
 
 
 def _results(project: Project, denoiser: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the output of a pass, and LoRA's gradients."""
+    """Return the output of a pass, and LoRA's gradients in blocks: those of the last product outweigh all others."""
     family, batch = family_of(project), _drawn_batch(project)
     assert family.num_tokens(batch.latents.shape[1:]) == 1024
     guidance = torch.ones(1, device="cuda") if family.takes_guidance(denoiser) else None
     times = torch.full((1,), 0.6, device="cuda")
     output = predicted(family, denoiser, batch, (batch.noise, times, guidance), project.trainer).float()
     (output - (batch.noise - batch.latents)).square().mean().backward()
-    named = denoiser.named_parameters()
-    return output.detach().cpu(), {name: one.grad.float().cpu() for name, one in named if one.requires_grad}
+    named = [(name, one) for name, one in denoiser.named_parameters() if one.requires_grad and "blocks" in name]
+    return output.detach().cpu(), {name: one.grad.float().cpu() for name, one in named}
 
 
 def _errors(
