@@ -5,6 +5,7 @@ What hooks into blocks (routes, group offload) runs outside of what is compiled;
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,12 +19,18 @@ _KEPT_IN = "TORCHINDUCTOR_CACHE_DIR"
 _MOST_GRAPHS = 32  # of all kinds of blocks, of contiguous and of narrowed inputs, each for one size and for any
 
 
-def compile_blocks(family: Family, denoiser: nn.Module, kept: Path, backend: str = "inductor") -> None:
-    """Have every block compiled when it first runs; what compilers make is kept in a folder for the next run."""
+def compile_blocks(
+    family: Family, denoiser: nn.Module, kept: Path, backend: str = "inductor", mode: str = "default"
+) -> None:
+    """Have every block compiled when it first runs; what compilers make is kept in a folder for the next run.
+
+    Under `max-autotune` kernels are tuned one coordinate at a time; products stay those of the libraries.
+    """
+    options: Any = {"coordinate_descent_tuning": True} if mode == "max-autotune" else None
     keep_compiled(kept)
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     for block in family.blocks(denoiser):
-        block.module.forward = torch.compile(block.module.forward, backend=backend)
+        block.module.forward = torch.compile(block.module.forward, backend=backend, options=options)
 
 
 def keep_compiled(folder: Path) -> None:

@@ -43,15 +43,15 @@ def make_network(project: Project, denoiser: nn.Module, device: torch.device) ->
         fuse(denoiser)
     denoiser.requires_grad_(False)
     place = CPU if config.enable_group_offload else device  # there blocks wait until their turn
-    precision, spared = config.base_model_precision, project.family.unquantised
-    denoiser = quantize_and_place(denoiser, precision, spared, place, config.quantize_via)
+    spared, finer = project.family.unquantised, project.family.conditioning
+    denoiser = quantize_and_place(denoiser, config.base_model_precision, spared, place, config.quantize_via, finer)
     choose_attention(denoiser, device, half=in_half(config))
     parameters = add_adapter(denoiser, project)
     make_lean(denoiser, join=not config.enable_group_offload)
     if config.gradient_checkpointing:
         checkpoint_blocks(family, denoiser, config)
     if config.dynamo_backend != "no":
-        compile_blocks(family, denoiser, project.compiled, config.dynamo_backend)
+        compile_blocks(family, denoiser, project.compiled, config.dynamo_backend, config.dynamo_mode)
     if config.enable_group_offload:
         offload_blocks(family, denoiser, device, config)
     return Network(denoiser.train(), parameters)
