@@ -295,6 +295,7 @@ def _rule_offload(project: Project, file: str, found: Findings) -> None:
         (not config.gradient_checkpointing, "gradient_checkpointing", "without it all weights are kept for gradients"),
         (config.gradient_checkpointing_interval > 1, "gradient_checkpointing_interval", "every block is recomputed: 1"),
         (config.gradient_checkpointing_keep != "nothing", "gradient_checkpointing_keep", "every block is recomputed"),
+        (config.gradient_checkpointing_backend != "torch", "gradient_checkpointing_backend", "choose one of the two"),
         (quantised, "base_model_precision", f"weights that move are of {', '.join(_PLAIN_TENSORS)}"),
         (config.model_type == "full", "model_type", "no weight is frozen"),
     )

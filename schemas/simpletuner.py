@@ -82,7 +82,7 @@ TRAINER_KEYS: Mapping[str, str] = (
     | _same(
         "not in this version: gradient_checkpointing_interval is the only finer setting of gradient_checkpointing",
         """
-        gradient_checkpointing_segment_stride gradient_checkpointing_backend gradient_checkpointing_offload_attention
+        gradient_checkpointing_segment_stride gradient_checkpointing_offload_attention
         gradient_checkpointing_offload_prefetch gradient_checkpointing_offload_pin_memory_max_buckets
         """,
     )

@@ -42,10 +42,10 @@ _FREE = {
     "max_train_steps", "num_train_epochs", "output_dir", "tracker_run_name", "tracker_project_name", "report_to",
     "checkpointing_steps", "checkpoints_total_limit", "checkpointing_rolling_steps",
     "checkpoints_rolling_total_limit", "resume_from_checkpoint", "pretrained_model_name_or_path",
-    "gradient_checkpointing", "gradient_checkpointing_interval", "gradient_checkpointing_keep", "quantize_via",
-    "dynamo_backend", "dynamo_mode", "enable_group_offload", "group_offload_type", "group_offload_blocks_per_group",
-    "group_offload_use_stream", "gradient_accumulation_steps", "memory_budget_gib", "eval_steps_interval",
-    "num_eval_images", "eval_timesteps", "user_prompt_library",
+    "gradient_checkpointing", "gradient_checkpointing_interval", "gradient_checkpointing_keep",
+    "gradient_checkpointing_backend", "quantize_via", "dynamo_backend", "dynamo_mode", "enable_group_offload",
+    "group_offload_type", "group_offload_blocks_per_group", "group_offload_use_stream", "gradient_accumulation_steps",
+    "memory_budget_gib", "eval_steps_interval", "num_eval_images", "eval_timesteps", "user_prompt_library",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from train.adapter import add_adapter
 from train.compiling import compile_blocks
 from train.fusing import fuse
 from train.lora import make_lean
-from train.memory import checkpoint_blocks, offload_blocks
+from train.memory import checkpoint_blocks, keep_inputs_away, offload_blocks
 from train.step import in_half
 
 CPU = torch.device("cpu")
@@ -52,6 +52,8 @@ def make_network(project: Project, denoiser: nn.Module, device: torch.device) ->
         checkpoint_blocks(family, denoiser, config)
     if config.dynamo_backend != "no":
         compile_blocks(family, denoiser, project.compiled, config.dynamo_backend, config.dynamo_mode)
+    if config.gradient_checkpointing and config.gradient_checkpointing_backend == "unsloth":
+        keep_inputs_away(family, denoiser, device)
     if config.enable_group_offload:
         offload_blocks(family, denoiser, device, config)
     return Network(denoiser.train(), parameters)
