@@ -1,4 +1,4 @@
-"""Attention processors of FLUX.1 and FLUX.2 that are diffusers' own, but for how queries and keys are normed and turned.
+"""Attention processors of FLUX.1 and FLUX.2: diffusers' own, but for how queries and keys are normed and turned.
 
 Another network's is a class beside these that calls `families.rotary.turned`.
 """
@@ -105,7 +105,8 @@ def _attended(
     query, key = turned(queries, keys, rotary)
     backend, parallel = processor._attention_backend, processor._parallel_config
     output = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, parallel_config=parallel)
-    return output.flatten(2, 3).to(query.dtype)
+    attended: Tensor = output.flatten(2, 3).to(query.dtype)
+    return attended
 
 
 def _apart(tokens: Tensor, text: int) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,8 @@ _TOLERANCE = 1e-2  # largest relative error of bfloat16 against float32, of outp
 def fuse_rotary(family: Family, denoiser: nn.Module, device: torch.device, *, half: bool) -> bool:
     """Have a denoiser norm and turn queries and keys by kernels of our own, where they pass a self-test; say if so.
 
-    `half` says that it computes in bfloat16, which they are for. The processors of its attentions are replaced, and keep
-    the backend that was chosen. What fails is told in one line.
+    `half` says that it computes in bfloat16, which they are for. Attentions get other processors, which keep the
+    backend that was chosen. What fails is told in one line.
     """
     if device.type != "cuda" or not half or kernels is None:
         return False
@@ -46,8 +46,8 @@ def fuse_rotary(family: Family, denoiser: nn.Module, device: torch.device, *, ha
 def use_turned(family: Family, denoiser: nn.Module) -> None:
     """Give attentions the processors that call `turned`."""
     for attention, processor in family.rotary_processors(denoiser):
-        processor._attention_backend = attention.processor._attention_backend
-        attention.set_processor(processor)
+        processor._attention_backend = attention.processor._attention_backend  # type: ignore[union-attr]
+        attention.set_processor(processor)  # type: ignore[operator]
 
 
 def turned(query: Sequence[Normed], key: Sequence[Normed], rotary: Rotary) -> tuple[Tensor, Tensor]:
@@ -167,13 +167,13 @@ def _dense(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _narrowed(whole: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
-    return whole.split([one.shape[1] for one in parts], dim=1)
+    return torch.split(whole, [one.shape[1] for one in parts], dim=1)
 
 
 def _rows(cos: Tensor, sin: Tensor, parts: Sequence[Tensor]) -> list[Rotary]:
     """Return the rows of cos and sin that are each part's."""
     lengths = [one.shape[1] for one in parts]
-    return list(zip(cos.contiguous().split(lengths), sin.contiguous().split(lengths), strict=True))
+    return list(zip(torch.split(cos.contiguous(), lengths), torch.split(sin.contiguous(), lengths), strict=True))
 
 
 def _dense_heads(values: Tensor) -> Tensor:
@@ -202,15 +202,13 @@ def _tried(device: torch.device, heads: int, width: int) -> str | None:
     return None if max(errors) < _TOLERANCE else f"relative error {max(errors):.2g}"
 
 
-def _drawn(
-    device: torch.device, heads: int, width: int
-) -> tuple[list[Tensor], list[nn.RMSNorm], Rotary, list[Tensor]]:
+def _drawn(device: torch.device, heads: int, width: int) -> tuple[list[Tensor], list[nn.RMSNorm], Rotary, list[Tensor]]:
     """Draw queries and keys of text and images, narrowed views all, their norms, cos and sin, and gradients."""
     generator = torch.Generator().manual_seed(0)
     batch, lengths = _TRIED
     wide = [torch.randn(batch, one, 3 * heads * width, generator=generator) for one in lengths]
     halves = [one.to(device, torch.bfloat16).chunk(3, dim=-1) for one in wide]
-    parts = [one[kind].unflatten(-1, (heads, width)) for kind in range(2) for one in halves]
+    parts = [one[kind].view(batch, -1, heads, width) for kind in range(2) for one in halves]
     norms = [nn.RMSNorm(width, eps=1e-6, device=device).requires_grad_(False) for _ in parts]
     for norm in norms:
         norm.weight.copy_(1 + torch.randn(width, generator=generator) / 4)

@@ -13,7 +13,7 @@ from triton.errors import TritonError
 
 FAULTS = (RuntimeError, OSError, subprocess.SubprocessError, TritonError)  # of a machine where kernels do not compile
 
-_MOST_NUMBERS = 1024  # of a token that a warp computes
+_WARPS = 8  # with fewer, a row of cos is laid out one number a thread, and all the rest after it, by shared memory
 
 
 def forward(values: Tensor, weight: Tensor, rotary: tuple[Tensor, Tensor], eps: float, out: Tensor) -> None:
@@ -56,9 +56,7 @@ def backward(
 
 
 def _shape(heads: int, width: int) -> dict[str, int]:
-    tile = triton.next_power_of_2(heads)
-    warps = min(max(tile * width // _MOST_NUMBERS, 1), 16)
-    return {"heads": heads, "tile": tile, "width": width, "num_warps": warps}
+    return {"heads": heads, "tile": triton.next_power_of_2(heads), "width": width, "num_warps": _WARPS}
 
 
 @triton.jit
@@ -74,11 +72,10 @@ def _turn(
     normed = exact * tl.rsqrt(tl.sum(exact * exact, axis=1) / width + eps)[:, None]
     normed *= tl.load(weight + column).to(tl.float32)
     left, right = tl.split(tl.reshape(normed, (tile, width // 2, 2)))
-    cos_left, cos_right = tl.split(tl.reshape(tl.load(cos + token * width + column), (1, width // 2, 2)))
-    sin_left, sin_right = tl.split(tl.reshape(tl.load(sin + token * width + column), (1, width // 2, 2)))
-    turned = tl.join(left * cos_left - right * sin_left, right * cos_right + left * sin_right)
+    across = tl.reshape(tl.join(-right, left), (tile, width))
+    turned = normed * tl.load(cos + token * width + column) + across * tl.load(sin + token * width + column)
     place = batch * out_batch_step + token * out_token_step + head * width + column
-    tl.store(out + place, tl.reshape(turned, (tile, width)).to(out.dtype.element_ty), mask=head < heads)
+    tl.store(out + place, turned.to(out.dtype.element_ty), mask=head < heads)
 
 
 @triton.jit
@@ -94,11 +91,8 @@ def _turn_back(
     turned = tl.load(gradient + place, mask=head < heads, other=0.0).to(tl.float32)
     place = batch * batch_step + token * token_step + head * head_step + column
     exact = tl.load(values + place, mask=head < heads, other=0.0).to(tl.float32)
-    left, right = tl.split(tl.reshape(turned, (tile, width // 2, 2)))
-    cos_left, cos_right = tl.split(tl.reshape(tl.load(cos + token * width + column), (1, width // 2, 2)))
-    sin_left, sin_right = tl.split(tl.reshape(tl.load(sin + token * width + column), (1, width // 2, 2)))
-    back = tl.join(left * cos_left + right * sin_right, right * cos_right - left * sin_left)
-    normed = tl.reshape(back, (tile, width))
+    left, right = tl.split(tl.reshape(turned * tl.load(sin + token * width + column), (tile, width // 2, 2)))
+    normed = turned * tl.load(cos + token * width + column) + tl.reshape(tl.join(right, -left), (tile, width))
     normed *= tl.load(weight + column).to(tl.float32)
     scale = tl.rsqrt(tl.sum(exact * exact, axis=1) / width + eps)[:, None]
     unit = exact * scale
