@@ -10,6 +10,7 @@ from torch import nn
 
 from families.attention import choose_attention
 from families.quantize import quantize_and_place
+from families.rotary import fuse_rotary
 from families.runtime import family_of
 from schemas.project import Project
 from schemas.trainer import TrainerConfig
@@ -46,6 +47,7 @@ def make_network(project: Project, denoiser: nn.Module, device: torch.device) ->
     spared, finer = project.family.unquantised, project.family.conditioning
     denoiser = quantize_and_place(denoiser, config.base_model_precision, spared, place, config.quantize_via, finer)
     choose_attention(denoiser, device, half=in_half(config))
+    fuse_rotary(family, denoiser, device, half=in_half(config))
     parameters = add_adapter(denoiser, project)
     make_lean(denoiser, join=not config.enable_group_offload)
     if config.gradient_checkpointing:
