@@ -13,7 +13,7 @@ from schemas.family import Expected, FamilySpec, Flavour, Scripts, Width
 from schemas.loading import check_folders, load_project
 from schemas.project import Project
 
-# What these say when they are imported, of kernels that this machine lacks, is not about the user's work.
+# What these say when they are imported, where torchao is installed, is of kernels that this machine lacks.
 for _library in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
     logging.getLogger(_library).setLevel(logging.ERROR)
 

@@ -16,7 +16,8 @@ from optimum.quanto.nn import quantize_module
 from optimum.quanto.tensor.weights import WeightQBitsTensor
 from torch import Tensor, nn
 
-from families.products import Float8Linear, Int8Linear
+from families.products import Float8Linear, Int8Linear, multiplies_float8
+from schemas.errors import UserError
 
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
@@ -32,6 +33,16 @@ _extensions.clear()  # of those that are there it would choose
 
 _QUANTO = {"int8-quanto": qint8, "int4-quanto": qint4, "int2-quanto": qint2, "fp8-quanto": qfloat8}
 _OWN: Mapping[str, type[Int8Linear] | type[Float8Linear]] = {"int8-torchao": Int8Linear, "fp8-torchao": Float8Linear}
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise UserError if a device cannot multiply what a precision makes of weights."""
+    if _OWN.get(precision) is Float8Linear and not multiplies_float8(device):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(
+            f"base_model_precision: {precision} multiplies in float8, which {name} cannot (NVIDIA's Ada, Hopper and "
+            "later can); set int8-quanto, or fp8-quanto, of which the weights alone are float8"
+        )
 
 
 def quantize_and_place(
@@ -77,10 +88,16 @@ def _linear_layers(network: nn.Module, spared: Sequence[str]) -> frozenset[str]:
 def _quantised(layer: Any, precision: str) -> nn.Module:
     """Quantise and freeze one layer."""
     if precision in _OWN:
-        return _OWN[precision].of(layer)
+        return _told(_OWN[precision].of(layer), layer)
     quantised: nn.Module = quantize_module(layer, weights=_QUANTO[precision])
     freeze(quantised)
     weight: Any = quantised.weight
     if precision == "int8-quanto":  # its numbers, in a layer that compiles
-        return Int8Linear(weight._data, weight._scale.float(), layer.bias)
+        return _told(Int8Linear(weight._data, weight._scale.float(), layer.bias), layer)
     return quantised.requires_grad_(False)
+
+
+def _told(quantised: nn.Module, layer: nn.Linear) -> nn.Module:
+    """Tell peft the dtype to hold adapters in, which it takes for that of the weights: numbers of eight bits."""
+    quantised.compute_dtype = layer.weight.dtype  # type: ignore[assignment]
+    return quantised

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,9 +40,7 @@ def add_adapter(denoiser: nn.Module, project: Project) -> list[nn.Parameter]:
     """
     if project.trainer.model_type == "full":
         return list(denoiser.requires_grad_(True).parameters())
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        # What cannot be merged need not be: adapters are saved apart.
-        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
+    with torch.random.fork_rng():
         try:
             denoiser.add_adapter(_peft_config(denoiser, project))  # type: ignore[operator]
         except ValueError as fault:

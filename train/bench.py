@@ -37,7 +37,7 @@ from train.synthetic import synthetic_project
 CPU = torch.device("cpu")
 _ROW = re.compile(r",\s*(?=\w+=)")  # between settings of a row: values may have commas
 _LONGEST = 300  # signs of a reason
-_VERSIONS = ("pairline", "torch", "diffusers", "peft", "torchao", "optimum-quanto")
+_VERSIONS = ("pairline", "torch", "diffusers", "peft", "optimum-quanto")
 
 
 @dataclass(frozen=True, slots=True)

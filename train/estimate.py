@@ -53,11 +53,11 @@ class Precision:
 # Precision -> what it takes; `moved` eager, then compiled (where it has not been measured, what a fused kernel reads).
 PRECISIONS: Mapping[str, Precision] = {
     "no_change": Precision(0, exact=True),
-    "int8-quanto": Precision(8, row_values=1, layer_values=2, moved=(21, 5)),
+    "int8-quanto": Precision(8, row_bytes=4, moved=(11, 5)),
     "int4-quanto": Precision(4, group_values=2, layer_values=2, moved=(37, 8)),
     "int2-quanto": Precision(2, group_values=2, layer_values=2, moved=(37, 8)),
     "fp8-quanto": Precision(8, row_values=1, layer_values=2, moved=(28, 5)),
-    "int8-torchao": Precision(8, row_bytes=5, moved=(52, 5)),
+    "int8-torchao": Precision(8, row_bytes=4, moved=(11, 5)),
     "fp8-torchao": Precision(8, row_bytes=4, moved=(10, 3), quick=True),
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from families.checkpoints import check_text_input, check_trainable, encoder_keys, here, locate
+from families.quantize import check_precision
 from schemas.freshness import check_pairs
 from schemas.keys import digest
 from schemas.project import Project
@@ -57,6 +58,7 @@ def supply_of(project: Project, ranks: Processes, dry_run: bool) -> Supply:
     """Check all that can be checked before anything is written; raises UserError for what is missing or damaged."""
     check_tracker(project)
     check_optimizer(project.trainer)
+    check_precision(project.trainer.base_model_precision, ranks.device)
     denoiser = project.family.denoiser
     with ranks.first_alone():  # one process builds or fetches the checkpoint
         shelf = Shelf(project, encoder_keys(project, remember=not dry_run))

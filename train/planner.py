@@ -44,7 +44,7 @@ _AWAY: Choice = {"gradient_checkpointing_backend": "unsloth"}
 _OFFLOAD: Choice = {"enable_group_offload": True, "group_offload_use_stream": True}
 
 # What choices are combined of: one of each line.
-_PRECISIONS = ("no_change", "fp8-torchao", "int8-torchao", "int8-quanto", "int4-quanto")
+_PRECISIONS = ("no_change", "fp8-torchao", "int8-quanto", "int4-quanto")  # int8-torchao costs what int8-quanto does
 _SAVING = product(({}, _KEEP), ({}, _AWAY), ({}, _OFFLOAD))
 _RECOMPUTED = tuple({**keep, **away, **offload} for keep, away, offload in _SAVING)
 _WAYS: tuple[tuple[Mapping[str, Any], ...], ...] = (

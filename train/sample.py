@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from families import Source, open_project
 from families.checkpoints import check_configs, is_distilled, locate
 from families.protocol import Family, TextEmbeds
-from families.quantize import quantize_and_place
+from families.quantize import check_precision, quantize_and_place
 from families.runtime import default_device, dtype_of, family_of, placement, release_memory
 from schemas.errors import UserError
 from schemas.project import Project
@@ -73,6 +73,7 @@ def sample(project: Source, request: Request, *, workers: int | None = None) -> 
 def _sample(project: Project, request: Request, workers: int | None) -> SampleSummary:
     start = time.monotonic()
     config, device, spec = project.trainer, default_device(), project.family
+    check_precision(config.base_model_precision, device)
     trained, wanted = _trained(project, request.lora, request.scale), _wanted_path(project, request)
     images = [_opened(path) for path in request.images]
     size = _size(project, request, images[0].size if images else None)

@@ -190,16 +190,21 @@ def test_what_another_option_keeps_from_having_an_effect_is_told(tmp_path: Path,
 # Compiled blocks
 
 
+@pytest.mark.parametrize("precision", ["int4-quanto", "int2-quanto", "fp8-quanto"])
+def test_weights_in_a_librarys_own_tensors_do_not_compile(tmp_path: Path, precision: str) -> None:
+    [fault] = _faults(tmp_path, {"dynamo_backend": "inductor", "base_model_precision": precision})
+    assert f'base_model_precision = "{precision}": contradicts dynamo_backend' in fault
+    assert "no_change, int8-quanto, int8-torchao, fp8-torchao" in fault
+
+
 @pytest.mark.parametrize(
-    ("beside", "told"),
+    "beside",
     [
-        ({"base_model_precision": "int8-quanto"}, 'base_model_precision = "int8-quanto": contradicts dynamo_backend'),
-        ({"enable_group_offload": True}, 'dynamo_backend = "inductor": contradicts enable_group_offload'),
+        {},
+        {"enable_group_offload": True},
+        {"gradient_checkpointing_keep": "attention"},
+        *({"base_model_precision": one} for one in ("int8-quanto", "int8-torchao", "fp8-torchao")),
     ],
 )
-def test_compiled_blocks_have_weights_that_stay_as_they_are(
-    tmp_path: Path, beside: dict[str, object], told: str
-) -> None:
-    [fault] = _faults(tmp_path, {"dynamo_backend": "inductor"} | beside)
-    assert told in fault
-    assert _opened(tmp_path, {"dynamo_backend": "inductor"}).trainer.dynamo_backend == "inductor"
+def test_what_compiles(tmp_path: Path, beside: dict[str, object]) -> None:
+    assert _opened(tmp_path, {"dynamo_backend": "inductor"} | beside).trainer.dynamo_backend == "inductor"

@@ -1,22 +1,26 @@
 """Compiled blocks give the same numbers, and are compiled no more once sizes vary."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
 
-from families import flux
+from families import FAMILIES, flux
 from families.compiled import keep_compiled
 from families.protocol import TextEmbeds
+from families.quantize import quantize_and_place
 from families.routing import Routing
 from schemas.trainer import Route, TrainerConfig
 from train.compiling import compile_blocks, compiled_graphs
 from train.data import Batch
+from train.lora import make_lean
 from train.memory import checkpoint_blocks
 from train.step import step_loss
 
@@ -24,13 +28,29 @@ SIZES = ((8, 8), (8, 12), (12, 8), (8, 16))
 
 
 @pytest.fixture
-def denoiser(tiny_models: Path) -> nn.Module:
-    model = flux.load_denoiser(tiny_models / "tiny-flux-kontext", torch.bfloat16).requires_grad_(False)
-    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v", "proj_mlp"], init_lora_weights=False))
-    for one in model.parameters():
-        one.data = one.data.float() if one.requires_grad else one.data
+def made(tiny_models: Path) -> Callable[..., nn.Module]:
+    """Load the tiny network in a precision, with an adapter of layers that match."""
+
+    def made(layers: str | list[str], precision: str = "no_change", *, blocks: int | None = None) -> nn.Module:
+        model = flux.load_denoiser(tiny_models / "tiny-flux-kontext", torch.bfloat16).requires_grad_(False)
+        if blocks is not None:  # single ones
+            del model.transformer_blocks[:], model.single_transformer_blocks[blocks:]
+        quantize_and_place(model, precision, FAMILIES["flux"].unquantised, torch.device("cpu"), "cpu")
+        model.add_adapter(LoraConfig(r=4, target_modules=layers, init_lora_weights=False))
+        generator = torch.Generator().manual_seed(4)
+        for one in model.parameters():
+            if one.requires_grad:
+                one.data = 0.1 * torch.randn(one.shape, generator=generator)
+        return model.train()
+
+    return made
+
+
+@pytest.fixture
+def denoiser(made: Callable[..., nn.Module]) -> nn.Module:
+    model = made(["to_q", "to_v", "proj_mlp"])
     checkpoint_blocks(flux, model, TrainerConfig())
-    return model.train()
+    return model
 
 
 def _batch(height: int, width: int) -> Batch:
@@ -66,6 +86,43 @@ def test_compiled_blocks_give_the_same_numbers_and_are_compiled_twice_at_most(
     assert len(found) == len(gradients) > 4
     assert all(torch.equal(one, other) for one, other in zip(found, gradients, strict=True))
     assert before < graphs[0] < graphs[1] == graphs[2] == graphs[3]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated")
+@pytest.mark.parametrize(
+    ("precision", "keep", "backend"),
+    [
+        ("no_change", "attention", "aot_eager"),
+        ("int8-quanto", "attention", "aot_eager"),
+        ("int8-quanto", "nothing", "eager"),
+        ("fp8-torchao", "attention", "aot_eager"),
+        ("fp8-torchao", "nothing", "eager"),
+    ],
+)
+def test_every_way_that_compiles_is_whole_graphs_that_are_right(
+    made: Callable[..., nn.Module],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    keep: str,
+    backend: str,
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    layers, route = FAMILIES["flux"].lora_targets["all+ffs"], Routing([], [])
+    expected, gradients, _ = _passes(made(layers, precision, blocks=1), route)
+    denoiser = made(layers, precision, blocks=1)
+    make_lean(denoiser, join=True)
+    checkpoint_blocks(flux, denoiser, TrainerConfig(gradient_checkpointing_keep=keep))
+    compile_blocks(flux, denoiser, tmp_path, backend)
+    counters["graph_break"].clear()
+    before = compiled_graphs()
+    losses, found, graphs = _passes(denoiser, route)
+    assert not counters["graph_break"]
+    assert [one - before for one in graphs] == [1, 2, 2, 2]
+    assert losses == pytest.approx(expected, rel=1e-2)
+    whole, exact = (torch.cat([one.flatten() for one in each]) for each in (found, gradients))
+    assert (whole - exact).norm() < (0.05 if precision == "fp8-torchao" else 0.02) * exact.norm()
 
 
 def test_what_compilers_make_lies_in_the_workspace_unless_the_environment_names_a_folder(

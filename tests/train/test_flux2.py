@@ -159,7 +159,8 @@ def test_gradients_of_every_kind_of_block_are_the_same_when_blocks_are_recompute
         project = opened(lora_dropout=0.5)
         denoiser = _random(_network(project), project).train()
         if interval:
-            checkpoint_blocks(flux2, denoiser, TrainerConfig(gradient_checkpointing_interval=interval))
+            options = TrainerConfig(gradient_checkpointing_interval=interval, lora_dropout=0.5)
+            checkpoint_blocks(flux2, denoiser, options)
         routing = Routing(flux2.blocks(denoiser), [Route(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=4)])
         torch.manual_seed(1)
         step_loss(flux2, denoiser, _batch(denoiser, *TWO, size=2), 1, project.trainer, routing).backward()

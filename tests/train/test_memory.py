@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from families import flux, open_project
 from families.offloading import _groups
@@ -38,26 +39,60 @@ def _adapted() -> FluxTransformer2DModel:
     return model.train()
 
 
-def _gradients(interval: int) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Return gradients, and how often each block ran in forward and backward."""
-    model, calls = _adapted(), Counter()
+def _gradients(**options: Any) -> tuple[dict[str, torch.Tensor], list[int], list[int]]:
+    """Return gradients, and how often each block and its insides ran in forward and backward."""
+    model, hooks, calls = _adapted(), Counter(), Counter()
     for number, block in enumerate(flux.blocks(model)):
-        block.module.register_forward_pre_hook(lambda *_, number=number: calls.update([number]))
-    if interval:
-        checkpoint_blocks(flux, model, TrainerConfig(gradient_checkpointing_interval=interval))
+        block.module.register_forward_pre_hook(lambda *_, number=number: hooks.update([number]))
+        block.module.attn.register_forward_pre_hook(lambda *_, number=number: calls.update([number]))
+    if options:
+        checkpoint_blocks(flux, model, TrainerConfig(lora_dropout=0.5, **options))
     torch.manual_seed(1)
     text = TextEmbeds(torch.randn(1, 4, 24), torch.randn(1, 8), (4,))
     flux.velocity(model, torch.randn(1, 16, 8, 8), [], text, torch.ones(1), None).square().mean().backward()
     trained = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
-    return trained, [calls[number] for number in range(5)]
+    return trained, [hooks[number] for number in range(5)], [calls[number] for number in range(5)]
 
 
+@pytest.mark.parametrize("keep", ["nothing", "attention"])
 @pytest.mark.parametrize(("interval", "runs"), [(1, [2, 2, 2, 2, 2]), (2, [2, 1, 2, 1, 2]), (4, [2, 1, 1, 1, 2])])
-def test_every_nth_block_is_recomputed_and_gradients_stay_the_same(interval: int, runs: list[int]) -> None:
-    expected, plain = _gradients(0)
-    found, calls = _gradients(interval)
-    assert plain == [1] * 5 and calls == runs
+def test_every_nth_block_is_recomputed_and_gradients_stay_the_same(interval: int, runs: list[int], keep: str) -> None:
+    expected, *plain = _gradients()
+    found, hooks, calls = _gradients(gradient_checkpointing_interval=interval, gradient_checkpointing_keep=keep)
+    assert plain == [[1] * 5] * 2
+    assert hooks == [1] * 5 and calls == runs
     assert expected and all(torch.equal(found[name], one) for name, one in expected.items())
+
+
+def test_hooks_that_bring_weights_run_again_where_blocks_wait() -> None:
+    expected, *_ = _gradients()
+    found, *runs = _gradients(enable_group_offload=True)
+    assert runs == [[2] * 5] * 2
+    assert expected and all(torch.equal(found[name], one) for name, one in expected.items())
+
+
+class _Attentions(TorchDispatchMode):
+    """Counts the attentions that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        self.count += "scaled_dot_product" in name and "backward" not in name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "computed"),
+    [({}, 5), ({"gradient_checkpointing_keep": "nothing"}, 10), ({"gradient_checkpointing_keep": "attention"}, 5),
+     ({"gradient_checkpointing_keep": "attention", "enable_group_offload": True}, 5)],
+)  # fmt: skip
+def test_attention_that_is_kept_is_not_computed_again(options: dict[str, Any], computed: int) -> None:
+    with _Attentions() as attentions:
+        _gradients(**options)
+    assert attentions.count == computed
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (9, [5])])

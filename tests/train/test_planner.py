@@ -40,13 +40,15 @@ def test_the_fastest_that_fits_is_named_with_what_to_set(planned: Callable[..., 
     assert None not in took and took == sorted(took) and found.choices[0].relative == 1
     assert found.fastest is found.choices[0] and [one.now for one in found.choices].count(True) == 1
     told = "\n".join(found.lines())
-    assert (
-        'fastest that fits: bf16, compiled, no checkpointing; in config.json:\n  "dynamo_backend": "inductor",\n'
-        in told
-    )
+    best = 'fp8-torchao, compiled, no checkpointing; in config.json:\n  "base_model_precision": "fp8-torchao",\n'
+    exact = 'bf16, compiled, no checkpointing; in config.json:\n  "dynamo_backend": "inductor",\n'
+    assert f"fastest that fits: {best}" in told and f"with the same numbers: {exact}" in told
     assert '  "gradient_checkpointing": false,' in told and "| now " in told
     assert len({tuple(one.settings.items()) for one in found.choices}) == len(found.choices)
     assert all(one.exact == (one.settings["base_model_precision"] == "no_change") for one in found.choices)
+    compiled = {one.settings["base_model_precision"] for one in found.choices if "compiled" in one.name}
+    assert compiled == {"no_change", "fp8-torchao", "int8-quanto"}
+    assert any("attention kept" in one.name for one in found.choices)
 
 
 def test_what_is_worthwhile_gains_something(planned: Callable[..., TrainPlan]) -> None:

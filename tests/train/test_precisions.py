@@ -1,7 +1,6 @@
 """Every precision with every kind of adapter learns, trains all its tensors, and gives a file that loads again."""
 
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,9 +73,7 @@ def test_every_precision_trains_every_adapter_and_its_file_loads_into_diffusers(
     save_adapter(tmp_path, project, denoiser, adapter_layers(denoiser), {})
     fresh = _quantised(project)
     untrained = _predicted(fresh, batch)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
-        fresh.load_lora_adapter(tmp_path, weight_name=LORA_NAME, prefix="transformer")
+    fresh.load_lora_adapter(tmp_path, weight_name=LORA_NAME, prefix="transformer")
     for parameter in parameters:  # pipelines hold adapters in the dtype of their model
         parameter.data = parameter.data.to(torch.bfloat16)
     loaded = _predicted(fresh, batch)
@@ -88,11 +85,13 @@ def _dequantised(network: nn.Module) -> nn.Module:
     """Replace quantised layers by plain ones with the very same weights."""
     layers = [(name, one) for name, one in network.named_modules() if isinstance(one, nn.Linear)]
     for name, layer in layers:
-        if hasattr(layer.weight, "dequantize") and type(layer.weight) is not nn.Parameter:
+        if type(layer) is not nn.Linear:
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            plain.weight.data = layer.weight.dequantize().detach().clone()
+            given = torch.cat([torch.eye(layer.in_features), torch.zeros(1, layer.in_features)])
+            *columns, bias = layer(given).detach()
+            plain.weight.data = (torch.stack(columns) - bias).t().contiguous()
             if layer.bias is not None:
-                plain.bias.data = layer.bias.detach().clone()
+                plain.bias.data = bias
             network.set_submodule(name, plain.requires_grad_(False))
     return network
 
@@ -110,9 +109,11 @@ def _gradients(denoiser: nn.Module, project: Project) -> torch.Tensor:
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
 def test_gradients_are_those_of_the_same_weights_unquantised(make_project: Callable[..., Path], precision: str) -> None:
     project = open_project(make_project(photos=1, mixed_precision="no", base_model_precision=precision))
-    found = _gradients(_quantised(project), project)
-    expected = _gradients(_dequantised(_quantised(project)), project)
-    assert (found - expected).norm() < 1e-5 * expected.norm()
+    network = _dequantised(_quantised(project))
+    assert {type(one) for one in network.modules() if isinstance(one, nn.Linear)} == {nn.Linear}
+    found, expected = _gradients(_quantised(project), project), _gradients(network, project)
+    most = 0.1 if precision == "fp8-torchao" else 1e-5  # what weights meet is rounded too, to 4 bits in narrow rows
+    assert 0 < (found - expected).norm() < most * expected.norm()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
