@@ -127,6 +127,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
         default_lora_target="all",
         elsewhere={"simpletuner": "flux", "musubi": "fk", "sd-scripts": "flux"},
         unquantised=("proj_out", "x_embedder", "context_embedder"),
+        conditioning=r"time_text_embed\..*|(.*\.)?norm(1|1_context|_out)?\.linear",
         text_rows="t5_tokens",
     ),
     "flux2": FamilySpec(
@@ -171,6 +172,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
         default_lora_target="all",
         elsewhere={},
         unquantised=("proj_out", "x_embedder", "context_embedder"),
+        conditioning=r"time_guidance_embed\..*|.*_modulation(_img|_txt)?\.linear|norm_out\.linear",
     ),
 }
 

@@ -4,7 +4,6 @@
 pictures themselves; all other shapes, and decoding, stay with the plain one.
 """
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from families.compiled import keep_compiled
 from schemas.console import log
 
-_KEPT_IN = "TORCHINDUCTOR_CACHE_DIR"
 _MOST_SHAPES = 64  # that are compiled in one process
 _TOLERANCE = 5e-2  # largest relative difference from the plain encoder, both in bfloat16
 _MOST_SCORES = 1 << 28  # of attention at once: 1 GiB
@@ -28,7 +27,7 @@ class FastEncoder:
 
     def __init__(self, encoder: Any, kept: Path, backend: str = "inductor") -> None:
         """What compilers make is kept in a folder for the next run."""
-        os.environ.setdefault(_KEPT_IN, str(kept))
+        keep_compiled(kept)
         self._encoder, self._plain = encoder.to(memory_format=torch.channels_last), encoder.forward
         self._compiled = torch.compile(encode, backend=backend, dynamic=False, fullgraph=True)
         self._shapes: dict[tuple[int, ...], bool] = {}  # that were tried -> whether they are used

@@ -16,12 +16,13 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from families.adapters import AdapterFile, put_adapter
 from families.components import CPU, load_scheduler, load_vae, load_whole, pixels_of, place_vae, values_of
 from families.offloading import Groups, offload
+from families.processors import turning
 from families.protocol import Block, Placement, Posterior, Sampling, TextEmbeds
 from families.quantize import quantize_and_place
 from families.runtime import check_whole
@@ -137,6 +138,11 @@ def blocks(denoiser: FluxTransformer2DModel) -> list[Block]:
     """Return the double blocks, then the single ones; both take and give text apart from images."""
     modules = (*denoiser.transformer_blocks, *denoiser.single_transformer_blocks)
     return [Block(one, "hidden_states", "image_rotary_emb", joined=False, output=1) for one in modules]
+
+
+def rotary_processors(denoiser: FluxTransformer2DModel) -> list[tuple[nn.Module, Any]]:
+    """Return attentions of all blocks and the processors that fuse norm and rotary embedding."""
+    return turning(denoiser)
 
 
 def takes_guidance(denoiser: FluxTransformer2DModel) -> bool:

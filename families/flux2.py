@@ -21,7 +21,7 @@ from diffusers import (
 )
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoConfig,
@@ -37,6 +37,7 @@ from transformers import (
 from families.adapters import AdapterFile, put_adapter
 from families.components import CPU, load_scheduler, load_vae, load_whole, pixels_of, place_vae, values_of
 from families.offloading import Groups, offload
+from families.processors import turning
 from families.protocol import Block, Placement, Posterior, Sampling, TextEmbeds
 from families.quantize import quantize_and_place
 from families.runtime import check_whole
@@ -239,6 +240,11 @@ def blocks(denoiser: Flux2Transformer2DModel) -> list[Block]:
         Block(one, "hidden_states", _ROTARY, joined=True, output=None) for one in denoiser.single_transformer_blocks
     ]
     return double + single
+
+
+def rotary_processors(denoiser: Flux2Transformer2DModel) -> list[tuple[nn.Module, Any]]:
+    """Return attentions of all blocks and the processors that fuse norm and rotary embedding."""
+    return turning(denoiser)
 
 
 def takes_guidance(denoiser: Flux2Transformer2DModel) -> bool:

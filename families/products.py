@@ -1,10 +1,11 @@
 """Frozen linear layers in eight bits that compile: of int8 the weights alone, of float8 the products too.
 
-`joined` makes one layer of several that read the same input, plain ones as well. Another kind is a class beside these.
+`added` is how a layer, any frozen one, multiplies with something of low rank added; `joined` makes one layer of several
+that read the same input. Another kind is a class beside these.
 """
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +23,22 @@ def multiplies_float8(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
 
 
-class _Frozen(nn.Linear):
-    """A linear layer whose weights are numbers of eight bits times a scale; nothing of it is trained."""
+def computed(values: Tensor) -> Tensor:
+    """Return values in the dtype that products take here: that of autocast under it, else their own."""
+    kind = values.device.type
+    return values.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else values
 
-    scale: Tensor
+
+class Frozen(nn.Linear):
+    """A linear layer whose weights are numbers of eight bits, each row times a scale; nothing of it is trained."""
+
+    scale: Tensor  # out × 1, float32
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """Make a layer of weights, out × in."""
         super().__init__(1, 1, bias=False, device="meta")
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)  # out × in
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", scale)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
@@ -43,84 +51,103 @@ class _Frozen(nn.Linear):
         _take_over(whole, layers)
         return whole
 
-    def _biased(self, product: Tensor) -> Tensor:
-        return product if self.bias is None else product + self.bias.to(product.dtype)
+    def forward(self, values: Tensor) -> Tensor:
+        """Multiply; the result has the dtype of the values, of autocast under it."""
+        return self.added(values, None, None)
+
+    def added(self, values: Tensor, small: Tensor | None, up: Tensor | None) -> Tensor:
+        """Multiply and add the product of `small`, … × rank, and `up`, out × rank."""
+        raise NotImplementedError
 
 
-class Int8Linear(_Frozen):
-    """Weights in int8, one scale a row: dequantised where they are multiplied, again in the backward pass."""
+class Int8Linear(Frozen):
+    """Weights in int8, dequantised where they are multiplied, again in the backward pass."""
 
     @classmethod
     def of(cls, layer: nn.Linear) -> Self:
         """Round each row to the nearest of 255 numbers, symmetric around zero."""
-        scale = layer.weight.detach().abs().amax(dim=1, keepdim=True).float() / _LARGEST_INT8
-        scale = scale.clamp(min=_LEAST)
-        rounded = (layer.weight.detach().float() / scale).round().to(torch.int8)
-        return cls(rounded, scale, layer.bias)
+        exact = layer.weight.detach().float()
+        scale = (exact.abs().amax(dim=1, keepdim=True) / _LARGEST_INT8).clamp(min=_LEAST)
+        return cls((exact / scale).round().to(torch.int8), scale, layer.bias)
 
-    def forward(self, values: Tensor) -> Tensor:
-        """Multiply in the dtype of the values, of autocast under it."""
-        return self._biased(_Int8Product.apply(computed(values), self.weight, self.scale))  # type: ignore[no-untyped-call]
+    def added(self, values: Tensor, small: Tensor | None, up: Tensor | None) -> Tensor:
+        """Multiply and add the product of `small`, … × rank, and `up`, out × rank."""
+        given = (computed(values), self.weight, self.scale, self.bias, small, up)
+        product: Tensor = _Int8Product.apply(*given)  # type: ignore[no-untyped-call]
+        return product
 
 
 class _Int8Product(torch.autograd.Function):
-    """Saves the weights as they are, so that what is dequantised need not be kept."""
+    """Keeps the weights as they are, so that what is dequantised need not be kept."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Multiply values, … × in, by weights, out × in."""
-        ctx.save_for_backward(weight, scale)
-        return functional.linear(values, (weight * scale).to(values.dtype))
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        small: Tensor | None,
+        up: Tensor | None,
+    ) -> Tensor:
+        """Multiply values, … × in."""
+        ctx.save_for_backward(weight, scale, small, up)
+        exact = (weight * scale).to(values.dtype)
+        half = None if bias is None else bias.to(values.dtype)
+        return cast(Tensor, _linear_added(values, exact, half, small, up))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient of the values."""
-        weight, scale = ctx.saved_tensors
-        return gradient @ (weight * scale).to(gradient.dtype), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of values and of what was added."""
+        weight, scale, small, up = ctx.saved_tensors
+        exact = (weight * scale).to(gradient.dtype)
+        return gradient @ exact, None, None, None, *_added_backward(gradient, small, up)
 
 
-class Float8Linear(_Frozen):
-    """Weights, inputs and gradients in float8 (e4m3): one scale a row of weights, one a row of what is multiplied.
-
-    Products are of unit scale, and scales are put to their results, where a compiler has them at no cost.
-    """
+class Float8Linear(Frozen):
+    """Weights, inputs and gradients in float8 (e4m3); each row of them has a scale, that of its largest value."""
 
     @classmethod
     def of(cls, layer: nn.Linear) -> Self:
         """Round the weights."""
         return cls(*_rounded(layer.weight.detach()), layer.bias)
 
-    def forward(self, values: Tensor) -> Tensor:
-        """Multiply; the result has the dtype of the values, of autocast under it."""
-        return self._biased(_Float8Product.apply(computed(values), self.weight, self.scale))  # type: ignore[no-untyped-call]
+    def added(self, values: Tensor, small: Tensor | None, up: Tensor | None) -> Tensor:
+        """Multiply and add the product of `small`, … × rank, and `up`, out × rank."""
+        given = (computed(values), self.weight, self.scale, self.bias, small, up)
+        product: Tensor = _Float8Product.apply(*given)  # type: ignore[no-untyped-call]
+        return product
 
 
 class _Float8Product(torch.autograd.Function):
     """The weights are kept once: products take their second factor column by column, so backwards it is transposed."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Multiply values, … × in, by weights, out × in."""
-        ctx.save_for_backward(weight, scale)
-        rounded, own = _rounded(values.reshape(-1, values.shape[-1]))
-        product = _multiplied(rounded, weight.t(), values.dtype) * (own * scale.t())
-        return product.to(values.dtype).view(*values.shape[:-1], weight.shape[0])
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        small: Tensor | None,
+        up: Tensor | None,
+    ) -> Tensor:
+        """Multiply values, … × in."""
+        ctx.save_for_backward(weight, scale, small, up)
+        rounded, own = _rounded(values.flatten(0, -2))
+        short = None if small is None else small.flatten(0, -2)
+        half = None if bias is None else bias.to(values.dtype)
+        product: Tensor = _float8_added(rounded, own, weight, scale, half, short, up, values.dtype)
+        return product.view(*values.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient of the values."""
-        weight, scale = ctx.saved_tensors
-        rounded, own = _rounded(gradient.reshape(-1, gradient.shape[-1]) * scale.t())
-        product = _multiplied(rounded, weight.t().contiguous().t(), gradient.dtype) * own
-        return product.to(gradient.dtype).view(*gradient.shape[:-1], weight.shape[1]), None, None
-
-
-def _multiplied(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply float8 numbers, m × k in rows by k × n in columns."""
-    if rows.is_cuda:
-        one = torch.ones((), device=rows.device)
-        return torch._scaled_mm(rows, columns, scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True)
-    return (rows.float() @ columns.float()).to(dtype)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of values and of what was added."""
+        weight, scale, small, up = ctx.saved_tensors
+        rounded, own = _rounded(gradient.flatten(0, -2) * scale.t())  # rows of weights are what is summed over here
+        product = _multiplied(rounded, own, weight.t().contiguous().t(), None, None, gradient.dtype)
+        back = product.view(*gradient.shape[:-1], weight.shape[1])
+        return back, None, None, None, *_added_backward(gradient, small, up)
 
 
 def _rounded(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,10 +157,88 @@ def _rounded(values: Tensor) -> tuple[Tensor, Tensor]:
     return (exact / scale).clamp(-_LARGEST8, _LARGEST8).to(FLOAT8), scale
 
 
-def computed(values: Tensor) -> Tensor:
-    """Return values in the dtype that products take here: that of autocast under it, else their own."""
-    kind = values.device.type
-    return values.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else values
+def _multiplied(
+    rows: Tensor, own: Tensor, columns: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Multiply float8 numbers, m × k in rows by k × n in columns, with scales of rows, m × 1, and columns, n × 1."""
+    if scale is None:
+        scale = own.new_ones(columns.shape[1], 1)
+    if rows.is_cuda:
+        return torch._scaled_mm(
+            rows, columns, scale_a=own, scale_b=scale.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
+        )
+    product = (rows.float() @ columns.float()) * (own * scale.t())
+    return (product if bias is None else product + bias).to(dtype)
+
+
+# Something of low rank is added in place, which compilers do not do: they copy what it is added to before. So these are
+# operations of their own, that no compiler looks into.
+
+
+@torch.library.custom_op("pairline::float8_added", mutates_args=())
+def _float8_added(
+    rows: Tensor,
+    own: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    small: Tensor | None,
+    up: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    output = _multiplied(rows, own, weight.t(), scale, bias, dtype)
+    return output if small is None or up is None else output.addmm_(small, up.t())
+
+
+@_float8_added.register_fake
+def _float8_shape(rows: Tensor, own: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    return own.new_empty(rows.shape[0], weight.shape[0], dtype=others[-1])
+
+
+@torch.library.custom_op("pairline::linear_added", mutates_args=())
+def _linear_added(
+    values: Tensor, weight: Tensor, bias: Tensor | None, small: Tensor | None, up: Tensor | None
+) -> Tensor:
+    output = functional.linear(values, weight, bias)
+    if small is not None and up is not None:
+        output.view(-1, output.shape[-1]).addmm_(small.reshape(-1, small.shape[-1]), up.t())
+    return output
+
+
+@_linear_added.register_fake
+def _linear_shape(values: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    return values.new_empty(*values.shape[:-1], weight.shape[0])
+
+
+def _keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, _, small, up = inputs
+    ctx.save_for_backward(weight, small, up)
+
+
+def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    weight, small, up = ctx.saved_tensors
+    return gradient @ weight, None, None, *_added_backward(gradient, small, up)
+
+
+_linear_added.register_autograd(_linear_backward, setup_context=_keep_factors)
+
+
+def _added_backward(
+    gradient: Tensor, small: Tensor | None, up: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:  # of small, of up
+    if small is None or up is None:
+        return None, None
+    return gradient @ up, gradient.flatten(0, -2).t() @ small.flatten(0, -2)
+
+
+def added(layer: nn.Module, values: Tensor, small: Tensor, up: Tensor) -> Tensor:
+    """Add to a frozen layer's output the product of `small`, … × rank, and `up`, out × rank, in their dtype."""
+    if isinstance(layer, Frozen):
+        return layer.added(values, small, up)
+    if type(layer) is nn.Linear and layer.weight.dtype == values.dtype:
+        return cast(Tensor, _linear_added(values, layer.weight, layer.bias, small, up))
+    output: Tensor = layer(values)
+    return output + functional.linear(small, up)
 
 
 def joined(layers: Sequence[nn.Linear]) -> nn.Linear | None:
@@ -146,8 +251,8 @@ def joined(layers: Sequence[nn.Linear]) -> nn.Linear | None:
     if len(kinds) > 1 or len(biases) > 1:
         return None
     kind = kinds.pop()
-    if issubclass(kind, _Frozen):
-        return kind.joined(layers)  # type: ignore[arg-type]
+    if issubclass(kind, Frozen):
+        return kind.joined(cast(Any, layers))
     if kind is not nn.Linear:
         return None
     with torch.device("meta"):

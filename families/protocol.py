@@ -122,6 +122,9 @@ class Family(Protocol):
     def blocks(self, denoiser: nn.Module) -> Sequence[Block]:
         """Return the network's blocks in the order they run in."""
 
+    def rotary_processors(self, denoiser: nn.Module) -> Sequence[tuple[nn.Module, Any]]:
+        """Return attentions, and for each a processor as its own that calls `families.rotary.turned`."""
+
     def takes_guidance(self, denoiser: nn.Module) -> bool:
         """Tell whether the network is told a guidance scale."""
 

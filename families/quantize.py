@@ -4,6 +4,7 @@ A new precision is a line in `_QUANTO` or `_OWN`. Order matters: load, quantise,
 is there already would be quantised as well.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -45,17 +46,19 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def quantize_and_place(
-    network: nn.Module, precision: str, spared: Sequence[str], device: torch.device, via: str
+    network: nn.Module, precision: str, spared: Sequence[str], device: torch.device, via: str, finer: str = "(?!)"
 ) -> nn.Module:
     """Quantise the linear layers of a frozen network on the CPU, but for those `spared`, and move it to `device`.
 
     Via `accelerator` each layer is moved, then quantised there, so that the device never holds all of them unquantised;
-    via `cpu` it is quantised first. The two differ by rounding alone.
+    via `cpu` it is quantised first. The two differ by rounding alone. Layers whose names match `finer`, a regular
+    expression, are of int8 where others compute in float8.
     """
     names = () if precision == "no_change" else _linear_layers(network, spared)
     for name in names:  # looked up one by one: a reference kept would keep the unquantised weights too
         layer = network.get_submodule(name)
-        quantised = _quantised(layer.to(device) if via == "accelerator" else layer, precision)
+        own = "int8-torchao" if precision == "fp8-torchao" and re.fullmatch(finer, name) else precision
+        quantised = _quantised(layer.to(device) if via == "accelerator" else layer, own)
         quantised = quantised if via == "accelerator" else quantised.to(device)
         _multiply_plainly(quantised)
         network.set_submodule(name, quantised)

@@ -76,6 +76,7 @@ class FamilySpec:
     default_lora_target: str
     elsewhere: Mapping[str, str]  # other trainer -> what its cache files of this family are named by
     unquantised: tuple[str, ...]  # layers that keep their precision: small ones that carry the picture itself
+    conditioning: str  # regular expression of layers that see one row a picture: their errors are those of every token
     text_rows: str = "max_sequence_length"  # what keys of text stores call the number of an embed's rows
 
     @property

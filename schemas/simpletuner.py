@@ -82,7 +82,7 @@ TRAINER_KEYS: Mapping[str, str] = (
     | _same(
         "not in this version: gradient_checkpointing_interval is the only finer setting of gradient_checkpointing",
         """
-        gradient_checkpointing_segment_stride gradient_checkpointing_backend gradient_checkpointing_offload_attention
+        gradient_checkpointing_segment_stride gradient_checkpointing_offload_attention
         gradient_checkpointing_offload_prefetch gradient_checkpointing_offload_pin_memory_max_buckets
         """,
     )
@@ -388,7 +388,7 @@ TRAINER_KEYS: Mapping[str, str] = (
     | _same(
         "ignored: dynamo_backend compiles the blocks of the model, whose sizes may vary; nothing else is chosen",
         """
-        dynamo_mode dynamo_fullgraph dynamo_dynamic dynamo_use_regional_compilation dynamo_wrapper
+        dynamo_fullgraph dynamo_dynamic dynamo_use_regional_compilation dynamo_wrapper
         dynamo_cache_export dynamo_cache_export_after_first_step dynamo_hub_repo_id
         """,
     )

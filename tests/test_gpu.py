@@ -18,7 +18,7 @@ from diffusers import (
 from peft import LoraConfig
 from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3ForCausalLM
 
-from families import FAMILIES, attention, flux, flux2, open_project
+from families import FAMILIES, attention, flux, flux2, open_project, rotary
 from families.attention import choose_attention
 from families.checkpoints import encoder_keys, locate
 from families.fast_vae import speed_up
@@ -26,6 +26,7 @@ from families.offloading import Groups
 from families.products import Int8Linear, multiplies_float8
 from families.protocol import Placement, TextEmbeds
 from families.quantize import quantize_and_place
+from families.rotary import fuse_rotary, normed_turned, plain
 from families.routing import Routing
 from families.runtime import family_of, placement, release_memory
 from families.shapes import shaped_denoiser
@@ -42,6 +43,7 @@ from schemas.shards import ShardIndex
 from schemas.trainer import Route, TrainerConfig
 from train import loop
 from train.adapter import add_adapter
+from train.compiling import compile_blocks, compiled_graphs
 from train.data import Batch, Shelf
 from train.likeness import psnr
 from train.loop import run
@@ -62,6 +64,7 @@ def _step(project: object, device: str, dtype: torch.dtype) -> tuple[float, dict
     precision, via = project.trainer.base_model_precision, project.trainer.quantize_via
     quantize_and_place(denoiser.requires_grad_(False), precision, project.family.unquantised, place, via)
     choose_attention(denoiser, place, half=in_half(project.trainer))
+    fuse_rotary(family, denoiser, place, half=in_half(project.trainer))
     add_adapter(denoiser, project)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(3)
@@ -464,6 +467,73 @@ def _steps(model: FluxTransformer2DModel, config: TrainerConfig) -> tuple[list[f
         with torch.no_grad():
             losses.append(step_loss(flux, model, batch, step, config).item())
     return losses, gradients, torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("batch", "lengths"), [(1, (8704,)), (1, (512, 8192)), (2, (77, 1601)), (2, (333,))])
+def test_kernels_of_norm_and_rotary_embedding_round_no_more_than_the_result(
+    batch: int, lengths: tuple[int, ...], width: int
+) -> None:
+    generator, heads = torch.Generator().manual_seed(3), 24
+    wide = [torch.randn(batch, one, 3 * heads * width + 64, generator=generator) for one in lengths]
+    leaves = [one.to("cuda", torch.bfloat16).requires_grad_() for one in wide]
+    norms = [torch.nn.RMSNorm(width, eps=1e-6, device="cuda").requires_grad_(False) for _ in range(2 * len(lengths))]
+    for norm in norms:
+        norm.weight.copy_(1 + torch.randn(width, generator=generator) / 4)
+    norms[-1].bfloat16()
+    angles = torch.randn(sum(lengths), width, generator=generator).to("cuda")
+    turning, many = (angles.cos(), angles.sin()), len(lengths)
+    drawn = torch.randn(2, batch, heads, sum(lengths), width, generator=generator).to("cuda", torch.bfloat16)
+
+    def both_ways(exact: bool) -> list[torch.Tensor]:
+        inputs = [one.detach().float().requires_grad_() for one in leaves] if exact else leaves
+        cut = [one[..., : 3 * heads * width].chunk(3, dim=-1) for one in inputs]
+        values = [one[kind].unflatten(-1, (heads, width)) for kind in range(2) for one in cut]
+        gradients = [one.transpose(1, 2).to(values[0].dtype) for one in drawn]
+        if exact:
+            parts = list(zip(values, (norm.float() for norm in norms), strict=True))
+            output = [plain(parts[:many], turning), plain(parts[many:], turning)]
+        else:
+            output = list(normed_turned(values, [norm.weight for norm in norms], *turning, 1e-6))
+            assert all(one.is_contiguous() and one.dtype == torch.bfloat16 for one in output)
+        return [*(one.detach() for one in output), *torch.autograd.grad(output, inputs, gradients)]
+
+    for one, other in zip(both_ways(exact=False), both_ways(exact=True), strict=True):
+        rounded = other.to(torch.bfloat16)
+        assert (one.float() - rounded.float()).norm() < 1e-3 * other.norm()  # rounding itself is off by 1.7e-3
+        assert (one != rounded).float().mean() < 0.01
+
+
+def _turned_steps(fused: bool, compiled: Path | None) -> tuple[list[float], dict[str, torch.Tensor], int]:
+    """Take steps of several blocks with checkpoints; returns losses, gradients and the number of graphs."""
+    place, config = torch.device("cuda"), TrainerConfig(flux_guidance_value=1.0)
+    torch._dynamo.reset()
+    model, before = _several_blocks().to(place), compiled_graphs()
+    choose_attention(model, place, half=True)
+    if fused:
+        assert fuse_rotary(flux, model, place, half=True)
+    checkpoint_blocks(flux, model, config)
+    if compiled is not None:
+        compile_blocks(flux, model, compiled)
+    losses, gradients, _ = _steps(model, config)
+    return losses, gradients, compiled_graphs() - before
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_whose_norm_and_rotary_embedding_are_kernels_learn_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(rotary, "plain", lambda *parts: calls.append(parts) or plain(*parts))
+    expected, gradients, most = _turned_steps(False, tmp_path if compiled else None)
+    torch._dynamo.utils.counters.clear()
+    losses, found, graphs = _turned_steps(True, tmp_path if compiled else None)
+    assert len(calls) == 2  # of the test at the start
+    assert losses == pytest.approx(expected, rel=1e-2)
+    assert all((found[name] - one).norm() < 0.05 * one.norm() for name, one in gradients.items())
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert graphs <= most and (graphs > 0) == compiled
 
 
 @pytest.mark.parametrize(

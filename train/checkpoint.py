@@ -40,11 +40,12 @@ _READING = 16 << 20
 # Options that may differ between a checkpoint and the run that resumes it: where it runs, what it shows.
 _FREE = {
     "max_train_steps", "num_train_epochs", "output_dir", "tracker_run_name", "tracker_project_name", "report_to",
-    "checkpointing_steps", "checkpoints_total_limit", "checkpointing_rolling_steps", "checkpoints_rolling_total_limit",
-    "resume_from_checkpoint", "pretrained_model_name_or_path", "gradient_checkpointing",
-    "gradient_checkpointing_interval", "quantize_via", "dynamo_backend", "enable_group_offload", "group_offload_type",
-    "group_offload_blocks_per_group", "group_offload_use_stream", "gradient_accumulation_steps", "memory_budget_gib",
-    "eval_steps_interval", "num_eval_images", "eval_timesteps", "user_prompt_library",
+    "checkpointing_steps", "checkpoints_total_limit", "checkpointing_rolling_steps",
+    "checkpoints_rolling_total_limit", "resume_from_checkpoint", "pretrained_model_name_or_path",
+    "gradient_checkpointing", "gradient_checkpointing_interval", "gradient_checkpointing_keep",
+    "gradient_checkpointing_backend", "quantize_via", "dynamo_backend", "dynamo_mode", "enable_group_offload",
+    "group_offload_type", "group_offload_blocks_per_group", "group_offload_use_stream", "gradient_accumulation_steps",
+    "memory_budget_gib", "eval_steps_interval", "num_eval_images", "eval_timesteps", "user_prompt_library",
 }  # fmt: skip
 
 

@@ -6,14 +6,13 @@ blocks are told apart by classes, and share what is compiled.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional
 
-from families.products import computed, joined
+from families.products import added, computed, joined
 from train.fusing import FUSED
 
 _ADAPTER = "default"
@@ -25,7 +24,8 @@ class LeanLora(LoraLinear):  # type: ignore[misc]
     def forward(self, values: Tensor) -> Tensor:
         """Multiply in the dtype of the values, of autocast under it."""
         values = computed(values)
-        return _with_lora(self.base_layer, values, *self.factors(values.dtype))
+        down, up = self.factors(values.dtype)
+        return added(self.base_layer, values, functional.linear(values, down), up)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return its matrices, rank × in and out × rank, the second times the adapter's strength."""
@@ -47,7 +47,7 @@ class JoinedLora(nn.Module):
         values = computed(values)
         downs, ups = zip(*(layer.factors(values.dtype) for layer in self._layers), strict=True)
         up: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
-        return _with_lora(self.whole, values, torch.cat(downs), up)
+        return added(self.whole, values, functional.linear(values, torch.cat(downs)), up)
 
 
 def make_lean(denoiser: nn.Module, *, join: bool) -> None:
@@ -78,42 +78,3 @@ def _join(attention: nn.Module, present: Mapping[str, Sequence[str]]) -> None:
             return
         setattr(attention, fused, JoinedLora(whole, layers))
     attention.fused_projections = True  # type: ignore[assignment]
-
-
-def _with_lora(layer: nn.Linear, values: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Add to a frozen layer's output what LoRA's matrices, rank × in and out × rank, make of the same input."""
-    small = functional.linear(values, down)
-    if type(layer) is nn.Linear and layer.weight.dtype == values.dtype:
-        summed: Tensor = linear_added(values, layer.weight, layer.bias, small, up)
-        return summed
-    output: Tensor = layer(values)
-    return output + functional.linear(small, up)
-
-
-@torch.library.custom_op("pairline::linear_added", mutates_args=())
-def linear_added(
-    values: Tensor, weight: Tensor, bias: Tensor | None, small: Tensor, up: Tensor
-) -> Tensor:  # … × in, out × in, out, … × rank, out × rank -> … × out
-    """Multiply, then add a second product in place, which compilers do not: they copy what is added to before."""
-    output = functional.linear(values, weight, bias)
-    output.view(-1, output.shape[-1]).addmm_(small.reshape(-1, small.shape[-1]), up.t())
-    return output
-
-
-@linear_added.register_fake
-def _linear_added_shape(values: Tensor, weight: Tensor, bias: Tensor | None, small: Tensor, up: Tensor) -> Tensor:
-    return values.new_empty(*values.shape[:-1], weight.shape[0])
-
-
-def _keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, _, small, up = inputs
-    ctx.save_for_backward(weight, small, up)
-
-
-def _linear_added_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:
-    weight, small, up = ctx.saved_tensors
-    across = gradient.flatten(0, -2).t() @ small.flatten(0, -2)
-    return gradient @ weight, None, None, gradient @ up, across
-
-
-linear_added.register_autograd(_linear_added_backward, setup_context=_keep_factors)

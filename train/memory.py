@@ -18,6 +18,7 @@ from families.runtime import groups_of
 from schemas.console import log
 from schemas.errors import UserError
 from schemas.trainer import TrainerConfig
+from train.waiting import let_wait
 
 _ATEN = torch.ops.aten
 _ATTENTION = (  # what `gradient_checkpointing_keep: attention` keeps, whichever kernel runs
@@ -49,6 +50,15 @@ def checkpoint_blocks(family: Family, denoiser: nn.Module, config: TrainerConfig
         return
     for module in recomputed:
         module.forward = partial(checkpoint, module.forward, **told)
+
+
+def keep_inputs_away(family: Family, denoiser: nn.Module, device: torch.device) -> None:
+    """Have what blocks keep until they are recomputed wait in the CPU's memory; without CUDA it is there already."""
+    if device.type != "cuda":
+        log.info("gradient_checkpointing_backend: unsloth has no effect: there is no CUDA device")
+        return
+    weights = [*denoiser.parameters(), *denoiser.buffers()]
+    let_wait([block.module for block in family.blocks(denoiser)], weights, device)
 
 
 def offload_blocks(family: Family, denoiser: nn.Module, device: torch.device, config: TrainerConfig) -> None:

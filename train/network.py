@@ -10,6 +10,7 @@ from torch import nn
 
 from families.attention import choose_attention
 from families.quantize import quantize_and_place
+from families.rotary import fuse_rotary
 from families.runtime import family_of
 from schemas.project import Project
 from schemas.trainer import TrainerConfig
@@ -17,7 +18,7 @@ from train.adapter import add_adapter
 from train.compiling import compile_blocks
 from train.fusing import fuse
 from train.lora import make_lean
-from train.memory import checkpoint_blocks, offload_blocks
+from train.memory import checkpoint_blocks, keep_inputs_away, offload_blocks
 from train.step import in_half
 
 CPU = torch.device("cpu")
@@ -43,15 +44,18 @@ def make_network(project: Project, denoiser: nn.Module, device: torch.device) ->
         fuse(denoiser)
     denoiser.requires_grad_(False)
     place = CPU if config.enable_group_offload else device  # there blocks wait until their turn
-    precision, spared = config.base_model_precision, project.family.unquantised
-    denoiser = quantize_and_place(denoiser, precision, spared, place, config.quantize_via)
+    spared, finer = project.family.unquantised, project.family.conditioning
+    denoiser = quantize_and_place(denoiser, config.base_model_precision, spared, place, config.quantize_via, finer)
     choose_attention(denoiser, device, half=in_half(config))
+    fuse_rotary(family, denoiser, device, half=in_half(config))
     parameters = add_adapter(denoiser, project)
     make_lean(denoiser, join=not config.enable_group_offload)
     if config.gradient_checkpointing:
         checkpoint_blocks(family, denoiser, config)
     if config.dynamo_backend != "no":
-        compile_blocks(family, denoiser, project.compiled, config.dynamo_backend)
+        compile_blocks(family, denoiser, project.compiled, config.dynamo_backend, config.dynamo_mode)
+    if config.gradient_checkpointing and config.gradient_checkpointing_backend == "unsloth":
+        keep_inputs_away(family, denoiser, device)
     if config.enable_group_offload:
         offload_blocks(family, denoiser, device, config)
     return Network(denoiser.train(), parameters)

@@ -267,6 +267,7 @@ def _loaded(project: Project, family: Family, folder: Path, trained: Path | None
         spec.unquantised,
         CPU if waiting else device,
         config.quantize_via,
+        spec.conditioning,
     )
     if trained is not None and trained.is_file():
         family.load_adapter(denoiser, trained, scale)

@@ -13,11 +13,12 @@ from torch._inductor import config as inductor
 from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
 
 from families import FAMILIES, flux
+from families.compiled import keep_compiled
 from families.protocol import TextEmbeds
 from families.quantize import quantize_and_place
 from families.routing import Routing
 from schemas.trainer import Route, TrainerConfig
-from train.compiling import compile_blocks, compiled_graphs, keep_compiled
+from train.compiling import compile_blocks, compiled_graphs
 from train.data import Batch
 from train.lora import make_lean
 from train.memory import checkpoint_blocks

@@ -1,0 +1,78 @@
+"""All of pairline's speed on one kind of GPU, each beside the loops that it is measured against, in one run.
+
+`python benchmarks/speed.py` runs the other benchmarks one after the other, as many at a time as there are GPUs, each on
+one of them and on 16 cores of its own. Every table has its peer's loop, on the same GPU. Some 25 minutes on one GPU.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+import torch
+
+HERE = Path(__file__).parent
+CORES = 16
+STEP = ["train_step.py", "--steps", "5"]
+
+
+def variants(*names):
+    """Return the options that name some of the loops."""
+    return [part for name in ("diffusers", *names) for part in ("--variant", name)]
+
+
+JOBS = [  # the longest first
+    [*STEP, *variants("pairline tuned, all kept", "pairline fp8-torchao tuned, all kept")],
+    [
+        *STEP,
+        *variants(
+            "pairline fp8-torchao compiled, attention kept",
+            "pairline compiled, attention kept",
+            "pairline compiled, group offload",
+            "pairline fp8-torchao compiled, group offload",
+        ),
+    ],
+    ["train_run.py", "--run", "bf16, compiled", "--run", "bf16, compiled, second start", "--steps", "8"],
+    [*STEP, "--pixels", "512", "--batch", "4",
+     *variants("pairline compiled, all kept", "pairline fp8-torchao compiled, all kept")],
+    [*STEP, "--model", "klein-9b", *variants("pairline compiled, all kept", "pairline fp8-torchao compiled, all kept")],
+    ["encode.py", "--part", "cache", "--part", "loop"],
+    ["curves.py"],
+    [*STEP, "--model", "klein-4b", *variants("pairline compiled, all kept", "pairline fp8-torchao compiled, all kept")],
+]  # fmt: skip
+
+
+def run(job, gpus):
+    """Run one benchmark on a GPU that is free; print what it says when it ends."""
+    gpu = gpus.get()
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", "")])
+    most = os.cpu_count()
+    cores = [core for core in range(gpu * CORES, (gpu + 1) * CORES) if core < most] or range(most)
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(HERE / job[0]), *job[1:]],
+        env=environment, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )  # fmt: skip
+    said = [line for line in done.stdout.splitlines() if line.strip()]
+    wrong = "" if not done.returncode else f"\nfailed: {done.stderr[-2000:]}"
+    print(f"\n### {' '.join(job)} ({time.perf_counter() - begin:.0f} s)\n", *said, wrong, sep="\n", flush=True)
+    gpus.put(gpu)
+
+
+def main():
+    """Run all of them."""
+    count = torch.cuda.device_count()
+    print(f"{count} × {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    gpus = Queue()
+    for gpu in range(count):
+        gpus.put(gpu)
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(lambda job: run(job, gpus), JOBS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Where compilers keep what they make: a second run finds it there."""
+
+import os
+from pathlib import Path
+
+from torch._functorch import config as functorch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+_KEPT_IN = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keep what compilers make, kernels of Triton too, in a folder, unless the environment names another.
+
+    The compiler writes its usual place into the environment when it is imported; that counts as none. Graphs with
+    autograd functions of our own are kept too: their bodies are part of the graph, and so of the key it is found by.
+    """
+    functorch.autograd_cache_allow_custom_autograd_functions = True
+    if os.environ.get(_KEPT_IN, default_cache_dir()) == default_cache_dir():
+        os.environ[_KEPT_IN] = str(folder)
