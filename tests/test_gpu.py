@@ -667,8 +667,6 @@ WAYS = {
     "recomputed": RECOMPUTED,
     "attention kept": RECOMPUTED | {"gradient_checkpointing_keep": "attention"},
     "group offload": RECOMPUTED | {"enable_group_offload": True, "group_offload_use_stream": True},
-    "attention kept, group offload": RECOMPUTED | {"gradient_checkpointing_keep": "attention",
-                                                   "enable_group_offload": True},
 }  # fmt: skip
 EIGHT_BITS = COMPILED | {"gradient_checkpointing": True, "gradient_checkpointing_keep": "attention"}
 
