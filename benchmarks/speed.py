@@ -30,7 +30,8 @@ JOBS = [  # the longest first
         *STEP,
         *variants(
             "pairline fp8-torchao compiled, attention kept",
-            "pairline compiled, attention kept",
+            "pairline compiled, attention kept away",
+            "pairline fp8-torchao compiled, kept away",
             "pairline compiled, group offload",
             "pairline fp8-torchao compiled, group offload",
         ),

@@ -163,6 +163,7 @@ COMPILED = {"dynamo_backend": "inductor"}
 TUNED = COMPILED | {"dynamo_mode": "max-autotune"}
 KEPT = {"gradient_checkpointing": False}
 SELECTED = {"gradient_checkpointing_keep": "attention"}
+AWAY = {"gradient_checkpointing_backend": "unsloth"}
 OFFLOADED = {"enable_group_offload": True, "group_offload_use_stream": True}
 VARIANTS = {  # whose step, and options
     "diffusers": (diffusers_step, {}),
@@ -182,6 +183,8 @@ VARIANTS = {  # whose step, and options
     "pairline fp8-torchao compiled, attention kept": (pairline_step, COMPILED | SELECTED | FLOAT8),
     "pairline fp8-torchao compiled, all kept": (pairline_step, COMPILED | KEPT | FLOAT8),
     "pairline fp8-torchao tuned, all kept": (pairline_step, TUNED | KEPT | FLOAT8),
+    "pairline compiled, attention kept away": (pairline_step, COMPILED | SELECTED | AWAY),
+    "pairline fp8-torchao compiled, kept away": (pairline_step, COMPILED | AWAY | FLOAT8),
     "pairline fp8-quanto": (pairline_step, {"base_model_precision": "fp8-quanto"}),
     "pairline int4-quanto": (pairline_step, {"base_model_precision": "int4-quanto"}),
     "pairline group offload": (pairline_step, OFFLOADED),

@@ -18,7 +18,7 @@ _AHEAD = 3  # how many are fetched before they are asked for
 
 def let_wait(blocks: Sequence[nn.Module], weights: Sequence[Tensor], device: torch.device) -> None:
     """Have large tensors that blocks keep for the backward pass, but for weights, wait in the CPU's memory."""
-    room = _Room(weights, device)
+    room = _Room(weights, device, _LEAST_BYTES)
     for block in blocks:
         block.forward = partial(_forward, room, block.forward)
 
@@ -41,7 +41,7 @@ class _Away:
 class _Room:
     """Locked memory that is used again, and a stream each way."""
 
-    def __init__(self, weights: Sequence[Tensor], device: torch.device, least: int = _LEAST_BYTES) -> None:
+    def __init__(self, weights: Sequence[Tensor], device: torch.device, least: int) -> None:
         self._device, self._least = device, least
         self._weights = {one.untyped_storage().data_ptr() for one in weights}
         self._streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else None  # type: ignore[no-untyped-call]

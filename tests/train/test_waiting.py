@@ -45,7 +45,8 @@ def test_gradients_are_the_same_and_what_is_large_waits(monkeypatch: pytest.Monk
     expected = _gradients(_blocks(), 3)
     blocks = _blocks()
     rooms: list[_Room] = []
-    monkeypatch.setattr("train.waiting._Room", lambda *given: rooms.append(_Room(*given, least=4096)) or rooms[0])
+    monkeypatch.setattr("train.waiting._LEAST_BYTES", 4096)  # inputs are larger, weights as large
+    monkeypatch.setattr("train.waiting._Room", lambda *given: rooms.append(_Room(*given)) or rooms[0])
     if backend is not None:
         for block in blocks:
             block.forward = torch.compile(block.forward, backend=backend)
