@@ -88,7 +88,7 @@ def test_the_dtype_is_that_of_the_values_and_of_autocast_under_it(kind: type[Int
         output, gradient = _both_ways(quick, _values())
     assert (output.dtype, gradient.dtype) == (torch.bfloat16, torch.float32)
     assert all(_error(one, other) < 2 * MOST[kind][1] for one, other in zip(half, exact, strict=True))
-    assert torch.equal(output, half[0])
+    assert _error(output, half[0]) < (1e-2 if kind is Float8Linear else 1e-6)  # values may be rounded once, or twice
 
 
 def test_int8_is_the_product_with_its_own_weights_to_rounding() -> None:
