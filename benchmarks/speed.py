@@ -25,24 +25,17 @@ def variants(*names):
 
 
 JOBS = [  # the longest first
-    [*STEP, *variants("pairline tuned, all kept", "pairline fp8-torchao tuned, all kept")],
-    [
-        *STEP,
-        *variants(
-            "pairline fp8-torchao compiled, attention kept",
-            "pairline compiled, attention kept away",
-            "pairline fp8-torchao compiled, kept away",
-            "pairline compiled, group offload",
-            "pairline fp8-torchao compiled, group offload",
-        ),
-    ],
-    ["train_run.py", "--run", "bf16, compiled", "--run", "bf16, compiled, second start", "--steps", "8"],
+    [*STEP, *variants("pairline fp8-torchao tuned, all kept")],
+    [*STEP, *variants("pairline tuned, all kept")],
+    [*STEP, *variants("pairline fp8-torchao compiled, attention kept", "pairline compiled, attention kept away")],
     [*STEP, "--pixels", "512", "--batch", "4",
-     *variants("pairline compiled, all kept", "pairline fp8-torchao compiled, all kept")],
-    [*STEP, "--model", "klein-9b", *variants("pairline compiled, all kept", "pairline fp8-torchao compiled, all kept")],
+     *variants("pairline fp8-torchao compiled, all kept", "pairline compiled, all kept")],
+    [*STEP, "--model", "klein-9b", *variants("pairline fp8-torchao compiled, all kept", "pairline compiled, all kept")],
+    ["train_run.py", "--run", "bf16, compiled", "--run", "bf16, compiled, second start", "--steps", "8"],
+    [*STEP, *variants("pairline fp8-torchao compiled, group offload")],
     ["encode.py", "--part", "cache", "--part", "loop"],
+    [*STEP, "--model", "klein-4b", *variants("pairline compiled, all kept")],
     ["curves.py"],
-    [*STEP, "--model", "klein-4b", *variants("pairline compiled, all kept", "pairline fp8-torchao compiled, all kept")],
 ]  # fmt: skip
 
 
