@@ -4,9 +4,11 @@
 one of them and on 16 cores of its own. Every table has its peer's loop, on the same GPU. Some 25 minutes on one GPU.
 """
 
+import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,54 +27,54 @@ def variants(*names):
 
 
 JOBS = [  # the longest first
-    [*STEP, *variants("pairline tuned, all kept", "pairline fp8-torchao tuned, all kept")],
-    [
-        *STEP,
-        *variants(
-            "pairline fp8-torchao compiled, attention kept",
-            "pairline compiled, attention kept away",
-            "pairline fp8-torchao compiled, kept away",
-            "pairline compiled, group offload",
-            "pairline fp8-torchao compiled, group offload",
-        ),
-    ],
-    ["train_run.py", "--run", "bf16, compiled", "--run", "bf16, compiled, second start", "--steps", "8"],
+    [*STEP, *variants("pairline fp8-torchao tuned, all kept")],
+    [*STEP, *variants("pairline tuned, all kept")],
+    [*STEP, *variants("pairline fp8-torchao compiled, attention kept", "pairline compiled, attention kept away")],
     [*STEP, "--pixels", "512", "--batch", "4",
-     *variants("pairline compiled, all kept", "pairline fp8-torchao compiled, all kept")],
-    [*STEP, "--model", "klein-9b", *variants("pairline compiled, all kept", "pairline fp8-torchao compiled, all kept")],
+     *variants("pairline fp8-torchao compiled, all kept", "pairline compiled, all kept")],
+    [*STEP, "--model", "klein-9b", *variants("pairline fp8-torchao compiled, all kept", "pairline compiled, all kept")],
+    ["train_run.py", "--run", "bf16, compiled", "--run", "bf16, compiled, second start", "--steps", "8"],
+    [*STEP, *variants("pairline fp8-torchao compiled, group offload")],
     ["encode.py", "--part", "cache", "--part", "loop"],
+    [*STEP, "--model", "klein-4b", *variants("pairline compiled, all kept")],
     ["curves.py"],
-    [*STEP, "--model", "klein-4b", *variants("pairline compiled, all kept", "pairline fp8-torchao compiled, all kept")],
 ]  # fmt: skip
 
 
-def run(job, gpus):
-    """Run one benchmark on a GPU that is free; print what it says when it ends."""
+def run(number, gpus, folder):
+    """Run one benchmark on a GPU that is free; print what it says when it ends, and write it to a file meanwhile."""
+    job = JOBS[number]
     gpu = gpus.get()
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONWARNINGS": "ignore"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", "")])
     most = os.cpu_count()
     cores = [core for core in range(gpu * CORES, (gpu + 1) * CORES) if core < most] or range(most)
     begin = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, str(HERE / job[0]), *job[1:]],
-        env=environment, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )  # fmt: skip
-    said = [line for line in done.stdout.splitlines() if line.strip()]
-    wrong = "" if not done.returncode else f"\nfailed: {done.stderr[-2000:]}"
+    told, faults = folder / f"{number}.txt", folder / f"{number}-errors.txt"
+    with told.open("w") as out, faults.open("w") as err:
+        done = subprocess.run(
+            [sys.executable, "-u", str(HERE / job[0]), *job[1:]],
+            env=environment, stdout=out, stderr=err, preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )  # fmt: skip
+    said = [line for line in told.read_text().splitlines() if line.strip()]
+    wrong = "" if not done.returncode else f"\nfailed: {faults.read_text()[-2000:]}"
     print(f"\n### {' '.join(job)} ({time.perf_counter() - begin:.0f} s)\n", *said, wrong, sep="\n", flush=True)
     gpus.put(gpu)
 
 
 def main():
     """Run all of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "pairline-speed")
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
     count = torch.cuda.device_count()
     print(f"{count} × {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     gpus = Queue()
     for gpu in range(count):
         gpus.put(gpu)
     with ThreadPoolExecutor(count) as pool:
-        list(pool.map(lambda job: run(job, gpus), JOBS))
+        list(pool.map(lambda number: run(number, gpus, folder), range(len(JOBS))))
 
 
 if __name__ == "__main__":

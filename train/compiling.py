@@ -3,6 +3,7 @@
 What hooks into blocks (routes, group offload) runs outside of what is compiled; recomputation, where it is inside.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def compile_blocks(
     """
     options: Any = {"coordinate_descent_tuning": True} if mode == "max-autotune" else None
     keep_compiled(kept)
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # what it advises of checkpoints is so
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     for block in family.blocks(denoiser):
         block.module.forward = torch.compile(block.module.forward, backend=backend, options=options)

@@ -29,13 +29,18 @@ def _forward(room: "_Room", forward: Callable[..., Any], *args: Any, **named: An
 
 
 class _Away:
-    """A tensor that waits."""
+    """A tensor that waits, for as long as the backward pass may ask for it."""
 
-    def __init__(self, home: Tensor, like: Tensor, before: "weakref.ref[_Away] | None") -> None:
-        self.home, self.before = home, before  # in locked memory
+    def __init__(self, room: "_Room", home: Tensor, like: Tensor) -> None:
+        self.home, self._room = home, room  # in locked memory
         self.shape, self.strides = like.shape, like.stride()
+        self.before = room.last  # what was sent away before
         self.back: Tensor | None = None  # once it is fetched
-        self.there: torch.cuda.Event | None = None  # when it is back
+        self.taken = False  # whether it was asked for
+        self.there: torch.cuda.Event | None = None  # when it is away, then when it is back
+
+    def __del__(self) -> None:
+        self._room.free(self.home, self.there)
 
 
 class _Room:
@@ -46,7 +51,7 @@ class _Room:
         self._weights = {one.untyped_storage().data_ptr() for one in weights}
         self._streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._free: dict[tuple[int, torch.dtype], list[tuple[Tensor, torch.cuda.Event | None]]] = {}
-        self._last: weakref.ref[_Away] | None = None
+        self.last: weakref.ref[_Away] | None = None
 
     def pack(self, tensor: Tensor) -> Tensor | _Away:
         """Send a tensor away, unless it is small or a weight."""
@@ -55,8 +60,8 @@ class _Room:
         if tensor.untyped_storage().data_ptr() in self._weights:
             return tensor
         home, read = self._home(tensor)
-        away = _Away(home, tensor, self._last)
-        self._last = weakref.ref(away)
+        away = _Away(self, home, tensor)
+        self.last = weakref.ref(away)
         if self._streams is None:
             away.home.copy_(tensor)
             return away
@@ -78,15 +83,18 @@ class _Room:
         assert kept.back is not None, "it was fetched"
         if kept.there is not None:
             torch.cuda.current_stream(self._device).wait_event(kept.there)
-        found, kept.back = kept.back, None
-        self._free[kept.home.numel(), kept.home.dtype].append((kept.home, kept.there))
-        before = kept.before() if kept.before is not None else None
-        for _ in range(_AHEAD):
-            if before is None:
-                break
-            self._fetch(before)
-            before = before.before() if before.before is not None else None
+        found, kept.back, kept.taken = kept.back, None, True
+        ahead, before = 0, kept.before
+        while before is not None and ahead < _AHEAD and (away := before()) is not None:
+            if not away.taken:  # of one block all are asked for in the order they were sent
+                self._fetch(away)
+                ahead += 1
+            before = away.before
         return found
+
+    def free(self, home: Tensor, last: torch.cuda.Event | None) -> None:
+        """Take memory back, once what was copied last has been."""
+        self._free[home.numel(), home.dtype].append((home, last))
 
     def _home(self, tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         """Return locked memory for a tensor, and when what was there before has been read."""
@@ -111,4 +119,5 @@ class _Room:
             stream.wait_event(away.there)
         with torch.cuda.stream(stream):
             away.back.copy_(away.home, non_blocking=True)
+        away.back.record_stream(stream)  # it may be let go before it is there, if nothing asks for it
         away.there = stream.record_event()
