@@ -120,7 +120,7 @@ def test_what_does_not_go_with_waiting_blocks_is_a_fault(make_project: Callable[
     assert faults(0, gradient_checkpointing=False) == [("gradient_checkpointing", "false")]
     assert faults(1, base_model_precision="int4-quanto", gradient_checkpointing_interval=2) == [
         ("gradient_checkpointing_interval", "2"),
-        ("base_model_precision", '"int8-quanto"'),
+        ("base_model_precision", '"int4-quanto"'),
     ]
 
 
