@@ -20,7 +20,8 @@ from train.step import base_dtype
 _EAGER_KEEPS = 1.9
 # Bytes that pointwise kernels move in a forward and in a backward pass, launches included, for each byte of what lies
 # between products.
-_MOVED = {True: (6.4, 10.5), False: (16.8, 27.6)}  # compiled, eager
+_MOVED = {True: (5.6, 9.4), False: (16.8, 27.6)}  # compiled, eager
+_AGAIN = 0.62  # of a block's products, those that recomputation takes where it is compiled: not what ends the block
 _FLASH = 3.5  # operations of attention forwards and backwards, which computes its scores again, for each one forwards
 _BESIDE = 0.11  # what copies that run along with the computation cost it, of their time
 _ADAPTER_BYTES = 4  # float32, their gradients and states too
@@ -169,7 +170,8 @@ def seconds(costs: Costs, weights: Weights, choice: Choice, device: Device) -> f
     moved += forwards * sum(costs.blocks[place].touched for place in again)
     moved += how.moved[compiled] * weights.quantised * (2 + share)
     inside = [one for one in costs.products if one.block in set(again)]
-    products += sum(one.operations for one in inside) / rate + sum(one.adapter for one in inside) / device.products
+    part = _AGAIN if compiled and not choice["enable_group_offload"] else 1.0
+    products += part * sum(one.operations / rate + one.adapter / device.products for one in inside)
     if choice["gradient_checkpointing_keep"] != "attention":
         attention += sum(costs.blocks[place].attention for place in again) / device.attention
     return _beside_copies(products + attention + moved / device.memory, _copied(costs, weights, choice, again), device)
