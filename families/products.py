@@ -163,10 +163,12 @@ def _multiplied(
     """Multiply float8 numbers, m × k in rows by k × n in columns, with scales of rows, m × 1, and columns, n × 1."""
     if scale is None:
         scale = own.new_ones(columns.shape[1], 1)
-    if rows.is_cuda:
-        return torch._scaled_mm(
-            rows, columns, scale_a=own, scale_b=scale.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
+    if rows.is_cuda:  # whose product with a scale a row has one dtype, which is exact enough for any
+        half = None if bias is None else bias.to(torch.bfloat16)
+        product = torch._scaled_mm(
+            rows, columns, scale_a=own, scale_b=scale.t(), bias=half, out_dtype=torch.bfloat16, use_fast_accum=True
         )
+        return product.to(dtype)
     product = (rows.float() @ columns.float()) * (own * scale.t())
     return (product if bias is None else product + bias).to(dtype)
 

@@ -36,13 +36,26 @@ _OWN: Mapping[str, type[Int8Linear] | type[Float8Linear]] = {"int8-torchao": Int
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raise UserError if a device cannot multiply what a precision makes of weights."""
-    if _OWN.get(precision) is Float8Linear and not multiplies_float8(device):
-        name = torch.cuda.get_device_name(device)
+    """Raise UserError if a device cannot multiply what a precision makes of weights: float8 is tried both ways."""
+    if _OWN.get(precision) is not Float8Linear:
+        return
+    wrong = _tried(device) if multiplies_float8(device) else "NVIDIA's Ada, Hopper and later can"
+    if wrong is not None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
         raise UserError(
-            f"base_model_precision: {precision} multiplies in float8, which {name} cannot (NVIDIA's Ada, Hopper and "
-            "later can); set int8-quanto, or fp8-quanto, of which the weights alone are float8"
+            f"base_model_precision: {precision} multiplies in float8, which {name} cannot ({wrong}); set int8-quanto, "
+            "or fp8-quanto, of which the weights alone are float8"
         )
+
+
+def _tried(device: torch.device) -> str | None:
+    """Multiply in float8 forwards and backwards; say what goes wrong, None if nothing does."""
+    values = torch.ones(32, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
+    try:
+        Float8Linear.of(nn.Linear(32, 32, device=device, dtype=torch.bfloat16))(values).sum().backward()
+    except (RuntimeError, ValueError) as fault:
+        return (str(fault).splitlines() or [type(fault).__name__])[0][:200]
+    return None
 
 
 def quantize_and_place(

@@ -15,6 +15,7 @@ from schemas.paths import resolved
 from schemas.project import Project
 from schemas.recipes import does_nothing
 from schemas.trained import TRAINING_RULES
+from schemas.trainer import PLAIN_TENSORS
 
 # Limits of the three image sizes, beyond which the unit is mistaken.
 _MOST_MEGAPIXELS = 20
@@ -283,20 +284,17 @@ def _rule_schedules(project: Project, file: str, found: Findings) -> None:
         found.faults.append(Fault(project.config_path.name, name, f"contradicts {chosen[0]}", "true", hint))
 
 
-_PLAIN_TENSORS = ("no_change", "int8-quanto", "int8-torchao", "fp8-torchao")  # of which weights are
-
-
 def _rule_offload(project: Project, file: str, found: Findings) -> None:
     config = project.trainer
     if not config.enable_group_offload:
         return
-    quantised = config.base_model_precision not in _PLAIN_TENSORS
+    quantised = config.base_model_precision not in PLAIN_TENSORS
     wrong = (
         (not config.gradient_checkpointing, "gradient_checkpointing", "without it all weights are kept for gradients"),
         (config.gradient_checkpointing_interval > 1, "gradient_checkpointing_interval", "every block is recomputed: 1"),
-        (config.gradient_checkpointing_keep != "nothing", "gradient_checkpointing_keep", "every block is recomputed"),
-        (config.gradient_checkpointing_backend != "torch", "gradient_checkpointing_backend", "choose one of the two"),
-        (quantised, "base_model_precision", f"weights that move are of {', '.join(_PLAIN_TENSORS)}"),
+        (config.gradient_checkpointing_keep != "nothing", "gradient_checkpointing_keep", "set it to nothing"),
+        (config.gradient_checkpointing_backend != "torch", "gradient_checkpointing_backend", "set it to torch"),
+        (quantised, "base_model_precision", f"weights that move are of {', '.join(PLAIN_TENSORS)}"),
         (config.model_type == "full", "model_type", "no weight is frozen"),
     )
     for contradicts, name, hint in wrong:
@@ -307,8 +305,8 @@ def _rule_offload(project: Project, file: str, found: Findings) -> None:
 
 def _rule_compiled(project: Project, file: str, found: Findings) -> None:
     config = project.trainer
-    if config.dynamo_backend != "no" and config.base_model_precision not in _PLAIN_TENSORS:
-        hint = f"compiled blocks take {', '.join(_PLAIN_TENSORS)}"
+    if config.dynamo_backend != "no" and config.base_model_precision not in PLAIN_TENSORS:
+        hint = f"compiled blocks take {', '.join(PLAIN_TENSORS)}"
         value = shown(config.base_model_precision)
         problem = "contradicts dynamo_backend"
         found.faults.append(Fault(project.config_path.name, "base_model_precision", problem, value, hint))

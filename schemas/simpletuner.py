@@ -80,7 +80,7 @@ TRAINER_KEYS: Mapping[str, str] = (
         """,
     )
     | _same(
-        "not in this version: gradient_checkpointing_interval is the only finer setting of gradient_checkpointing",
+        "not in this version: finer settings of gradient_checkpointing are its _interval, _keep and _backend",
         """
         gradient_checkpointing_segment_stride gradient_checkpointing_offload_attention
         gradient_checkpointing_offload_prefetch gradient_checkpointing_offload_pin_memory_max_buckets

@@ -94,15 +94,15 @@ class ChoiceRow:
         """Spell the choice in a few words."""
         chosen = dict(self.settings)
         precision = chosen.pop("base_model_precision", "no_change")
-        words = ["bf16" if precision == "no_change" else str(precision)]
+        words = ["unquantised" if precision == "no_change" else str(precision)]
         words.append("compiled" if chosen.get("dynamo_backend", "no") != "no" else "eager")
         if chosen.get("gradient_checkpointing"):
             interval = chosen.get("gradient_checkpointing_interval", 1)
             kept = ", attention kept" if chosen.get("gradient_checkpointing_keep", "nothing") == "attention" else ""
             words.append(f"checkpointing{f' of every {interval}th block' if interval > 1 else ''}{kept}")
+            words += ["unsloth"] * (chosen.get("gradient_checkpointing_backend", "torch") == "unsloth")
         else:
             words.append("no checkpointing")
-        words += ["unsloth"] * (chosen.get("gradient_checkpointing_backend", "torch") == "unsloth")
         words += ["group offload"] * bool(chosen.get("enable_group_offload"))
         return ", ".join(words)
 

@@ -133,6 +133,9 @@ _NEEDS: Mapping[str, tuple[str, Callable[[Any], bool], str]] = {
     "ema_decay": ("use_ema", bool, "without use_ema"),
     "ema_update_interval": ("use_ema", bool, "without use_ema"),
     "gradient_checkpointing_interval": ("gradient_checkpointing", bool, "without gradient_checkpointing"),
+    "gradient_checkpointing_keep": ("gradient_checkpointing", bool, "without gradient_checkpointing"),
+    "gradient_checkpointing_backend": ("gradient_checkpointing", bool, "without gradient_checkpointing"),
+    "dynamo_mode": ("dynamo_backend", "no".__ne__, "without dynamo_backend: inductor"),
     "scheduled_sampling_probability": (_OFFSET, bool, f"without {_OFFSET}"),
     "scheduled_sampling_ramp_steps": (_OFFSET, bool, f"without {_OFFSET}"),
 }

@@ -35,6 +35,12 @@ Precision: TypeAlias = Annotated[
 BasePrecision: TypeAlias = Literal[
     "no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "int8-torchao", "fp8-torchao"
 ]
+PLAIN_TENSORS = (
+    "no_change",
+    "int8-quanto",
+    "int8-torchao",
+    "fp8-torchao",
+)  # of which weights can be moved and compiled
 Posterior: TypeAlias = Literal["mode", "sample", "moments"]
 Interpolation: TypeAlias = Literal["lanczos", "opencv-linear"]
 ResolutionType: TypeAlias = Literal["pixel", "area", "pixel_area"]

@@ -24,7 +24,7 @@ from families import open_project
 from families.runtime import default_device, family_of
 from families.shapes import config_of, random_denoiser
 from schemas.console import log
-from schemas.errors import UserError
+from schemas.errors import ConfigError, UserError
 from schemas.project import TINY, Project
 from schemas.timed import BenchRow, BenchSummary
 from train.costs import Costs, Sizes, costs_of, shaped, tokens_of
@@ -166,7 +166,10 @@ def _measured(request: Request, sizes: Sizes, row: Row) -> _Measured:
             return _Measured(_taken(request, synthesised(project, Path(made), sizes, request), sizes, row), name)
     except Exception as fault:  # noqa: BLE001 - libraries raise what they like; a row tells it, and others go on
         kind = "" if isinstance(fault, UserError) else f"{type(fault).__name__}: "
-        said = kind + next(iter(str(fault).strip().splitlines()), "")
+        lines = str(fault).strip().splitlines()
+        if isinstance(fault, ConfigError):  # the first line names a folder that is gone by now
+            lines = ["; ".join(str(replace(one, file="options")) for one in fault.faults)]
+        said = kind + next(iter(lines), "")
         return _Measured(BenchRow(row.name, _given(row), said[:_LONGEST]), name)
 
 

@@ -73,8 +73,8 @@ def _join(attention: nn.Module, present: Mapping[str, Sequence[str]]) -> None:
     if not found or not all(type(one) is LeanLora for layers in found.values() for one in layers):
         return
     wholes = [joined([one.base_layer for one in layers]) for layers in found.values()]
-    for (fused, layers), whole in zip(found.items(), wholes, strict=True):
-        if whole is None:
-            return
-        setattr(attention, fused, JoinedLora(whole, layers))
-    attention.fused_projections = True  # type: ignore[assignment]
+    together = [JoinedLora(one, layers) for one, layers in zip(wholes, found.values(), strict=True) if one is not None]
+    if len(together) == len(found):
+        for fused, layer in zip(found, together, strict=True):
+            setattr(attention, fused, layer)
+        attention.fused_projections = True  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from families.protocol import Family
 from families.runtime import groups_of
 from schemas.console import log
 from schemas.errors import UserError
-from schemas.trainer import TrainerConfig
+from schemas.trainer import PLAIN_TENSORS, TrainerConfig
 from train.waiting import let_wait
 
 _ATEN = torch.ops.aten
@@ -39,8 +39,6 @@ def checkpoint_blocks(family: Family, denoiser: nn.Module, config: TrainerConfig
     """
     recomputed = [block.module for block in family.blocks(denoiser)[:: config.gradient_checkpointing_interval]]
     told: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": config.lora_dropout > 0}
-    if config.gradient_checkpointing_keep == "attention":
-        told["context_fn"] = partial(create_selective_checkpoint_contexts, list(_ATTENTION))
     if config.enable_group_offload:
 
         def call(module: nn.Module, *args: Any) -> Any:
@@ -48,6 +46,8 @@ def checkpoint_blocks(family: Family, denoiser: nn.Module, config: TrainerConfig
 
         denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=call)  # type: ignore[operator]
         return
+    if config.gradient_checkpointing_keep == "attention":
+        told["context_fn"] = partial(create_selective_checkpoint_contexts, list(_ATTENTION))
     for module in recomputed:
         module.forward = partial(checkpoint, module.forward, **told)
 
@@ -119,21 +119,45 @@ def advice(config: TrainerConfig) -> str:
 
 
 def _savings(config: TrainerConfig) -> Iterator[str]:
-    quantised = config.base_model_precision != "no_change"
-    if not config.gradient_checkpointing:
-        yield f"gradient_checkpointing: true (a third slower{_GOES_ON})"
-    elif config.gradient_checkpointing_interval > 1:
-        yield f"gradient_checkpointing_interval: 1 (slower{_GOES_ON})"
-    if config.model_type == "lora" and not (quantised or config.enable_group_offload):
-        yield "base_model_precision: int8-quanto (half the bytes of the frozen weights)"
+    lora, offloaded = config.model_type == "lora", config.enable_group_offload
+    yield from _recomputing(config)
+    if lora and not offloaded and config.base_model_precision == "no_change":
+        yield "base_model_precision: int8-quanto or, quicker, fp8-torchao (half the bytes of the frozen weights)"
     if config.train_batch_size > 1:
         turns = config.gradient_accumulation_steps * config.train_batch_size
         yield f"train_batch_size: 1 with gradient_accumulation_steps: {turns} (as many samples a step)"
-    if config.model_type == "lora" and config.optimizer != "adamw8bit":
+    if lora and config.optimizer != "adamw8bit":
         yield "optimizer: adamw8bit (pip install 'pairline[adamw8bit]')"
-    if config.model_type == "lora" and not config.enable_group_offload:
-        plain = " with base_model_precision: no_change" if quantised else ""
-        yield f"enable_group_offload: true{plain} (frozen blocks wait on the CPU, slower)"
+    if lora and not offloaded:
+        undone = " and ".join(_against_offload(config))
+        yield f"enable_group_offload: true{' with ' * bool(undone)}{undone} (frozen blocks wait on the CPU, slower)"
     if config.tread_config is None:
         yield "tread_config (some tokens skip some blocks, other gradients)"
     yield f"resolution below {config.resolution:g} (prep has to run again)"
+
+
+def _recomputing(config: TrainerConfig) -> Iterator[str]:
+    """Say how to keep less of what blocks compute."""
+    if not config.gradient_checkpointing:
+        yield f"gradient_checkpointing: true (a third slower{_GOES_ON})"
+        return
+    if config.gradient_checkpointing_backend == "torch" and not config.enable_group_offload:
+        yield f"gradient_checkpointing_backend: unsloth (hardly slower{_GOES_ON})"
+    if config.gradient_checkpointing_keep != "nothing":
+        yield f"gradient_checkpointing_keep: nothing (slower{_GOES_ON})"
+    if config.gradient_checkpointing_interval > 1:
+        yield f"gradient_checkpointing_interval: 1 (slower{_GOES_ON})"
+
+
+def _against_offload(config: TrainerConfig) -> Iterator[str]:
+    """Say what has to be otherwise for group offload."""
+    if config.base_model_precision not in PLAIN_TENSORS:
+        yield "base_model_precision: int8-quanto"
+    if not config.gradient_checkpointing:
+        yield "gradient_checkpointing: true"
+    if config.gradient_checkpointing_interval > 1:
+        yield "gradient_checkpointing_interval: 1"
+    if config.gradient_checkpointing_keep != "nothing":
+        yield "gradient_checkpointing_keep: nothing"
+    if config.gradient_checkpointing_backend != "torch":
+        yield "gradient_checkpointing_backend: torch"

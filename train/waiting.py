@@ -6,6 +6,8 @@ Copies run beside the computation, which takes far longer than they do.
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import Signature, signature
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 _LEAST_BYTES = 16 << 20  # of what waits: smaller ones, which blocks have in common too, stay
+_STEP = 1 << 20  # bytes that memory is taken in
 _AHEAD = 3  # how many are fetched before they are asked for
 
 
@@ -20,27 +23,30 @@ def let_wait(blocks: Sequence[nn.Module], weights: Sequence[Tensor], device: tor
     """Have large tensors that blocks keep for the backward pass, but for weights, wait in the CPU's memory."""
     room = _Room(weights, device, _LEAST_BYTES)
     for block in blocks:
-        block.forward = partial(_forward, room, block.forward)
+        called = signature(MethodType(type(block).forward, block))
+        block.forward = partial(_forward, room, called, block.forward)
 
 
-def _forward(room: "_Room", forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+def _forward(room: "_Room", called: Signature, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    given = called.bind(*args, **named)  # by their places: what recomputation is given by name is not saved for it
     with saved_tensors_hooks(room.pack, room.unpack):
-        return forward(*args, **named)
+        return forward(*given.args, **given.kwargs)
 
 
 class _Away:
     """A tensor that waits, for as long as the backward pass may ask for it."""
 
     def __init__(self, room: "_Room", home: Tensor, like: Tensor) -> None:
-        self.home, self._room = home, room  # in locked memory
-        self.shape, self.strides = like.shape, like.stride()
+        self._bytes, self._room = home, room
+        self.home = home[: like.nbytes].view(like.dtype).view(like.shape)  # in locked memory
+        self.strides = like.stride()
         self.before = room.last  # what was sent away before
         self.back: Tensor | None = None  # once it is fetched
         self.taken = False  # whether it was asked for
         self.there: torch.cuda.Event | None = None  # when it is away, then when it is back
 
     def __del__(self) -> None:
-        self._room.free(self.home, self.there)
+        self._room.free(self._bytes, self.there)
 
 
 class _Room:
@@ -50,7 +56,7 @@ class _Room:
         self._device, self._least = device, least
         self._weights = {one.untyped_storage().data_ptr() for one in weights}
         self._streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._free: dict[tuple[int, torch.dtype], list[tuple[Tensor, torch.cuda.Event | None]]] = {}
+        self._free: list[tuple[Tensor, torch.cuda.Event | None]] = []  # bytes, and when they were last copied
         self.last: weakref.ref[_Away] | None = None
 
     def pack(self, tensor: Tensor) -> Tensor | _Away:
@@ -94,22 +100,26 @@ class _Room:
 
     def free(self, home: Tensor, last: torch.cuda.Event | None) -> None:
         """Take memory back, once what was copied last has been."""
-        self._free[home.numel(), home.dtype].append((home, last))
+        self._free.append((home, last))
 
     def _home(self, tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Return locked memory for a tensor, and when what was there before has been read."""
-        free = self._free.setdefault((tensor.numel(), tensor.dtype), [])
-        if not free:
-            pinned = self._streams is not None
-            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned), None
-        home, read = free.pop()
-        return home.view(tensor.shape), read
+        """Return locked bytes for a tensor, the smallest that do, and when what was there before has been read.
+
+        Where all are too small, one of them is let go: sizes vary, and there should not be memory for each of them.
+        """
+        fitting = [number for number, (home, _) in enumerate(self._free) if home.numel() >= tensor.nbytes]
+        if fitting:
+            return self._free.pop(min(fitting, key=lambda number: self._free[number][0].numel()))
+        if self._free:
+            self._free.pop(0)
+        size = -(-tensor.nbytes // _STEP) * _STEP
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._streams is not None), None
 
     def _fetch(self, away: _Away) -> None:
         """Have a tensor brought back, with the strides it had."""
         if away.back is not None:
             return
-        away.back = torch.empty_strided(away.shape, away.strides, dtype=away.home.dtype, device=self._device)
+        away.back = torch.empty_strided(away.home.shape, away.strides, dtype=away.home.dtype, device=self._device)
         if self._streams is None:
             away.back.copy_(away.home)
             return

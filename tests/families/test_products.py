@@ -167,8 +167,9 @@ def test_a_gpu_without_float8_is_refused_with_what_there_is_instead(
         check_precision(precision, CUDA)
     check_precision("fp8-torchao", CPU)
     if can:
+        monkeypatch.setattr("families.quantize._tried", lambda _: None)
         check_precision("fp8-torchao", CUDA)
-        return
+        monkeypatch.setattr("families.quantize._tried", lambda _: "no such kernel")
     with pytest.raises(
         UserError, match=r"base_model_precision: fp8-torchao .* an old one .* int8-quanto, or fp8-quanto"
     ):

@@ -86,8 +86,7 @@ class _Attentions(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("options", "computed"),
-    [({}, 5), ({"gradient_checkpointing_keep": "nothing"}, 10), ({"gradient_checkpointing_keep": "attention"}, 5),
-     ({"gradient_checkpointing_keep": "attention", "enable_group_offload": True}, 5)],
+    [({}, 5), ({"gradient_checkpointing_keep": "nothing"}, 10), ({"gradient_checkpointing_keep": "attention"}, 5)],
 )  # fmt: skip
 def test_attention_that_is_kept_is_not_computed_again(options: dict[str, Any], computed: int) -> None:
     with _Attentions() as attentions:
@@ -133,11 +132,18 @@ def test_advice_names_what_is_not_done_yet_the_cheapest_first() -> None:
         "gradient_checkpointing", "base_model_precision", "train_batch_size", "optimizer", "enable_group_offload",
         "tread_config", "resolution",
     ]  # fmt: skip
-    assert named(gradient_checkpointing_interval=3)[0] == "gradient_checkpointing_interval"
+    assert named(gradient_checkpointing_interval=3, gradient_checkpointing_keep="attention")[:3] == [
+        "gradient_checkpointing_backend", "gradient_checkpointing_keep", "gradient_checkpointing_interval",
+    ]  # fmt: skip
     route = {"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -3}
     saved = {"base_model_precision": "int8-quanto", "optimizer": "adamw8bit", "tread_config": Tread(routes=[route])}
-    assert named(**saved) == ["enable_group_offload", "resolution"]
-    assert "base_model_precision: no_change" in advice(TrainerConfig(**saved))
+    assert named(**saved) == ["gradient_checkpointing_backend", "enable_group_offload", "resolution"]
+    assert "enable_group_offload: true (" in advice(TrainerConfig(**saved))
+    odd = TrainerConfig(base_model_precision="int4-quanto", gradient_checkpointing_backend="unsloth")
+    undone = (
+        "enable_group_offload: true with base_model_precision: int8-quanto and gradient_checkpointing_backend: torch"
+    )
+    assert undone in advice(odd)
     assert named(enable_group_offload=True) == ["optimizer", "tread_config", "resolution"]
     assert "train_batch_size: 1 with gradient_accumulation_steps: 12" in advice(
         TrainerConfig(train_batch_size=4, gradient_accumulation_steps=3)

@@ -41,7 +41,7 @@ def test_the_fastest_that_fits_is_named_with_what_to_set(planned: Callable[..., 
     assert found.fastest is found.choices[0] and [one.now for one in found.choices].count(True) == 1
     told = "\n".join(found.lines())
     best = 'fp8-torchao, compiled, no checkpointing; in config.json:\n  "base_model_precision": "fp8-torchao",\n'
-    exact = 'bf16, compiled, no checkpointing; in config.json:\n  "dynamo_backend": "inductor",\n'
+    exact = 'unquantised, compiled, no checkpointing; in config.json:\n  "dynamo_backend": "inductor",\n'
     assert f"fastest that fits: {best}" in told and f"with the same numbers: {exact}" in told
     assert '  "gradient_checkpointing": false,' in told and "| now " in told
     assert len({tuple(one.settings.items()) for one in found.choices}) == len(found.choices)
@@ -151,7 +151,7 @@ def test_the_command_prints_a_table_or_json(make_project: Callable[..., Path]) -
     assert told.exit_code == 0 and "| choice" in told.stdout and "fastest that fits" in told.stdout
     found = json.loads(CliRunner().invoke(app, [*asked, "lora_rank=4", "--json", "--memory-budget-gib", "8"]).stdout)
     assert found["command"] == "train plan" and found["budget_gib"] == 8 and found["memory_gib"] == 8 - CUDA_GIB
-    assert sum(line.startswith("| bf16") or line.startswith("| int") or line.startswith("| fp8")
+    assert sum(line.startswith("| unq") or line.startswith("| int") or line.startswith("| fp8")
                for line in told.stdout.splitlines()) == len(found["choices"])  # fmt: skip
     failed = CliRunner().invoke(app, [*asked, "lora_rank=4", "--memory-budget-gib", "0.601"])
     assert failed.exit_code == 1 and "no way to train fits into 0.0 GiB" in failed.stderr

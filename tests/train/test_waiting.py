@@ -1,12 +1,18 @@
 """What recomputation starts from, waiting elsewhere: the same gradients, and nothing small or trained goes."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from families import flux
+from families.protocol import TextEmbeds
+from schemas.trainer import TrainerConfig
+from train.memory import checkpoint_blocks
 from train.waiting import _Away, _Room, let_wait
 
 CPU = torch.device("cpu")
@@ -54,14 +60,13 @@ def test_gradients_are_the_same_and_what_is_large_waits(monkeypatch: pytest.Monk
     found = _gradients(blocks, 3)
     assert len(found) == 10
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    [homes] = rooms[0]._free.values()
-    assert len(homes) == len(blocks)  # one for each block's input, used again in later passes
+    assert len(rooms[0]._free) == len(blocks)  # one for each block's input, used again in later passes
 
 
 def test_small_tensors_and_weights_stay() -> None:
     weight = torch.zeros(64, 64)
     room = _Room([weight], CPU, least=4096)
-    assert room.pack(weight.t()) is not None and not isinstance(room.pack(weight.t()), _Away)
+    assert not isinstance(room.pack(weight.t()), _Away)
     assert isinstance(room.pack(torch.zeros(64, 64)), _Away)
     assert not isinstance(room.pack(torch.zeros(8, 8)), _Away)
 
@@ -72,3 +77,36 @@ def test_a_tensor_comes_back_with_the_strides_it_had() -> None:
     away = room.pack(given)
     back = room.unpack(away)
     assert torch.equal(back, given) and back.stride() == given.stride()
+
+
+@pytest.mark.parametrize("keep", ["nothing", "attention"])
+def test_inputs_of_a_familys_blocks_wait_where_nothing_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, tiny_models: Path, keep: str
+) -> None:
+    sent: list[_Away] = []
+    pack = _Room.pack
+
+    def counted(room: _Room, tensor: torch.Tensor) -> torch.Tensor | _Away:
+        kept = pack(room, tensor)
+        sent.extend([kept] if isinstance(kept, _Away) else [])
+        return kept
+
+    monkeypatch.setattr("train.waiting._LEAST_BYTES", 2048)
+    monkeypatch.setattr(_Room, "pack", counted)
+    results = []
+    for waits in (False, True):
+        denoiser = flux.load_denoiser(tiny_models / "tiny-flux-kontext", torch.float32).requires_grad_(False)
+        torch.manual_seed(3)
+        denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
+        checkpoint_blocks(flux, denoiser.train(), TrainerConfig(gradient_checkpointing_keep=keep))
+        if waits:
+            weights = [*denoiser.parameters(), *denoiser.buffers()]
+            let_wait([block.module for block in flux.blocks(denoiser)], weights, CPU)
+        generator = torch.Generator().manual_seed(1)
+        text = TextEmbeds(torch.randn(1, 16, 64, generator=generator), torch.randn(1, 32, generator=generator), (5,))
+        noisy = torch.randn(1, 16, 8, 8, generator=generator)
+        flux.velocity(denoiser, noisy, [noisy], text, torch.ones(1), torch.ones(1)).square().sum().backward()
+        results.append([one.grad for one in denoiser.parameters() if one.grad is not None])
+    plain, found = results
+    assert len(plain) > 4 and all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
+    assert len(sent) >= len(flux.blocks(denoiser))
