@@ -13,7 +13,7 @@ from families.checkpoints import locate
 from families.runtime import family_of
 from families.shapes import config_of, random_denoiser, shaped_denoiser
 from schemas.errors import UserError
-from train.bench import Request, Row, parse_row, synthesised
+from train.bench import Request, Row, _measured, parse_row, synthesised
 from train.cli import app
 from train.costs import Sizes
 from train.data import Shelf
@@ -23,6 +23,13 @@ CPU = torch.device("cpu")
 SMALL = ["--tiny", "--pixels", "64", "--steps", "2", "--warmup", "1", "--set", "max_sequence_length=16"]
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure rows in this process: a new one takes seconds to import what this one has."""
+    monkeypatch.setattr("train.bench._alone", _measured)
+
+
+@pytest.mark.usefixtures("here")
 def test_rows_of_a_model_are_measured_and_one_that_fails_says_why() -> None:
     rows = ["--row", "plain:", "--row", "int8, kept: base_model_precision=int8-quanto,gradient_checkpointing=false",
             "--row", "bad: base_model_precision=int3"]  # fmt: skip
@@ -60,6 +67,7 @@ def test_what_cannot_be_asked_is_refused(make_project: Callable[..., Path]) -> N
     assert "--family and --flavour" in both.stderr and "multiple of 16" in odd.stderr and "sdxl" in unknown.stderr
 
 
+@pytest.mark.usefixtures("here")
 def test_a_command_of_which_every_row_fails_fails() -> None:
     done = CliRunner().invoke(app, ["bench", *SMALL, "--row", "bad: optimizer=none"])
     assert done.exit_code == 1 and "| bad     | failed |" in done.stdout and "bad: " in done.stdout.splitlines()[-1]

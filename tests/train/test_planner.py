@@ -21,6 +21,7 @@ from train.planner import Asked, plan
 
 FULL_SIZE = {"pretrained_model_name_or_path": "nobody/has-this", "flux_lora_target": "nano", "mixed_precision": "bf16"}
 H200 = Asked(1024, 1, "H200")
+_PLANS: dict[Any, TrainPlan] = {}  # that several tests look at
 
 
 @pytest.fixture
@@ -28,8 +29,10 @@ def planned(copy_demo: Callable[..., Path], tmp_path: Path) -> Callable[..., Tra
     """Plan for the full-size model without its weights."""
 
     def made(asked: Asked = H200, **options: Any) -> TrainPlan:
-        folder = copy_demo(tmp_path / str(len(list(tmp_path.iterdir()))), **(FULL_SIZE | options))
-        return plan(open_project(folder), asked)
+        if (key := (asked, *options.items())) not in _PLANS:
+            folder = copy_demo(tmp_path / str(len(list(tmp_path.iterdir()))), **(FULL_SIZE | options))
+            _PLANS[key] = plan(open_project(folder), asked)
+        return _PLANS[key]
 
     return made
 
