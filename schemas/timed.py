@@ -69,7 +69,7 @@ class BenchSummary:
             shown(row.seconds_per_step, "{:.3f}"),
             shown(row.tokens_per_second, "{:.0f}"),
             shown(row.utilisation, "{:.0%}"),
-            shown(row.peak_gib, "{:.1f}"),
+            _gib(row.peak_gib),
             shown(row.data_wait, "{:.1%}"),
             shown(row.compile_seconds, "{:.1f}"),
         )
@@ -166,7 +166,12 @@ class TrainPlan:
 def _choice_cells(one: ChoiceRow) -> tuple[str, ...]:
     marks = (["now"] if one.now else []) + ([] if one.exact else ["other numbers"])
     fits = "?" if one.fits is None else "yes" if one.fits else "no"
-    return one.name, shown(one.seconds_per_step, "{:.2f}"), f"{one.peak_gib:.1f}", fits, ", ".join(marks)
+    return one.name, shown(one.seconds_per_step, "{:.2f}"), _gib(one.peak_gib), fits, ", ".join(marks)
+
+
+def _gib(value: float | None) -> str:
+    """Spell GiB, those of small networks to the MiB."""
+    return shown(value, "{:.1f}" if value is None or value >= 1 else "{:.3f}")
 
 
 def spelled(name: str, value: Any) -> str:

@@ -91,6 +91,8 @@ def bench(request: Request) -> BenchSummary:
     Raises UserError if the request itself cannot be met.
     """
     rows = request.rows or (Row("as set", ()),)
+    if twice := [row.name for number, row in enumerate(rows) if row.name in {one.name for one in rows[:number]}]:
+        raise UserError(f"--row: two rows are called {twice[0]!r}; give each a name of its own")
     with TemporaryDirectory() as folder:
         project = _project(request, Path(folder), ())
         sizes, config = _sizes(request, project), project.trainer
@@ -153,7 +155,8 @@ def _alone(request: Request, sizes: Sizes, row: Row) -> _Measured:
         try:
             return pool.submit(_measured, request, sizes, row).result()
         except BrokenProcessPool:
-            return _Measured(BenchRow(row.name, _given(row), "its process died: out of the machine's memory?"), "")
+            said = "its process died before it could say why: the reason is above, or the machine's memory was full"
+            return _Measured(BenchRow(row.name, _given(row), said), "")
 
 
 def _measured(request: Request, sizes: Sizes, row: Row) -> _Measured:

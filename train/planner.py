@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from families import open_project
+from families.checkpoints import denoiser_config
 from families.runtime import default_device
 from schemas.errors import ConfigError, UserError
 from schemas.project import Project
@@ -84,6 +85,8 @@ def plan(project: Project, asked: Asked) -> TrainPlan:
     for sizes in (largest, usual):
         costs[sizes] = costs_of(shape, sizes, batch)
     counted = _Counted(shape, costs[largest], costs[usual], device, room)
+    if denoiser_config(project) is None:
+        notes.append("the checkpoint's config.json is not on this machine: shapes are as published")
     notes += _notes(config, name, device)
     rows = _ranked([_row(counted, one) for one in _choices(project, device)], known=_times(counted))
     summary = TrainPlan(
@@ -143,7 +146,7 @@ def _notes(config: TrainerConfig, name: str, device: Device | None) -> Iterator[
     if device is None:
         yield f"no rates of {name} are known: no times, and the order is that of an {H200.name}; --device plans for one"
     elif not has_rates(config):
-        yield "times are estimated for bfloat16 alone: none are told"
+        yield "times are estimated for bfloat16 alone: none are told; in float32 most of this is twice as large"
     elif not device.measured:
         yield f"rates of the {device.name} are shares of its data sheet's: times are rough (train bench measures)"
     if config.tread_config is not None or config.scheduled_sampling_max_step_offset:
