@@ -238,7 +238,7 @@ def _check_finite(shelf: Shelf, taken: Taken, numbers: Arrived) -> None:
         ]
         raise UserError(
             f"step {taken.step}: the loss is {numbers.loss}; samples: {', '.join(odd) or 'of another process'}; a "
-            "lower learning_rate may help, under another tracker_run_name, and prep cache --verify finds damaged latents"
+            "lower learning_rate may help, in a run of another name, and prep cache --verify finds damaged latents"
         )
     if not math.isfinite(numbers.norm):
         raise UserError(
