@@ -81,9 +81,8 @@ def plan(project: Project, asked: Asked) -> TrainPlan:
     largest, usual = _sizes(project, asked, notes)
     name, device, room = _accelerator(project, asked)
     shape, config = shaped(project), project.trainer
-    batch, costs = config.train_batch_size, {}
-    for sizes in (largest, usual):
-        costs[sizes] = costs_of(shape, sizes, batch)
+    batch = config.train_batch_size
+    costs = {sizes: costs_of(shape, sizes, batch) for sizes in dict.fromkeys((largest, usual))}
     counted = _Counted(shape, costs[largest], costs[usual], device, room)
     if denoiser_config(project) is None:
         notes.append("the checkpoint's config.json is not on this machine: shapes are as published")

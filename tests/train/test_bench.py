@@ -13,7 +13,7 @@ from families.checkpoints import locate
 from families.runtime import family_of
 from families.shapes import config_of, random_denoiser, shaped_denoiser
 from schemas.errors import UserError
-from train.bench import Request, Row, _measured, parse_row, synthesised
+from train.bench import Request, Row, _measured, _sizes, parse_row, synthesised
 from train.cli import app
 from train.costs import Sizes
 from train.data import Shelf
@@ -49,14 +49,19 @@ def test_rows_of_a_model_are_measured_and_one_that_fails_says_why() -> None:
     assert plain["loss"] != int8["loss"]
 
 
-def test_a_projects_own_options_and_sizes_are_measured(make_project: Callable[..., Path]) -> None:
+def test_a_projects_own_options_and_sizes_are_measured(
+    make_project: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
     folder = make_project(lora_rank=3, max_sequence_length=16, conditioning_dropout_probability=1.0)
-    done = CliRunner().invoke(app, ["bench", str(folder), "--steps", "1", "--warmup", "1"])
+    assert _sizes(Request(folder), open_project(folder)) == Sizes((1024, 1024), ((1024, 1024),))
+    assert "not paired yet" in caplog.text
+    size = ["--pixels", "128", "--references", "1"]
+    done = CliRunner().invoke(app, ["bench", str(folder), "--steps", "1", "--warmup", "1", *size])
     assert done.exit_code == 0 and "not scanned" not in done.stdout, done.output
     head, _, titles, _, row = done.stdout.splitlines()
-    assert head.startswith("flux kontext, random weights, 1024x1024 px, 1 references, 8208 tokens, batch 1; ")
+    assert head.startswith("flux kontext, random weights, 128x128 px, 1 references, 144 tokens, batch 1; ")
     assert titles.startswith("| setting | s/step | tokens/s | MFU") and row.startswith("| as set  | ")
-    assert "not paired yet" in done.stderr and not (folder / "work" / "runs").exists()
+    assert not (folder / "work" / "runs").exists()
 
 
 def test_what_cannot_be_asked_is_refused(make_project: Callable[..., Path]) -> None:
