@@ -53,11 +53,7 @@ class Frozen(nn.Linear):
 
     def forward(self, values: Tensor) -> Tensor:
         """Multiply; the result has the dtype of the values, of autocast under it."""
-        return self.added(values, None, None)
-
-    def added(self, values: Tensor, small: Tensor | None, up: Tensor | None) -> Tensor:
-        """Multiply and add the product of `small`, … × rank, and `up`, out × rank."""
-        raise NotImplementedError
+        return _product(computed(values), self.weight, self.scale, self.bias, None, None)
 
 
 class Int8Linear(Frozen):
@@ -70,39 +66,6 @@ class Int8Linear(Frozen):
         scale = (exact.abs().amax(dim=1, keepdim=True) / _LARGEST_INT8).clamp(min=_LEAST)
         return cls((exact / scale).round().to(torch.int8), scale, layer.bias)
 
-    def added(self, values: Tensor, small: Tensor | None, up: Tensor | None) -> Tensor:
-        """Multiply and add the product of `small`, … × rank, and `up`, out × rank."""
-        given = (computed(values), self.weight, self.scale, self.bias, small, up)
-        product: Tensor = _Int8Product.apply(*given)  # type: ignore[no-untyped-call]
-        return product
-
-
-class _Int8Product(torch.autograd.Function):
-    """Keeps the weights as they are, so that what is dequantised need not be kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        small: Tensor | None,
-        up: Tensor | None,
-    ) -> Tensor:
-        """Multiply values, … × in."""
-        ctx.save_for_backward(weight, scale, small, up)
-        exact = (weight * scale).to(values.dtype)
-        half = None if bias is None else bias.to(values.dtype)
-        return cast(Tensor, _linear_added(values, exact, half, small, up))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of values and of what was added."""
-        weight, scale, small, up = ctx.saved_tensors
-        exact = (weight * scale).to(gradient.dtype)
-        return gradient @ exact, None, None, None, *_added_backward(gradient, small, up)
-
 
 class Float8Linear(Frozen):
     """Weights, inputs and gradients in float8 (e4m3); each row of them has a scale, that of its largest value."""
@@ -112,49 +75,83 @@ class Float8Linear(Frozen):
         """Round the weights."""
         return cls(*_rounded(layer.weight.detach()), layer.bias)
 
-    def added(self, values: Tensor, small: Tensor | None, up: Tensor | None) -> Tensor:
-        """Multiply and add the product of `small`, … × rank, and `up`, out × rank."""
-        given = (computed(values), self.weight, self.scale, self.bias, small, up)
-        product: Tensor = _Float8Product.apply(*given)  # type: ignore[no-untyped-call]
-        return product
 
+class _Product(torch.autograd.Function):
+    """A product with frozen weights, and what of low rank is added to it.
 
-class _Float8Product(torch.autograd.Function):
-    """The weights are kept once: products take their second factor column by column, so backwards it is transposed."""
+    Weights are kept as they are stored, so that what is dequantised or transposed need not be kept.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         values: Tensor,
         weight: Tensor,
-        scale: Tensor,
+        scale: Tensor | None,
         bias: Tensor | None,
-        small: Tensor | None,
+        down: Tensor | None,
         up: Tensor | None,
     ) -> Tensor:
         """Multiply values, … × in."""
-        ctx.save_for_backward(weight, scale, small, up)
-        rounded, own = _rounded(values.flatten(0, -2))
-        short = None if small is None else small.flatten(0, -2)
+        rows = values.flatten(0, -2)
+        small = None if down is None else rows @ down.t()
+        ctx.save_for_backward(values, weight, scale, small, down, up)
         half = None if bias is None else bias.to(values.dtype)
-        product: Tensor = _float8_added(rounded, own, weight, scale, half, short, up, values.dtype)
-        return product.view(*values.shape[:-1], weight.shape[0])
+        return _forwards(rows, weight, scale, half, small, up).view(*values.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of values and of what was added."""
-        weight, scale, small, up = ctx.saved_tensors
-        rounded, own = _rounded(gradient.flatten(0, -2) * scale.t())  # rows of weights are what is summed over here
-        product = _multiplied(rounded, own, weight.t().contiguous().t(), None, None, gradient.dtype)
-        back = product.view(*gradient.shape[:-1], weight.shape[1])
-        return back, None, None, None, *_added_backward(gradient, small, up)
+        """Return the gradients of values, `down` and `up`."""
+        values, weight, scale, small, down, up = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        through = None if up is None else rows @ up
+        back = of_down = of_up = None
+        if ctx.needs_input_grad[0]:
+            back = _backwards(rows, weight, scale, through, down).view(*gradient.shape[:-1], weight.shape[1])
+        if through is not None:
+            of_down, of_up = through.t() @ values.flatten(0, -2), rows.t() @ small
+        return back, None, None, None, of_down, of_up
+
+
+def _product(*given: Any) -> Tensor:
+    product: Tensor = _Product.apply(*given)  # type: ignore[no-untyped-call]
+    return product
+
+
+def _forwards(
+    rows: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, small: Tensor | None, up: Tensor | None
+) -> Tensor:
+    product: Tensor
+    if weight.dtype == FLOAT8:
+        product = _float8_added(*_rounded(rows), weight, scale, bias, small, up, rows.dtype)
+    else:
+        product = _linear_added(rows, _exact(weight, scale, rows.dtype), bias, small, up)
+    return product
+
+
+def _backwards(
+    rows: Tensor, weight: Tensor, scale: Tensor | None, through: Tensor | None, down: Tensor | None
+) -> Tensor:
+    """Multiply gradients with weights transposed: products of float8 take their second factor column by column."""
+    product: Tensor
+    turned = None if down is None else down.t()
+    if weight.dtype == FLOAT8 and scale is not None:
+        rounded, own = _rounded(rows * scale.t())  # rows of weights are what is summed over here
+        product = _float8_added(rounded, own, weight.t().contiguous(), None, None, through, turned, rows.dtype)
+    else:
+        product = _linear_added(rows, _exact(weight, scale, rows.dtype).t(), None, through, turned)
+    return product
+
+
+def _exact(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return weight if scale is None else (weight * scale).to(dtype)
 
 
 def _rounded(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows of values as float8, and the scales, rows × 1, that they are to be multiplied by."""
     exact = values.float()
     scale = (exact.abs().amax(dim=1, keepdim=True) / _LARGEST8).clamp(min=_LEAST)
-    return (exact / scale).clamp(-_LARGEST8, _LARGEST8).to(FLOAT8), scale
+    return (exact * (1 / scale)).to(FLOAT8), scale  # not divided: that is what takes time here
 
 
 def _multiplied(
@@ -173,8 +170,8 @@ def _multiplied(
     return (product if bias is None else product + bias).to(dtype)
 
 
-# Something of low rank is added in place, which compilers do not do: they copy what it is added to before. So these are
-# operations of their own, that no compiler looks into.
+# What is added stays in place, which compilers do not do: they copy what it is added to before. So these are operations
+# of their own, that no compiler looks into.
 
 
 @torch.library.custom_op("pairline::float8_added", mutates_args=())
@@ -182,7 +179,7 @@ def _float8_added(
     rows: Tensor,
     own: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     small: Tensor | None,
     up: Tensor | None,
@@ -198,49 +195,27 @@ def _float8_shape(rows: Tensor, own: Tensor, weight: Tensor, *others: Any) -> Te
 
 
 @torch.library.custom_op("pairline::linear_added", mutates_args=())
-def _linear_added(
-    values: Tensor, weight: Tensor, bias: Tensor | None, small: Tensor | None, up: Tensor | None
-) -> Tensor:
-    output = functional.linear(values, weight, bias)
-    if small is not None and up is not None:
-        output.view(-1, output.shape[-1]).addmm_(small.reshape(-1, small.shape[-1]), up.t())
-    return output
+def _linear_added(rows: Tensor, weight: Tensor, bias: Tensor | None, small: Tensor | None, up: Tensor | None) -> Tensor:
+    """What is added comes first: the large product reads it while it computes, a small one after it only waits."""
+    if small is None or up is None:
+        return functional.linear(rows, weight, bias)
+    first = small @ up.t() if bias is None else torch.addmm(bias, small, up.t())
+    return first.addmm_(rows, weight.t())
 
 
 @_linear_added.register_fake
-def _linear_shape(values: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    return values.new_empty(*values.shape[:-1], weight.shape[0])
+def _linear_shape(rows: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0])
 
 
-def _keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, _, small, up = inputs
-    ctx.save_for_backward(weight, small, up)
-
-
-def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    weight, small, up = ctx.saved_tensors
-    return gradient @ weight, None, None, *_added_backward(gradient, small, up)
-
-
-_linear_added.register_autograd(_linear_backward, setup_context=_keep_factors)
-
-
-def _added_backward(
-    gradient: Tensor, small: Tensor | None, up: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:  # of small, of up
-    if small is None or up is None:
-        return None, None
-    return gradient @ up, gradient.flatten(0, -2).t() @ small.flatten(0, -2)
-
-
-def added(layer: nn.Module, values: Tensor, small: Tensor, up: Tensor) -> Tensor:
-    """Add to a frozen layer's output the product of `small`, … × rank, and `up`, out × rank, in their dtype."""
+def added(layer: nn.Module, values: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Add to a frozen layer's output what `down`, rank × in, and `up`, out × rank, make of values, in their dtype."""
     if isinstance(layer, Frozen):
-        return layer.added(values, small, up)
+        return _product(values, layer.weight, layer.scale, layer.bias, down, up)
     if type(layer) is nn.Linear and layer.weight.dtype == values.dtype:
-        return cast(Tensor, _linear_added(values, layer.weight, layer.bias, small, up))
+        return _product(values, layer.weight, None, layer.bias, down, up)
     output: Tensor = layer(values)
-    return output + functional.linear(small, up)
+    return output + functional.linear(functional.linear(values, down), up)
 
 
 def joined(layers: Sequence[nn.Linear]) -> nn.Linear | None:

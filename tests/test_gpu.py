@@ -134,14 +134,15 @@ def test_gradients_over_quantised_weights_are_those_of_the_cpu(
     dtype = torch.bfloat16 if mixed == "bf16" else torch.float32
     found = _step(project, "cuda", dtype)[1]
     assert found.keys() == expected.keys()
-    assert _error(found, expected) < (0.1 if mixed == "bf16" else 1e-3)
+    rounded = 1e-2 if precision == "fp8-torchao" else 1e-3  # products of float8 come in bfloat16 from a GPU
+    assert _error(found, expected) < (0.1 if mixed == "bf16" else rounded)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
 def test_the_gpu_never_holds_all_layers_unquantised_and_the_way_there_does_not_show(precision: str) -> None:
     def network() -> torch.nn.Sequential:
         torch.manual_seed(1)
-        layers = [torch.nn.Linear(2048, 2048, dtype=torch.bfloat16) for _ in range(16)]
+        layers = [torch.nn.Linear(2048, 2048, dtype=torch.bfloat16) for _ in range(32)]
         return torch.nn.Sequential(*layers).requires_grad_(False)
 
     place, picture = torch.device("cuda"), torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16)
@@ -150,7 +151,7 @@ def test_the_gpu_never_holds_all_layers_unquantised_and_the_way_there_does_not_s
     torch.cuda.reset_peak_memory_stats()
     quantised = quantize_and_place(network(), precision, (), place, "accelerator")
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak < 0.8 * 16 * 2048 * 2048 * 2
+    assert peak < 0.8 * 32 * 2048 * 2048 * 2
     moved = quantize_and_place(network(), precision, (), place, "cpu")
     one, other = quantised(picture).float(), moved(picture).float()
     assert (one - other).norm() < 0.02 * one.norm()
@@ -555,8 +556,8 @@ def test_blocks_that_wait_on_the_cpu_change_nothing_but_memory(options: dict[str
 
     model = _several_blocks()
     choose_attention(model, torch.device("cuda"), half=in_half(config))
+    checkpoint_blocks(flux, model, config)
     offload_blocks(flux, model, torch.device("cuda"), config)
-    checkpoint_blocks(flux, model, TrainerConfig())
     losses, found, less = _steps(model, config)
     assert losses == expected
     assert all(torch.equal(found[name], one) for name, one in gradients.items())

@@ -4,6 +4,8 @@ What hooks into blocks (routes, group offload) runs outside of what is compiled;
 """
 
 import logging
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,22 @@ def compile_blocks(
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # what it advises of checkpoints is so
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     for block in family.blocks(denoiser):
-        block.module.forward = torch.compile(block.module.forward, backend=backend, options=options)
+        block.module.forward = torch.compile(_dense(block.module.forward), backend=backend, options=options)
+
+
+def _dense(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a pass whose outputs are tensors of their own.
+
+    Text and images that are parts of one tensor would leave what is compiled as views, and their gradients be put
+    together outside of it: filled with zeros, copied and added.
+    """
+
+    @wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        return tuple(one.clone() for one in output) if isinstance(output, tuple) else output
+
+    return call
 
 
 def compiled_graphs() -> int:

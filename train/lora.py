@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.nn import functional
 
 from families.products import added, computed, joined
 from train.fusing import FUSED
@@ -25,7 +24,7 @@ class LeanLora(LoraLinear):  # type: ignore[misc]
         """Multiply in the dtype of the values, of autocast under it."""
         values = computed(values)
         down, up = self.factors(values.dtype)
-        return added(self.base_layer, values, functional.linear(values, down), up)
+        return added(self.base_layer, values, down, up)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return its matrices, rank × in and out × rank, the second times the adapter's strength."""
@@ -47,7 +46,7 @@ class JoinedLora(nn.Module):
         values = computed(values)
         downs, ups = zip(*(layer.factors(values.dtype) for layer in self._layers), strict=True)
         up: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
-        return added(self.whole, values, functional.linear(values, torch.cat(downs)), up)
+        return added(self.whole, values, torch.cat(downs), up)
 
 
 def make_lean(denoiser: nn.Module, *, join: bool) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from families.activations import use_sigmoid
 from families.attention import choose_attention
 from families.quantize import quantize_and_place
 from families.rotary import fuse_rotary
@@ -53,6 +54,7 @@ def make_network(project: Project, denoiser: nn.Module, device: torch.device) ->
     if config.gradient_checkpointing:
         checkpoint_blocks(family, denoiser, config)
     if config.dynamo_backend != "no":
+        use_sigmoid(denoiser)
         compile_blocks(family, denoiser, project.compiled, config.dynamo_backend, config.dynamo_mode)
     if config.gradient_checkpointing and config.gradient_checkpointing_backend == "unsloth":
         keep_inputs_away(family, denoiser, device)
