@@ -23,7 +23,7 @@ from families.attention import choose_attention
 from families.checkpoints import encoder_keys, locate
 from families.fast_vae import speed_up
 from families.offloading import Groups
-from families.products import Int8Linear, multiplies_float8
+from families.products import Frozen, multiplies_float8
 from families.protocol import Placement, TextEmbeds
 from families.quantize import quantize_and_place
 from families.rotary import fuse_rotary, normed_turned, plain
@@ -780,9 +780,12 @@ def test_compiled_networks_are_as_near_to_float32_as_the_plain_one_in_bfloat16(
         assert all(one < 1.3 * plain for one, plain in zip(errors, least, strict=True)), (way, errors, least)
 
 
-def _dequantised(network: torch.nn.Module) -> torch.nn.Module:
-    """Replace layers of int8 by plain ones in float32 with the very same weights."""
-    for name, layer in [(name, one) for name, one in network.named_modules() if isinstance(one, Int8Linear)]:
+def _dequantised(project: Project, precision: str) -> torch.nn.Module:
+    """Make blocks whose layers of eight bits are plain ones in float32 with the very same weights."""
+    spec, place = project.family, torch.device("cuda")
+    network = _wide(project)
+    network = quantize_and_place(network, precision, spec.unquantised, place, "accelerator", spec.conditioning)
+    for name, layer in [(name, one) for name, one in network.named_modules() if isinstance(one, Frozen)]:
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="cuda")
         with torch.no_grad():
             bias = layer(torch.zeros(1, layer.in_features, device="cuda"))
@@ -798,14 +801,8 @@ def test_compiled_int8_is_as_near_to_its_weights_in_float32_as_bfloat16(
     wide: Callable[..., Project], family: str, flavour: str
 ) -> None:
     half, exact = wide(family, flavour), wide(family, flavour, mixed_precision="no")
-    place = torch.device("cuda")
-
-    def dequantised() -> torch.nn.Module:
-        spared = half.family.unquantised
-        return _dequantised(quantize_and_place(_wide(half), "int8-quanto", spared, place, "accelerator"))
-
-    expected = _results(exact, _plain(exact, dequantised(), torch.float32))
-    least = _errors(_results(half, _plain(half, dequantised(), torch.bfloat16)), expected)
+    expected = _results(exact, _plain(exact, _dequantised(half, "int8-quanto"), torch.float32))
+    least = _errors(_results(half, _plain(half, _dequantised(half, "int8-quanto"), torch.bfloat16)), expected)
     for options in ({"dynamo_backend": "no"}, EIGHT_BITS, WAYS["group offload"]):
         release_memory()
         project = wide(family, flavour, base_model_precision="int8-quanto", **options)
@@ -821,17 +818,21 @@ needs_float8 = pytest.mark.skipif(
 
 @needs_float8
 @pytest.mark.parametrize(("family", "flavour"), WIDTHS)
-def test_gradients_with_float8_products_are_within_a_tenth_of_those_of_bfloat16(
+def test_gradients_with_float8_products_are_those_of_bfloat16_within_a_twentieth(
     wide: Callable[..., Project], family: str, flavour: str
 ) -> None:
     half = wide(family, flavour)
     expected = _results(half, _plain(half, _wide(half), torch.bfloat16))
+    release_memory()
+    same_weights = _results(half, _plain(half, _dequantised(half, "fp8-torchao"), torch.bfloat16))
     for options in ({"dynamo_backend": "no"}, EIGHT_BITS, WAYS["group offload"]):
         release_memory()
         project = wide(family, flavour, base_model_precision="fp8-torchao", **options)
-        errors = _errors(_results(project, _fast(project)), expected)
-        print(f"{family} {flavour} fp8-torchao {options}: output {errors[0]:.4f}, gradients {errors[1]:.4f}")
-        assert errors[1] <= 0.1 and 0 < errors[0] <= 0.1, (options, errors)  # 0.067 and 0.079 on an H200
+        found = _results(project, _fast(project))
+        products, errors = _errors(found, same_weights), _errors(found, expected)
+        print(f"{family} {flavour} fp8-torchao {options}: products {products}, rounded weights too {errors}")
+        assert 0 < products[1] <= 0.05, (options, products)
+        assert 0 < errors[1] <= 0.1, (options, errors)  # most of it is that weights are rounded: 0.067 and 0.079
 
 
 @needs_float8
