@@ -1,7 +1,6 @@
 """The four stages together on real photographs and real classes, at toy size."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import command
+from commands import command, forked
 from diffusers import FluxKontextPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,6 +23,7 @@ from families import flux, open_project
 from families.checkpoints import encoder_keys, locate
 from prep.cache import cache
 from prep.pairs import pairs
+from prep.pool import Crew
 from prep.scan import scan
 from schemas import console
 from schemas.errors import UserError
@@ -252,6 +252,20 @@ def test_one_and_three_workers_write_the_same_bytes(make_project: MakeProject) -
         tree = {name: data for name, (_, data) in _tree(workspace).items() if not name.startswith("models")}
         trees.append({name: data for name, data in tree.items() if "/users/" not in name})  # they tell where it lies
     assert trees[0] == trees[1]
+
+
+def test_every_stage_has_as_many_workers_as_there_are_cores_unless_it_is_told(
+    make_project: MakeProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, asked = open_project(make_project("deblur", photos=1)), []
+    made = Crew.__init__
+    monkeypatch.setattr(Crew, "__init__", lambda self, *given: (asked.append(given[0]), made(self, *given))[1])
+    monkeypatch.setattr("prep.pool.os.sched_getaffinity", lambda process: {0, 1, 2}, raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    for stage in (scan, pairs, cache):
+        stage(project)
+        assert set(asked) == {3}
+        asked.clear()
 
 
 def test_references_on_demand_give_the_same_latents_as_files(make_project: MakeProject) -> None:
@@ -658,9 +672,7 @@ def test_an_interrupt_finishes_the_step_and_writes_a_checkpoint(
     folder = make_project("edits", max_train_steps=400, checkpointing_steps=0)
     _prepare(folder)
     project, told = open_project(folder), folder / "told.txt"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["commands"])
-    process = context.Process(target=command, args=(["run", str(folder)], {}, told, folder / "log.txt"))
+    process = forked(command, ["train", "run", str(folder)], {}, told, folder / "log.txt")
     process.start()
     while not (project.run_folder / "metrics.jsonl").exists() or len(_lines(project)) < 3:
         assert process.is_alive(), "it ended before it could be interrupted"

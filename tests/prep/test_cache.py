@@ -2,14 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import command, forked, small_files
+from kill_cache import kill_cache
 from PIL import Image
 
 from families import open_project
@@ -238,8 +238,10 @@ def test_killed_at_random_moments_loses_nothing_that_was_written(make_project: M
     cache(folder, workers=1)
     whole = rows(folder)
     shutil.rmtree(folder / "work" / "cache")
-    command = [sys.executable, str(Path(__file__).with_name("kill_cache.py")), str(folder), "1", "5"]
-    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    process = forked(kill_cache, folder, 1, 5, folder / "told.json")
+    process.start()
+    process.join()
+    told = json.loads((folder / "told.json").read_text())
     before: set[str] = set()
     for seen in told["seen"]:
         assert before <= set(seen)
@@ -272,16 +274,13 @@ def test_interrupted_by_hand_writes_what_is_encoded(make_project: MakeProject, m
 
 def test_a_full_disk_stops_the_run_and_what_was_written_stays(make_project: MakeProject) -> None:
     folder = prepared(make_project("edits"))
-    code = (
-        "import resource, signal; from prep.cli import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); main()"
-    )
-    command = [sys.executable, "-c", code, "cache", str(folder), "--workers", "1"]
-    failed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert failed.returncode == 1
-    assert (
-        "cannot be written" in failed.stderr and "File too large" in failed.stderr and "Traceback" not in failed.stderr
-    )
+    arguments, told = ["prep", "cache", str(folder), "--workers", "1"], folder / "told.txt"
+    process = forked(command, arguments, {}, folder / "out.txt", told, small_files)
+    process.start()
+    process.join()
+    assert process.exitcode == 1
+    failed = told.read_text()
+    assert "cannot be written" in failed and "File too large" in failed and "Traceback" not in failed
     assert not list((folder / "work" / "cache").rglob("*.tmp.*"))
     there = rows(folder)
     assert encoded(folder)[0] == 12 - len(there)

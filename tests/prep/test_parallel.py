@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import command, forked, single_rows, slow_single_rows
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -37,8 +38,6 @@ from schemas.stores import LocalStore
 MakeProject = Callable[..., Path]
 
 HEADER = ShardHeader("LatentRow", "e1", {"latent": (2, 3)})
-ONE_ROW = "import prep.units; prep.units._MOST_ROWS = 1; from prep.cli import main; main()"  # units of one row each
-SLOW = "import time; from prep.encode import Latents as L; e = L._launch; L._launch = lambda *a: time.sleep(0.3) or e(*a); "
 WHOLE: dict[str, bytes] = {}
 ELSEWHERE = json.dumps({"holder": "x", "machine": "another", "process": 1, "beat": 1}).encode()
 
@@ -96,16 +95,25 @@ def whole_of(folder: Path) -> dict[str, bytes]:
     return WHOLE
 
 
-def started(code: str, folder: Path, *options: str, **variables: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", code, "cache", str(folder), "--json", *options]
-    pipe, few = subprocess.PIPE, {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | few | variables)
+class Started:
+    """A run of `prep cache` in a process of its own."""
 
+    def __init__(self, folder: Path, *options: str, prepare: Callable[[], None] = single_rows) -> None:
+        self._told = [folder / f"{uuid4().hex}.txt" for _ in ("out", "err")]
+        arguments = ["prep", "cache", str(folder), "--json", *options]
+        self.process = forked(command, arguments, {}, *self._told, prepare)
+        self.process.start()
 
-def summary_of(process: subprocess.Popen[str]) -> dict[str, object]:
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    return json.loads(out)
+    def told(self) -> tuple[str, str]:
+        """Wait for its end; returns what it wrote."""
+        self.process.join(240)
+        out, err = (file.read_text() for file in self._told)
+        return out, err
+
+    def summary(self) -> dict[str, object]:
+        out, err = self.told()
+        assert self.process.exitcode == 0, err
+        return json.loads(out)
 
 
 # Leases
@@ -277,7 +285,7 @@ def test_all_shares_together_are_one_run_to_the_byte(
 def test_two_processes_share_the_work_and_do_nothing_twice(make_project: MakeProject) -> None:
     folder = paired(make_project)
     whole = whole_of(folder)
-    both = [summary_of(one) for one in [started(ONE_ROW, folder, "--workers", "1") for _ in range(2)]]
+    both = [one.summary() for one in [Started(folder, "--workers", "1") for _ in range(2)]]
     assert rows(folder) == whole
     for stores in zip(*(one["stores"] for one in both), strict=True):
         assert sum(store["encoded"] for store in stores) == stores[0]["needed"]
@@ -287,11 +295,11 @@ def test_two_processes_share_the_work_and_do_nothing_twice(make_project: MakePro
 def test_what_a_killed_process_left_is_finished_by_another_at_once(make_project: MakeProject) -> None:
     folder = paired(make_project)
     whole = whole_of(folder)
-    process = started(SLOW + ONE_ROW, folder, "--workers", "1")
-    wait_for(lambda: any(files(folder)), process)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and list((folder / "work" / "cache").rglob("leases/*"))
+    started = Started(folder, "--workers", "1", prepare=slow_single_rows)
+    wait_for(lambda: any(files(folder)), started)
+    started.process.kill()
+    started.told()
+    assert started.process.exitcode == -signal.SIGKILL and list((folder / "work" / "cache").rglob("leases/*"))
     start = time.monotonic()
     cache(folder)
     assert rows(folder) == whole and time.monotonic() - start < EXPIRY_S / 2
@@ -321,10 +329,10 @@ def test_what_others_did_since_the_run_began_is_not_done_again(make_project: Mak
     assert not taken and images.encoded == 0 and len(images.rejected) == 1
 
 
-def wait_for(there: Callable[[], object], process: subprocess.Popen[str], limit_s: float = 120) -> None:
+def wait_for(there: Callable[[], object], started: Started, limit_s: float = 120) -> None:
     end = time.monotonic() + limit_s
     while not there():
-        assert process.poll() is None, process.communicate()
+        assert started.process.is_alive(), started.told()
         assert time.monotonic() < end, "nothing came"
         time.sleep(0.05)
 
@@ -375,10 +383,10 @@ def test_a_ray_cluster_gives_the_rows_of_one_process_whoever_dies(make_project: 
     folder = paired(make_project)
     whole = whole_of(folder)
     with ray_cluster() as (address, mark):
-        process = started(ONE_ROW, folder, "--engine", "ray", "--address", address)
-        wait_for(lambda: files(folder) and kill(at_work(mark)), process)
-        out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
+        started = Started(folder, "--engine", "ray", "--address", address)
+        wait_for(lambda: files(folder) and kill(at_work(mark)), started)
+        out, err = started.told()
+    assert started.process.exitcode == 0, err
     assert rows(folder) == whole
     assert "an encoder was lost, another does its work" in err
     assert "ray::" not in err and "raylet" not in err

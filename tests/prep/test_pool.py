@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prep.pool import Crash, ahead, each
+from prep.pool import Crash, ahead, default_workers, each
 from schemas.errors import UserError
 
 
@@ -38,6 +38,15 @@ def test_there_are_never_more_workers_than_items(tasks):
     [(_, process)] = each(tasks.process_of, [0], 16)
     assert process != os.getpid()  # one item, too, may cost a worker and must not cost the command
     assert list(each(tasks.process_of, [], 16)) == []
+
+
+@pytest.mark.parametrize(("beside", "workers"), [(None, 8), ("", 8), ("2", 4), ("16", 1), ("0", 8), ("x", 8)])
+def test_by_default_there_is_a_worker_for_every_core_that_is_this_process_own(monkeypatch, beside, workers):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    if beside is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", beside)
+    assert default_workers() == workers
 
 
 @pytest.mark.parametrize(("task", "bad", "status"), [("double_or_exit", -3, 3), ("double_or_be_killed", -1, -9)])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from families import FAMILIES, open_project
+from schemas.config_file import read_json
 from schemas.datasets import CompositeImage, DatasetConfig, Generator, HuggingFace
 from schemas.errors import ConfigError, UserError
 from schemas.options import facts_of
@@ -104,6 +105,24 @@ def test_syntax_errors_of_all_three_files_stand_beside_the_other_faults(tmp_path
     datasets = [{"id": "photos", "instance_data_dir": "photos", "repeatz": 3}]
     first, second = faults_of(written(tmp_path, "{", datasets))
     assert first.startswith("config.json: not valid JSON: ") and "repeatz" in second
+
+
+@pytest.mark.parametrize("text", [
+    '{"a": [1, -2.5, 1e3, true, null, ""], "b": {"c": {}}}', '"\\ud83d\\ude00 \\u00e9 \\n"', "[-Infinity, 1e999, -0]", " [] ",
+])  # fmt: skip
+def test_plain_json_reads_as_it_does_with_a_comment(text, tmp_path):
+    read = []
+    for name, comment in (("plain", ""), ("commented", "// so it is JSON5")):
+        (tmp_path / name).write_text(text + comment)
+        read.append(repr(read_json(tmp_path / name)))
+    assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "b": 2, "a": 1}', '[{"b": {"a": 1, "a": 2}}]', '{"a": 1, "a": 2,}'])
+def test_a_key_that_is_there_twice_is_told(text, tmp_path):
+    (tmp_path / "twice.json").write_text(text)
+    with pytest.raises(UserError, match=r'twice\.json: not valid JSON: Duplicate key "a"'):
+        read_json(tmp_path / "twice.json")
 
 
 def test_text_that_is_not_utf_8_is_named_with_the_place(tmp_path):

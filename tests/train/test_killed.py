@@ -1,7 +1,6 @@
 """A run that is killed again and again ends with the very weights of one that is not."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from commands import forked
 from safetensors.torch import load_file
 
 from families import open_project
@@ -39,11 +39,9 @@ def test_five_kills_at_random_moments_change_no_bit(make_project: MakeProject) -
     scan(folder), pairs(folder), cache(folder)
     whole, killed = (open_project(folder, overrides=[f"tracker_run_name={name}"]) for name in ("whole", "killed"))
     run(whole)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["commands"])
     rng = random.Random(20)
     for _ in range(5):
-        process = context.Process(target=run, args=(killed,))
+        process = forked(run, killed)
         process.start()
         before = len(_steps_told(killed))
         limit = time.monotonic() + 120

@@ -1,7 +1,6 @@
 """Several processes on the real command: the same weights as one process on the same global batch."""
 
 import json
-import multiprocessing
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import command
+from commands import command, forked
 from safetensors.torch import load_file
 
 from families import open_project
@@ -34,14 +33,12 @@ def _together(folder: Path, count: int, *options: str) -> list[_Ended]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
-    arguments = ["run", str(folder), *(part for option in options for part in ("--set", option))]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["commands"])
+    arguments = ["train", "run", str(folder), *(part for option in options for part in ("--set", option))]
     told = [(folder / f"out-{rank}.txt", folder / f"err-{rank}.txt") for rank in range(count)]
     started = []
     for rank in range(count):
         environment = meeting | {"RANK": str(rank), "WORLD_SIZE": str(count)}
-        started.append(context.Process(target=command, args=(arguments, environment, *told[rank])))
+        started.append(forked(command, arguments, environment, *told[rank]))
     for process in started:
         process.start()
     for process in started:

@@ -1,7 +1,6 @@
 """A run as a whole: what it looks at, what it leaves, and that looking changes nothing."""
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run_with
+from commands import forked, run_with
 from diffusers import FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -216,10 +215,8 @@ def test_run_folder_and_adapter_say_what_made_them(folder: Path) -> None:
 
 
 def test_a_second_run_in_the_same_folder_is_told_who_is_at_work(folder: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["commands"])
     options = ["max_train_steps=2000", "eval_steps_interval=0", "validation_disable=true"]
-    process = context.Process(target=run_with, args=(folder, ["tracker_run_name=shared", *options]))
+    process = forked(run_with, folder, ["tracker_run_name=shared", *options])
     process.start()
     project = _project(folder, "shared", *options)
     limit = time.monotonic() + 60
