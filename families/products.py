@@ -160,6 +160,8 @@ def _multiplied(
     """Multiply float8 numbers, m × k in rows by k × n in columns, with scales of rows, m × 1, and columns, n × 1."""
     if scale is None:
         scale = own.new_ones(columns.shape[1], 1)
+    if rows.is_cuda and len(rows) == 1:  # where a scale a row would be taken for one of all
+        return _multiplied(rows.repeat(2, 1), own.repeat(2, 1), columns, scale, bias, dtype)[:1]
     if rows.is_cuda:  # whose product with a scale a row has one dtype, which is exact enough for any
         half = None if bias is None else bias.to(torch.bfloat16)
         product = torch._scaled_mm(
