@@ -26,17 +26,18 @@ def variants(*names):
     return [part for name in ("diffusers", *names) for part in ("--variant", name)]
 
 
+BOTH = variants("pairline fp8-torchao compiled, all kept", "pairline compiled, all kept")
 JOBS = [  # the longest first
     [*STEP, *variants("pairline fp8-torchao tuned, all kept")],
     [*STEP, *variants("pairline tuned, all kept")],
-    [*STEP, *variants("pairline fp8-torchao compiled, attention kept", "pairline compiled, attention kept away")],
-    [*STEP, "--pixels", "512", "--batch", "4",
-     *variants("pairline fp8-torchao compiled, all kept", "pairline compiled, all kept")],
-    [*STEP, "--model", "klein-9b", *variants("pairline fp8-torchao compiled, all kept", "pairline compiled, all kept")],
     ["train_run.py", "--run", "bf16, compiled", "--run", "bf16, compiled, second start", "--steps", "8"],
-    [*STEP, *variants("pairline fp8-torchao compiled, group offload")],
+    [*STEP, "--pixels", "512", "--batch", "4", *BOTH],
+    [*STEP, "--model", "klein-9b", *BOTH],
+    [*STEP, "--model", "klein-4b", *BOTH],
     ["encode.py", "--part", "cache", "--part", "loop"],
-    [*STEP, "--model", "klein-4b", *variants("pairline compiled, all kept")],
+    [*STEP, *variants("pairline fp8-torchao compiled, group offload")],
+    [*STEP, *variants("pairline fp8-torchao compiled, attention kept")],
+    [*STEP, *variants("pairline compiled, attention kept away")],
     ["curves.py"],
 ]  # fmt: skip
 
