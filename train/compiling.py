@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 from families.compiled import keep_compiled
 from families.protocol import Family
+from schemas.console import log
 
 _MOST_GRAPHS = 32  # of all kinds of blocks, of contiguous and of narrowed inputs, each for one size and for any
 
@@ -28,6 +29,7 @@ def compile_blocks(
     """
     options: Any = {"coordinate_descent_tuning": True} if mode == "max-autotune" else None
     keep_compiled(kept)
+    log.info("blocks are compiled when a step first needs them, which takes a minute or more; kept in %s", kept)
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # what it advises of checkpoints is so
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     for block in family.blocks(denoiser):

@@ -270,6 +270,8 @@ def _show(bar: Progress, done: _Done, rate: float) -> None:
              f"{done.samples / seconds:.2f} samples/s", f"data {done.waited / seconds:.0%}"]  # fmt: skip
     if (peak := _peak_gib()) is not None:
         parts.append(f"{peak:.1f} GiB")
+    if graphs := compiled_graphs():
+        parts.append(f"{graphs} graphs")
     bar.set_postfix_str(", ".join(parts))
     bar.update()
 
