@@ -132,7 +132,10 @@ def _project(request: Request, folder: Path, settings: Sequence[str]) -> Project
     named = {name: value for name, value in options.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(named))
     (folder / "multidatabackend.json").write_text(json.dumps([{"id": "none", "instance_data_dir": "."}]))
-    return open_project(folder, overrides=overrides)
+    try:
+        return open_project(folder, overrides=overrides)
+    except ConfigError as fault:  # which names that folder, and nobody knows it
+        raise UserError("; ".join(str(replace(one, file="options")) for one in fault.faults)) from fault
 
 
 def _sizes(request: Request, project: Project) -> Sizes:
