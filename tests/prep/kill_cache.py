@@ -38,7 +38,7 @@ def main(folder, seed, kills):
             break
         seen.append(rows_of(folder))
     summary = cache(folder, workers=1)
-    told = {"seen": seen, "encoded": [one.encoded for one in summary.stores], "rows": rows_of(folder)}
+    told = {"seen": seen, "encoded": [one.encoded for one in summary.stores], "process": os.getpid()}
     sys.stdout.write(json.dumps(told))
 
 
