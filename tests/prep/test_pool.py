@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prep.pool import Crash, ahead, each
+from prep.pool import Crash, Crew, ahead, each
 from schemas.errors import UserError
 
 
@@ -38,6 +38,20 @@ def test_there_are_never_more_workers_than_items(tasks):
     [(_, process)] = each(tasks.process_of, [0], 16)
     assert process != os.getpid()  # one item, too, may cost a worker and must not cost the command
     assert list(each(tasks.process_of, [], 16)) == []
+
+
+def test_workers_that_are_summoned_are_so_many_and_those_that_work(tasks):
+    with Crew(16, tasks.process_of) as crew:
+        crew.summon(2)
+        summoned = {process.pid for process in crew._processes.values()}
+        assert len(summoned) == 2
+        assert {process for _, process in crew.each(tasks.process_of, range(2))} <= summoned
+    for process in summoned:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+    with Crew(1, tasks.process_of) as crew:
+        crew.summon(5)
+        assert not crew._processes
 
 
 @pytest.mark.parametrize(("task", "bad", "status"), [("double_or_exit", -3, 3), ("double_or_be_killed", -1, -9)])
