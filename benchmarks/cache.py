@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,7 +202,7 @@ def as_shards(place, samples):
 
 
 def as_units(place, samples):
-    """Write as prep cache does: group by group in a thread of its own, then merged."""
+    """Write as prep cache does with a fast encoder: a unit at once, in a thread of its own."""
     writer = Writer()
     for first in range(0, len(samples), SHARD_ROWS):
         unit = Unit(str(first), LocalStore(place), "encoder", "", (), (), SHARD_ROWS)
@@ -278,7 +279,7 @@ class Free(Latents):
         targets, references = image_encoder_keys(project, checkpoint)
         self._checkpoint, self._choices = checkpoint, {references: "mode", targets: "mode"}
         self._size, self._writer = 1, Writer()
-        self._launcher = NoEncoder()
+        self._launcher, self._under_way = NoEncoder(), deque()
 
     def close(self):
         """Write what is left."""

@@ -112,25 +112,28 @@ class Here:
         self._used: AcceleratorUse | None = None
 
     def latents(self, checkpoint: Path, units: Iterator[Unit]) -> Iterator[Part]:
-        """Encode units of pictures, decoded ahead."""
+        """Encode units of pictures, decoded ahead; workers start while the encoder is loaded."""
+        start = next(units, None)
+        if start is None:
+            return
+        self._crew = self._crew or Crew(self._workers, pixels_of)
+        self._crew.summon(len(start.items))
+        encoder = self._loaded("Latents", checkpoint)
         taken: list[Unit] = []  # whose pictures are being made, or encoded
 
         def pictures() -> Iterator[Picture]:
-            for unit in units:
+            for unit in chain([start], units):
                 taken.append(unit)
                 for picture in unit.items:
                     assert isinstance(picture, Picture), "a unit of latents"
                     yield picture
 
-        self._crew = self._crew or Crew(self._workers, pixels_of)
         made = ahead((pixels for _, pixels in self._crew.each(pixels_of, pictures())), _AHEAD * self._workers)
         for first in made:
-            encoder = self._loaded("Latents", checkpoint)
             unit = taken.pop(0)
             yield from encoder.work(unit, chain([first], islice(made, len(unit.items) - 1)))
         yield from self._settled()
-        if self._encoder is not None:
-            self._used = self._encoder.used()
+        self._used = encoder.used()
 
     def texts(self, checkpoint: Path, units: Iterator[Unit]) -> Iterator[Part]:
         """Encode units of prompts."""

@@ -6,7 +6,7 @@ Apart from prep/cache.py because it loads a tensor library, which a run with not
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from schemas.console import log
 from schemas.errors import UserError
 from schemas.project import Project
 from schemas.rows import TextRow
-from schemas.shards import Array, ShardHeader, latent_row, text_row
+from schemas.shards import Array, ShardHeader, is_finite, latent_row, text_row
 from schemas.summaries import AcceleratorUse
 from schemas.trainer import Posterior as Choice
 
@@ -38,10 +38,20 @@ _FLOAT8_MOST = 448.0  # of float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True)
+class _Begun:
+    """A unit of latents, and what became of those of its pictures that give no row."""
+
+    unit: Unit
+    rejected: dict[str, str] = field(default_factory=dict)  # key -> reason
+    unsettled: dict[str, str] = field(default_factory=dict)  # name -> reason
+
+
+@dataclass(frozen=True, slots=True)
 class _Launched:
     """Pictures of a batch that are being encoded, or that memory does not hold."""
 
-    pictures: Sequence[tuple[str, str, Pixels]]  # key, name and pixels of each
+    of: _Begun
+    pictures: Sequence[tuple[str, str]]  # key and name of each
     flight: Flight | None
 
 
@@ -67,11 +77,13 @@ class Latents:
         self._size = _batch_size(trainer.vae_batch_size)
         fast = speed_up(encoder, project.compiled) if groups is None else None
         self._launcher: Launcher | None = Launcher(family, encoder, device, fast)
+        self._under_way: deque[_Launched | _Begun] = deque()  # a unit after its last batch
         self._writer = Writer()
 
     def close(self) -> None:
         """Let its memory go; rows of a unit that was interrupted are written."""
         self._launcher = None
+        self._under_way.clear()
         release_memory()
         self._writer.close()
 
@@ -82,73 +94,103 @@ class Latents:
     def work(self, unit: Unit, pixels: Iterable[Pixels | Refusal | Crash]) -> Iterator[Part]:
         """Encode a unit whose pixels arrive in its order; yields what reached the disk, of units before it too.
 
+        Its last batches may be under way still when it ends, so that the GPU has work until the next unit's first.
         Raises UserError if the unit is not for the encoder that was loaded: its weights were replaced meanwhile.
         """
         check_unchanged(self._checkpoint, unit.encoder in self._choices, True)
         assert self._launcher is not None, "not closed"
-        rejected: dict[str, str] = {}
-        unsettled: dict[str, str] = {}
-        under_way: deque[_Launched] = deque()
-        for batch in _batches(_usable(unit, pixels, rejected, unsettled), lambda: self._size):
-            under_way += self._launch(batch, unit)
-            while len(under_way) > self._launcher.behind:
-                yield from self._land(under_way.popleft(), unit, rejected, unsettled)
-        while under_way:
-            yield from self._land(under_way.popleft(), unit, rejected, unsettled)
-        yield from self._writer.finish(unit, rejected, unsettled)
+        begun = _Begun(unit)
+        for batch in _batches(_usable(begun, self._awaited(pixels)), lambda: self._size):
+            self._under_way += self._launch(batch, begun)
+            yield from self._landed(self._launcher.behind)
+        self._under_way.append(begun)
+        yield from self._landed(self._launcher.behind)
 
     def settle(self) -> Iterator[Part]:
         """Yield what else reaches the disk of the units that were worked on, and wait for it."""
+        yield from self._landed(0)
         yield from self._writer.settle()
 
-    def _launch(self, batch: Sequence[tuple[str, str, Pixels]], unit: Unit) -> list[_Launched]:
+    def _awaited(self, pixels: Iterable[ItemT]) -> Iterator[ItemT]:
+        """Yield pixels, the time that they take noted."""
+        assert self._launcher is not None, "not closed"
+        stream = iter(pixels)
+        while True:
+            with self._launcher.waiting("pixels"):
+                made = list(islice(stream, 1))
+            if not made:
+                return
+            yield made[0]
+
+    def _launch(self, batch: Sequence[tuple[str, str, Pixels]], begun: _Begun) -> list[_Launched]:
         """Have a batch encoded, in halves if memory does not hold it."""
         assert self._launcher is not None, "not closed"
         try:
-            return [_Launched(batch, self._launcher.launch([one for *_, one in batch], self._size, unit.alike))]
+            flight = self._launcher.launch([one for *_, one in batch], self._size, begun.unit.alike)
+            return [_Launched(begun, [(key, name) for key, name, _ in batch], flight)]
         except torch.OutOfMemoryError:
             pass  # gone on with below: here, the fault still holds what filled the memory
         release_memory()
         if len(batch) == 1:
-            return [_Launched(batch, None)]
+            return [_Launched(begun, [batch[0][:2]], None)]
         half = (len(batch) + 1) // 2
         self._size = min(self._size, half)
         height, width = batch[0][2].shape[:2]
         log.warning("out of memory with %d images of %dx%d; going on with %d", len(batch), width, height, half)
-        return [*self._launch(batch[:half], unit), *self._launch(batch[half:], unit)]
+        return [*self._launch(batch[:half], begun), *self._launch(batch[half:], begun)]
 
-    def _land(
-        self, launched: _Launched, unit: Unit, rejected: dict[str, str], unsettled: dict[str, str]
-    ) -> Iterator[Part]:
-        """Write a batch once it is encoded; note what cannot be, and what memory does not hold."""
+    def _landed(self, most: int) -> Iterator[Part]:
+        """Write batches, the oldest first, until no more than so many are under way; finish units on the way."""
+        batches = sum(isinstance(one, _Launched) for one in self._under_way)
+        while self._under_way and (batches > most or isinstance(self._under_way[0], _Begun)):
+            one = self._under_way.popleft()
+            if isinstance(one, _Begun):
+                yield from self._finish(one)
+            else:
+                batches -= 1
+                yield from self._land(one)
+
+    def _land(self, launched: _Launched) -> Iterator[Part]:
+        """Write a batch once it is encoded; note what cannot be, and what memory does not hold.
+
+        Values are looked through by NumPy: PyTorch would wait for all its threads, beside busy workers, for each row.
+        """
+        begun = launched.of
         if launched.flight is None:
             told = "the accelerator's memory does not hold it; vae_enable_tiling needs less"
-            unsettled.update((name, told) for _, name, _ in launched.pictures)
+            begun.unsettled.update((name, told) for _, name in launched.pictures)
             return
         assert self._launcher is not None, "not closed"
-        keys = [key for key, *_ in launched.pictures]
-        latents = chosen(self._launcher.land(launched.flight), keys, self._choices[unit.encoder])
+        keys = [key for key, _ in launched.pictures]
+        latents = chosen(self._launcher.land(launched.flight), keys, self._choices[begun.unit.encoder])
         rows = []
-        for key, latent in zip(keys, latents, strict=True):
-            if torch.isfinite(latent).all():
-                rows.append(latent_row(key, _bits(latent)))
+        for key, bits in zip(keys, _bits(latents), strict=True):
+            if is_finite(bits):
+                rows.append(latent_row(key, bits))
             else:
-                rejected[key] = "not encodable: the VAE gave a value that is not finite"
+                begun.rejected[key] = "not encodable: the VAE gave a value that is not finite"
         if rows:
-            header = ShardHeader("LatentRow", unit.encoder, {"latent": tuple(latents.shape[1:])})
-            yield from self._writer.put(unit, header, rows)
+            header = ShardHeader("LatentRow", begun.unit.encoder, {"latent": tuple(latents.shape[1:])})
+            with self._launcher.waiting("disk"):
+                written = self._writer.put(begun.unit, header, rows)
+            yield from written
+
+    def _finish(self, begun: _Begun) -> Iterator[Part]:
+        """Have the rest of a unit written."""
+        assert self._launcher is not None, "not closed"
+        with self._launcher.waiting("disk"):
+            written = self._writer.finish(begun.unit, begun.rejected, begun.unsettled)
+        yield from written
 
 
-def _usable(
-    unit: Unit, pixels: Iterable[Pixels | Refusal | Crash], rejected: dict[str, str], unsettled: dict[str, str]
-) -> Iterator[tuple[str, str, Pixels]]:
+def _usable(begun: _Begun, pixels: Iterable[Pixels | Refusal | Crash]) -> Iterator[tuple[str, str, Pixels]]:
     """Yield (key, name, pixels) of pictures that have pixels; note why others have none."""
-    for key, picture, made in zip(unit.keys, unit.items, pixels, strict=True):
+    for key, picture, made in zip(begun.unit.keys, begun.unit.items, pixels, strict=True):
         assert isinstance(picture, Picture), "a unit of latents"
         if isinstance(made, Refusal) and made.lasting:
-            rejected[key] = made.reason
+            begun.rejected[key] = made.reason
         elif isinstance(made, Refusal | Crash):
-            unsettled[picture.name] = made.reason
+            begun.unsettled[picture.name] = made.reason
         else:
             yield key, picture.name, made
 

@@ -1,10 +1,12 @@
-"""Batches of pictures on their way through an image encoder: on a GPU the next is launched before one is read back.
+"""Batches of pictures on their way through an image encoder: on a GPU the next are launched before one is read back.
 
 What goes there and comes back lies in pinned memory, so that neither side waits for the other.
 """
 
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from families.protocol import Family, Posterior
 from prep.images import Pixels
 from schemas.summaries import AcceleratorUse
 
+_BEHIND = 3  # batches that a GPU has left while this process is at others: enough for it to be held up a while
 _WORTH = 512 << 20  # pixels of one size, from which on compiling for it is repaid
 
 
@@ -39,11 +42,20 @@ class Launcher:
         self._family, self._encoder, self._device, self._fast = family, encoder, device, fast
         self._begun = self._seconds = self._busy = 0.0
         self._images = 0
+        self._waited: defaultdict[str, float] = defaultdict(float)  # seconds, by what for
 
     @property
     def behind(self) -> int:
         """Return how many batches are left under way while another is made ready."""
-        return 1 if self._device.type == "cuda" else 0
+        return _BEHIND if self._device.type == "cuda" else 0
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Note how long there is nothing to launch or to land, and what for: `pixels` or `disk`."""
+        since = time.monotonic()
+        yield
+        if self._begun:
+            self._waited[what] += time.monotonic() - since
 
     def launch(self, pixels: Sequence[Pixels], size: int, alike: int) -> Flight:
         """Encode pictures of one size, of which there are `alike` in all, in batches of `size` or fewer.
@@ -74,7 +86,8 @@ class Launcher:
             return None
         compiling = self._fast.seconds if self._fast is not None else 0.0
         seconds = self._seconds - compiling
-        return AcceleratorUse(self._busy / seconds, self._images, seconds, compiling)
+        busy = self._busy / seconds
+        return AcceleratorUse(busy, self._images, seconds, compiling, self._waited["pixels"], self._waited["disk"])
 
     def _mark(self) -> torch.cuda.Event | None:
         """Return what tells when the GPU is done with all that it was given."""

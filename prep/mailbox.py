@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from multiprocess.shared_memory import SharedMemory
 
 _LEAST = 1 << 16  # bytes of arrays from which shared memory is the shorter way
@@ -69,7 +70,7 @@ class Inbox:
         self._block: Any = None
 
     def unpack(self, packed: bytes) -> Any:
-        """Return a result; its arrays are copies, so that the worker may go on."""
+        """Return a result; its arrays are copies, so that the worker may go on, made while other threads run."""
         name, sizes, message = pickle.loads(packed)
         if name is None:
             return pickle.loads(message)
@@ -78,7 +79,7 @@ class Inbox:
             self._block = SharedMemory(name)
         buffers, start = [], 0
         for size in sizes:
-            buffers.append(bytearray(self._block.buf[start : start + size]))
+            buffers.append(np.frombuffer(self._block.buf, np.uint8, size, start).copy())
             start += size
         return pickle.loads(message, buffers=buffers)
 

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -98,13 +98,12 @@ class Crew:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pipe in list(self._processes):
-            self._dismiss(pipe)
+        self._dismiss(list(self._processes))
 
-    def summon(self) -> None:
-        """Start the workers now, so that they are ready when there is work; one worker is this process."""
+    def summon(self, most: int | None = None) -> None:
+        """Start the workers, or so many, so that they are ready when there is work; one worker is this process."""
         if self.workers > 1:
-            self._staff(self.workers)
+            self._staff(self.workers if most is None else min(self.workers, most))
 
     def each(
         self,
@@ -151,8 +150,7 @@ class Crew:
                 yield ahead.pop(position), done.pop(position)
                 position += 1
         finally:
-            for pipe in list(self._busy):  # left over when the caller, or a worker, stopped early
-                self._dismiss(pipe)
+            self._dismiss(list(self._busy))  # left over when the caller, or a worker, stopped early
 
     def _staff(self, workers: int) -> None:
         """Start as many workers as are wanted and not there."""
@@ -235,17 +233,18 @@ class Crew:
         self._idle.append(pipe)
         return result
 
-    def _dismiss(self, pipe: Any) -> None:
-        """End a worker: one that is idle by itself, a busy one by force."""
-        process = self._processes.pop(pipe)
-        pipe.close()
-        if self._busy.pop(pipe, None) is not None or pipe in self._starting:
-            process.terminate()
-        self._starting.discard(pipe)
-        if pipe in self._idle:
-            self._idle.remove(pipe)
-        process.join()
-        self._inboxes.pop(pipe).close()
+    def _dismiss(self, pipes: Sequence[Any]) -> None:
+        """End workers, all at the same time: those that are idle by themselves, busy ones by force."""
+        for pipe in pipes:
+            pipe.close()
+            if self._busy.pop(pipe, None) is not None or pipe in self._starting:
+                self._processes[pipe].terminate()
+            self._starting.discard(pipe)
+            if pipe in self._idle:
+                self._idle.remove(pipe)
+        for pipe in pipes:
+            self._processes.pop(pipe).join()
+            self._inboxes.pop(pipe).close()
 
 
 @contextmanager

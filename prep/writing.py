@@ -1,10 +1,12 @@
-"""How encoded rows reach a store: group by group while the encoder works on, then merged into one shard.
+"""How encoded rows reach a store: by the group while the encoder works on, then merged into one shard.
 
-A killed run loses the open group; what was written is whole, and found again by its keys.
+A killed run loses the open group; what was written is whole, and found again by its keys. A fast encoder's groups are
+larger: a unit that takes less than `_KEPT_S` is written once, and not again to merge it.
 """
 
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,7 +16,8 @@ from schemas.rows import LatentRow, RejectRow, TextRow
 from schemas.shards import ShardHeader, group_rows, rewrite, write_rejects, write_shard
 from schemas.stores import Store
 
-_MOST_WRITES = 4  # under way, before the encoder waits for the disk
+_MOST_WRITES = 4  # under way, of at most a unit's rows each, before the encoder waits for the disk
+_KEPT_S = 5.0  # that rows of a fast encoder are kept for a larger group
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,8 @@ class Part:
 class Writer:
     """Writes the rows of units in a thread of its own, in the order they come, while the encoder works on."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._thread = ThreadPoolExecutor(1)
         self._asked: deque[Future[Part]] = deque()
         self._unit: _Open | None = None
@@ -41,19 +45,21 @@ class Writer:
     def put(self, unit: Unit, header: ShardHeader, rows: Sequence[LatentRow | TextRow]) -> list[Part]:
         """Take rows of a unit in; returns what reached the disk since."""
         if self._unit is None:
-            self._unit = _Open(unit)
+            self._unit = _Open(unit, self._clock())
         if self._unit.header not in (None, header):
             self._send(self._unit, len(self._unit.rows))
         self._unit.header = header
         self._unit.rows += rows
-        size = min(unit.most_rows, group_rows(header.row_bytes))
-        while len(self._unit.rows) >= size:
-            self._send(self._unit, size)
+        while len(self._unit.rows) >= unit.most_rows:
+            self._send(self._unit, unit.most_rows)
+        late = self._clock() - self._unit.since >= _KEPT_S
+        if late and len(self._unit.rows) >= group_rows(header.row_bytes):
+            self._send(self._unit, len(self._unit.rows))
         return self._landed(_MOST_WRITES)
 
     def finish(self, unit: Unit, rejected: dict[str, str], unsettled: dict[str, str]) -> list[Part]:
         """Write what is left of a unit, merge its groups, note what was rejected; returns as `put` does."""
-        open_unit, self._unit = self._unit or _Open(unit), None
+        open_unit, self._unit = self._unit or _Open(unit, self._clock()), None
         self._send(open_unit, len(open_unit.rows))
         self._asked.append(self._thread.submit(open_unit.merge, rejected, unsettled))
         return self._landed(_MOST_WRITES)
@@ -75,6 +81,7 @@ class Writer:
     def _send(self, unit: "_Open", count: int) -> None:
         """Hand a group to the thread."""
         rows, unit.rows = unit.rows[:count], unit.rows[count:]
+        unit.since = self._clock()
         if rows:
             assert unit.header is not None, "rows come with it"
             self._asked.append(self._thread.submit(unit.write, unit.header, rows))
@@ -92,6 +99,7 @@ class _Open:
     """A unit that rows arrive of."""
 
     unit: Unit
+    since: float  # it was begun, or a group was sent
     header: ShardHeader | None = None
     rows: list[LatentRow | TextRow] = field(default_factory=list)
     written: list[tuple[ShardHeader, list[str]]] = field(default_factory=list)  # names of shards, of each header

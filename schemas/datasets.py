@@ -305,7 +305,8 @@ class DatasetConfig(Options):
     )
     write_batch_size: int = option(
         128,
-        "rows per write: what a killed run may lose of finished work, at most 8 MiB or one row",
+        "rows per write: what a killed run may lose of finished work, but of what is older than 5 s at most 8 MiB or "
+        "one row",
         stages="cache",
         ge=1,
     )

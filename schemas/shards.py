@@ -482,7 +482,7 @@ def faults_of(store: Store | Path, name: str) -> dict[str | None, str]:
             sums = {_sum(_buffers(arrays), key, rest), _sum(by_others, table["key"][row].as_py(), rest)}
             if sums != {rest["checksum"]}:
                 faults[key] = "damaged: its checksum differs"
-            elif not all(map(_finite, arrays.values())):
+            elif not all(map(is_finite, arrays.values())):
                 faults[key] = "not finite"
         return faults
     except Unreachable:
@@ -547,7 +547,7 @@ def headers_of(store: Store, names: Sequence[str]) -> Iterator[tuple[str, ShardH
             yield name, *_header(store, name, footer)
 
 
-def _finite(bits: Array) -> bool:
+def is_finite(bits: Array) -> bool:
     """Tell bit patterns that are numbers: of bfloat16 not all bits of the exponent are ones, of float8 not all but the
     sign."""
     if bits.dtype == np.uint8:

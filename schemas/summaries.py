@@ -14,6 +14,7 @@ from schemas.timed import BenchSummary, TrainPlan
 from schemas.upkeep import CompactSummary, ExplainSummary, GcSummary, StatsSummary
 
 _CUT_TOLD = 5  # prompts that were cut, told one by one
+_WAITED = 0.05  # share of the time of encoding, from which on it is told what was waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,11 +244,17 @@ class AcceleratorUse:
     images: int
     seconds: float  # between the first batch and the last, but for compiling
     compiling_s: float  # that compiling the encoder took
+    pixels_s: float  # of those seconds, waited for decoded pictures
+    disk_s: float  # waited for rows to be written
 
     def lines(self) -> Iterator[str]:
         """Yield the closing report."""
-        yield f"  {self.images / self.seconds:.1f} images/s; GPU busy {self.busy:.0%}" + (
-            f"; compiling the encoder took {self.compiling_s:.0f} s before" if self.compiling_s else ""
+        waits = {"pictures (more workers decode faster)": self.pixels_s, "the disk": self.disk_s}
+        long = [f"{wait:.0f} s for {what}" for what, wait in waits.items() if wait > _WAITED * self.seconds]
+        yield (
+            f"  {self.images / self.seconds:.1f} images/s in {self.seconds:.0f} s of encoding; GPU busy {self.busy:.0%}"
+            + (f"; waited {' and '.join(long)}" if long else "")
+            + (f"; compiling the encoder took {self.compiling_s:.0f} s before" if self.compiling_s else "")
         )
 
 

@@ -1,6 +1,7 @@
 """How batches reach an encoder and come back: filled up where it is compiled, the next one launched before."""
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,11 +92,12 @@ def recorded(monkeypatch: pytest.MonkeyPatch, behind: int) -> list[tuple[str, in
     return events
 
 
-@pytest.mark.parametrize("room", [9, 1])
+@pytest.mark.parametrize(("room", "behind"), [(9, 1), (1, 1), (9, 3)])
 def test_the_next_batch_is_launched_before_one_is_read_back_and_rows_stay_the_same(
-    make_project: MakeProject, monkeypatch: pytest.MonkeyPatch, room: int
+    make_project: MakeProject, monkeypatch: pytest.MonkeyPatch, room: int, behind: int
 ) -> None:
     folder = prepared(make_project("edits", vae_dtype="fp32"))
+    monkeypatch.setattr("prep.units._MOST_ROWS", 3)
     cache(folder, workers=1)
     expected = rows(folder)
     shutil.rmtree(folder / "work" / "cache" / "latents")
@@ -105,16 +107,16 @@ def test_the_next_batch_is_launched_before_one_is_read_back_and_rows_stay_the_sa
         small = OneByOne(family, room, sizes)
         patch.setattr(encode, "_batch_size", lambda wanted: 2)
         patch.setattr(encode, "family_of", lambda project: small)
-        events = recorded(patch, 1)
+        events = recorded(patch, behind)
         assert [store.encoded for store in cache(folder, workers=1).stores] == [12, 0]
     assert rows(folder) == expected
     assert max(sizes) == 2 and sorted(sizes)[0] == 1 if room == 1 else set(sizes) <= {1, 2}
     count = sum(what == "launch" for what, _ in events)
     assert [number for what, number in events if what == "land"] == list(range(count))
-    together = [
-        number for number in range(count - 1) if events.index(("launch", number + 1)) < events.index(("land", number))
-    ]
-    assert together and len(together) < count  # a unit's last batch is waited for
+    when = {event: place for place, event in enumerate(events)}
+    assert count > 2 * behind  # of several units: what comes next is launched before the last batch of one is back
+    assert all(when["launch", number + 1] < when["land", number] for number in range(count - 1))
+    assert all(when["land", number] < when["launch", number + behind + 2] for number in range(count - behind - 2))
 
 
 class OneByOne(Small):
@@ -153,6 +155,23 @@ def test_a_unit_tells_how_many_pictures_of_its_size_there_are(
 
 
 def test_the_gpus_share_is_told() -> None:
-    said: Callable[[float], list[str]] = lambda compiling: list(AcceleratorUse(0.934, 600, 8.0, compiling).lines())  # noqa: E731
-    assert said(0.0) == ["  75.0 images/s; GPU busy 93%"]
-    assert said(14.2) == ["  75.0 images/s; GPU busy 93%; compiling the encoder took 14 s before"]
+    said: Callable[..., list[str]] = lambda *waits: list(AcceleratorUse(0.934, 600, 8.0, *waits).lines())  # noqa: E731
+    rate = "  75.0 images/s in 8 s of encoding; GPU busy 93%"
+    assert said(0.0, 0.3, 0.2) == [rate]
+    assert said(14.2, 0.0, 0.0) == [f"{rate}; compiling the encoder took 14 s before"]
+    assert said(0.0, 0.0, 2.6) == [f"{rate}; waited 3 s for the disk"]
+    assert said(0.0, 1.2, 2.6) == [f"{rate}; waited 1 s for pictures (more workers decode faster) and 3 s for the disk"]
+
+
+def test_what_is_waited_for_is_counted_from_the_first_batch_on(launcher: Launcher) -> None:
+    def wait(what: str) -> None:
+        with launcher.waiting(what):
+            time.sleep(0.05)
+
+    wait("pixels")
+    flight = launcher.launch(drawn(1), 1, 1)
+    wait("disk")
+    launcher.land(flight)
+    launcher._images, launcher._seconds = 1, 1.0  # as on a GPU
+    used = launcher.used()
+    assert used is not None and used.pixels_s == 0 and 0.05 <= used.disk_s < 5

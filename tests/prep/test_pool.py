@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prep.pool import Crash, ahead, default_workers, each
+from prep.pool import Crash, Crew, ahead, default_workers, each
 from schemas.errors import UserError
 
 
@@ -47,6 +47,20 @@ def test_by_default_there_is_a_worker_for_every_core_that_is_this_process_own(mo
     if beside is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", beside)
     assert default_workers() == workers
+
+
+def test_workers_that_are_summoned_are_so_many_and_those_that_work(tasks):
+    with Crew(16, tasks.process_of) as crew:
+        crew.summon(2)
+        summoned = {process.pid for process in crew._processes.values()}
+        assert len(summoned) == 2
+        assert {process for _, process in crew.each(tasks.process_of, range(2))} <= summoned
+    for process in summoned:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+    with Crew(1, tasks.process_of) as crew:
+        crew.summon(5)
+        assert not crew._processes
 
 
 @pytest.mark.parametrize(("task", "bad", "status"), [("double_or_exit", -3, 3), ("double_or_be_killed", -1, -9)])
