@@ -37,8 +37,8 @@ JOBS = [  # the longest first
     ["encode.py", "--part", "cache", "--part", "loop"],
     [*STEP, *variants("pairline fp8-torchao compiled, group offload")],
     [*STEP, *variants("pairline fp8-torchao compiled, attention kept")],
-    [*STEP, *variants("pairline compiled, attention kept away")],
     ["curves.py"],
+    [*STEP, *variants("pairline compiled, attention kept away")],
 ]  # fmt: skip
 
 
