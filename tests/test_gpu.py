@@ -780,6 +780,23 @@ def test_compiled_networks_are_as_near_to_float32_as_the_plain_one_in_bfloat16(
         assert all(one < 1.3 * plain for one, plain in zip(errors, least, strict=True)), (way, errors, least)
 
 
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "fp8-torchao"])
+def test_what_is_recomputed_is_not_kept_where_blocks_are_compiled(wide: Callable[..., Project], precision: str) -> None:
+    kept = {}
+    for way in ("all kept", "attention kept", "recomputed"):
+        release_memory()
+        project = wide("flux", "kontext", base_model_precision=precision, **WAYS[way])
+        denoiser, batch = _fast(project), _drawn_batch(project)
+        for _ in range(2):  # the first compiles
+            before = torch.cuda.memory_allocated()
+            loss = step_loss(flux, denoiser, batch, 1, project.trainer)
+            kept[way] = torch.cuda.memory_allocated() - before
+            loss.backward()
+        del denoiser, batch, loss
+    print(f"{precision}: MiB kept { ({way: one >> 20 for way, one in kept.items()}) }")
+    assert kept["recomputed"] < kept["attention kept"] < 0.4 * kept["all kept"]
+
+
 def _dequantised(project: Project, precision: str) -> torch.nn.Module:
     """Make blocks whose layers of eight bits are plain ones in float32 with the very same weights."""
     spec, place = project.family, torch.device("cuda")

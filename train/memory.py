@@ -47,9 +47,26 @@ def checkpoint_blocks(family: Family, denoiser: nn.Module, config: TrainerConfig
         denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=call)  # type: ignore[operator]
         return
     if config.gradient_checkpointing_keep == "attention":
-        told["context_fn"] = partial(create_selective_checkpoint_contexts, list(_ATTENTION))
+        told["context_fn"] = _keep_attention
+    elif config.dynamo_backend != "no":  # or compilers would keep what autograd functions return
+        told["context_fn"] = _keep_nothing
     for module in recomputed:
         module.forward = partial(checkpoint, module.forward, **told)
+
+
+# The contexts that recomputation runs in; functions that have a name and a hash, for compilers' caches.
+
+
+def _keep_attention() -> Any:
+    return create_selective_checkpoint_contexts(list(_ATTENTION))  # type: ignore[no-untyped-call]
+
+
+def _keep_nothing() -> Any:
+    return create_selective_checkpoint_contexts([])  # type: ignore[no-untyped-call]
+
+
+_keep_attention.cache_hash = str(_ATTENTION)  # type: ignore[attr-defined]
+_keep_nothing.cache_hash = "nothing"  # type: ignore[attr-defined]
 
 
 def keep_inputs_away(family: Family, denoiser: nn.Module, device: torch.device) -> None:

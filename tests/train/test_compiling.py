@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
-from families import FAMILIES, flux
+from families import FAMILIES, attention, flux
 from families.compiled import keep_compiled
 from families.protocol import TextEmbeds
 from families.quantize import quantize_and_place
@@ -136,3 +139,77 @@ def test_what_compilers_make_lies_in_the_workspace_unless_the_environment_names_
     assert Path(cache_dir()) == tmp_path / "compiled"
     assert functorch.enable_autograd_cache and inductor.fx_graph_cache
     assert functorch.autograd_cache_allow_custom_autograd_functions
+
+
+class _Attends(nn.Module):
+    """Attention by a kernel that is named, its gradient made dense, as on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(16, 16)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        query = self.project(values)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return attention._DenseGradient.apply(scaled_dot_product_attention(query, query, values))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler, which uses what is deprecated
+@pytest.mark.parametrize("keep", ["nothing", "attention"])
+def test_a_second_start_finds_whole_graphs_of_blocks_that_name_their_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    keep_compiled(tmp_path)
+    torch.manual_seed(0)
+    block, values = _Attends(), torch.randn(1, 2, 8, 16)
+    expected = torch.autograd.grad(block(values).square().sum(), block.parameters())
+    family = SimpleNamespace(blocks=lambda model: [SimpleNamespace(module=block)])
+    checkpoint_blocks(family, block, TrainerConfig(gradient_checkpointing_keep=keep, dynamo_backend="inductor"))
+    recomputed, found = block.forward, []
+    for _ in range(2):
+        torch._dynamo.reset()
+        counters.clear()
+        block.forward = recomputed
+        compile_blocks(family, block, tmp_path)
+        gradients = torch.autograd.grad(block(values).square().sum(), block.parameters())
+        assert all(map(torch.allclose, gradients, expected))
+        found.append(dict(counters["aot_autograd"]))
+    first, second = found
+    assert first["autograd_cache_saved"] == second["autograd_cache_hit"] == 1
+    assert "autograd_cache_bypass" not in first and "autograd_cache_bypass" not in second
+
+
+def _kept(denoiser: nn.Module) -> int:
+    """Return the bytes that a pass keeps until the backward pass, weights aside."""
+    own = {one.untyped_storage().data_ptr() for one in [*denoiser.parameters(), *denoiser.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step_loss(flux, denoiser, _batch(16, 16), 1, TrainerConfig(), Routing([], []))
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("precision", ["no_change", "fp8-torchao"])
+def test_what_is_recomputed_is_not_kept_where_blocks_are_compiled(
+    made: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    layers, found = FAMILIES["flux"].lora_targets["all+ffs"], []
+    for keep in (None, "attention", "nothing"):
+        torch._dynamo.reset()
+        denoiser = made(layers, precision, blocks=2)
+        make_lean(denoiser, join=True)
+        if keep is not None:
+            told = TrainerConfig(gradient_checkpointing_keep=keep, dynamo_backend="inductor")
+            checkpoint_blocks(flux, denoiser, told)
+        compile_blocks(flux, denoiser, tmp_path, "aot_eager_decomp_partition")
+        found.append(_kept(denoiser))
+    whole, attention_kept, nothing_kept = found
+    assert nothing_kept < attention_kept < 0.4 * whole
