@@ -88,6 +88,7 @@ class ChoiceRow:
     exact: bool  # no other numbers than those of unquantised weights
     now: bool  # what the project has set
     worthwhile: bool  # nothing as exact is both as quick and as small
+    refused: str | None = None  # why `train run` would refuse it; of what is set now alone, others are left out
 
     @property
     def name(self) -> str:
@@ -119,9 +120,10 @@ class TrainPlan:
     batch: int
     trainable_parameters: int
     device: str
+    rates: str | None  # the accelerator whose rates times are estimated with; null if none are known of this one
     memory_gib: float | None  # there is for the process
     budget_gib: float | None  # that was asked for
-    choices: tuple[ChoiceRow, ...]  # the quickest first
+    choices: tuple[ChoiceRow, ...]  # the quickest first, what is refused last
     notes: tuple[str, ...]
     everything: bool = False  # a person is told of every choice
     command: str = "train plan"
@@ -129,12 +131,12 @@ class TrainPlan:
     @property
     def fastest(self) -> ChoiceRow | None:
         """Return the quickest choice that fits."""
-        return next((one for one in self.choices if one.fits), None)
+        return next((one for one in self.choices if one.fits and one.refused is None), None)
 
     @property
     def fastest_exact(self) -> ChoiceRow | None:
         """Return the quickest that fits and changes no numbers."""
-        return next((one for one in self.choices if one.fits and one.exact), None)
+        return next((one for one in self.choices if one.fits and one.refused is None and one.exact), None)
 
     def lines(self) -> Iterator[str]:
         """Yield the choices worth a thought, and what to set for the best."""
@@ -145,7 +147,9 @@ class TrainPlan:
             f"{self.trainable_parameters / 1e6:.1f} million parameters trained"
         )
         room = "no memory known" if self.memory_gib is None else f"{self.memory_gib:.1f} GiB for tensors"
-        yield f"{self.device}: {room}{'' if self.budget_gib is None else f', of a budget of {self.budget_gib:g} GiB'}"
+        rates = "" if self.rates in (None, self.device) else f", rates of {self.rates}"
+        budget = "" if self.budget_gib is None else f", of a budget of {self.budget_gib:g} GiB"
+        yield f"{self.device}{rates}: {room}{budget}"
         yield ""
         told = [one for one in self.choices if self.everything or one.worthwhile or one.now]
         yield from table(("choice", "s/step", "peak GiB", "fits", ""), [_choice_cells(one) for one in told])
@@ -164,7 +168,7 @@ class TrainPlan:
 
 
 def _choice_cells(one: ChoiceRow) -> tuple[str, ...]:
-    marks = (["now"] if one.now else []) + ([] if one.exact else ["other numbers"])
+    marks = ["now"] * one.now + ["refused"] * (one.refused is not None) + ["other numbers"] * (not one.exact)
     fits = "?" if one.fits is None else "yes" if one.fits else "no"
     return one.name, shown(one.seconds_per_step, "{:.2f}"), _gib(one.peak_gib), fits, ", ".join(marks)
 

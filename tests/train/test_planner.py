@@ -119,6 +119,57 @@ def test_accelerators_without_fp8_have_no_such_choice(planned: Callable[..., Tra
     assert quick[0] - quick[1] == {"fp8-torchao"}
 
 
+def test_what_is_set_but_refused_is_never_the_fastest(planned: Callable[..., TrainPlan]) -> None:
+    quick = {"dynamo_backend": "inductor", "gradient_checkpointing_keep": "attention"}
+    found = planned(Asked(1024, 1, "A100"), memory_budget_gib=18, base_model_precision="fp8-torchao",
+                    gradient_checkpointing_backend="unsloth", **quick)  # fmt: skip
+    (now,) = (one for one in found.choices if one.now)
+    reason = "fp8-torchao multiplies in float8, which A100 cannot"
+    assert now is found.choices[-1] and now.fits and now.refused == reason and now.seconds_per_step is None
+    assert [one.refused for one in found.choices[:-1]] == [None] * (len(found.choices) - 1)
+    assert found.fastest is found.choices[[one.fits for one in found.choices].index(True)] and found.fastest is not now
+    assert found.choices[0].relative == 1 and any(one.worthwhile for one in found.choices) and not now.worthwhile
+    told = list(found.lines())
+    assert f"what is set now cannot be: {reason}" in told and not any("set already" in line for line in told)
+    assert [line for line in told if "| now, refused, other numbers" in line] != []
+
+
+@pytest.mark.parametrize(("name", "capability", "rates"), [
+    ("NVIDIA RTX A6000", (8, 6), None), ("NVIDIA L40S", (8, 9), None), ("NVIDIA A100-SXM4-40GB", (8, 0), "A100 40GB"),
+    ("NVIDIA GeForce RTX 5090 Laptop GPU", (12, 0), None)])  # fmt: skip
+def test_a_card_that_is_here_is_asked_whether_it_multiplies_float8(
+    copy_demo: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    capability: tuple[int, int],
+    rates: str | None,
+) -> None:
+    project = open_project(copy_demo(tmp_path, **FULL_SIZE))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (36 << 30, 40 << 30))
+    found = plan(project, Asked(512, 0))
+    precisions = {one.settings["base_model_precision"] for one in found.choices}
+    assert ("fp8-torchao" in precisions) == (capability >= (8, 9)) and found.memory_gib == 36
+    assert (found.device, found.rates) == (name, rates)
+    head, none = f"{name}, rates of {rates}: 36.0" if rates else f"{name}: 36.0", f"no rates of {name} are known"
+    told = list(found.lines())
+    assert told[1].startswith(head) and any(line.startswith(none) for line in told) == (rates is None)
+
+
+def test_the_device_that_was_taken_is_told(planned: Callable[..., TrainPlan]) -> None:
+    told = {asked: list(planned(Asked(512, 0, asked)).lines())[1] for asked in ("4090", "A100 40GB", "H100 64GB")}
+    assert told == {
+        "4090": "RTX 4090: 22.9 GiB for tensors",
+        "A100 40GB": "A100 40GB: 38.8 GiB for tensors",
+        "H100 64GB": "H100 64GB: 63.4 GiB for tensors",
+    }
+    with pytest.raises(UserError, match=r"--device RTX 4090 D: nothing is known of it; there are H200, .*, RTX 4090, "):
+        planned(Asked(device="RTX 4090 D"))
+
+
 def test_an_unknown_accelerator_is_refused_and_none_has_no_times(planned: Callable[..., TrainPlan]) -> None:
     with pytest.raises(UserError, match="--device abacus: nothing is known of it; there are H200"):
         planned(Asked(device="abacus"))
