@@ -31,6 +31,14 @@ CUDA_GIB = 0.6  # that CUDA takes of a process for itself, besides tensors
 _GOES_ON = ", and the run can be resumed with it"
 
 
+def check_memory(config: TrainerConfig, device: torch.device) -> None:
+    """Raise UserError for blocks that are to wait without CUDA, and for a budget that CUDA itself takes."""
+    if config.enable_group_offload and device.type != "cuda":
+        raise UserError(f"enable_group_offload: needs a CUDA device, and this run is on {device}; turn it off")
+    if config.memory_budget_gib is not None and device.type == "cuda":  # elsewhere it has no effect
+        room_of(config.memory_budget_gib)
+
+
 def checkpoint_blocks(family: Family, denoiser: nn.Module, config: TrainerConfig) -> None:
     """Have the activations of every Nth block recomputed in the backward pass, from the first on.
 
@@ -62,13 +70,10 @@ def keep_inputs_away(family: Family, denoiser: nn.Module, device: torch.device) 
 
 
 def offload_blocks(family: Family, denoiser: nn.Module, device: torch.device, config: TrainerConfig) -> None:
-    """Move a denoiser to the accelerator, but for the frozen weights of its blocks, which come when their turn does.
+    """Move a denoiser to a CUDA device, but for the frozen weights of its blocks, which come when their turn does.
 
-    To be called when its adapter is there: what is trained stays on the accelerator, with its gradients. Raises
-    UserError without CUDA.
+    To be called when its adapter is there: what is trained stays on the device, with its gradients.
     """
-    if device.type != "cuda":
-        raise UserError(f"enable_group_offload: needs a CUDA device, and this run is on {device}; turn it off")
     offload(denoiser, [block.module for block in family.blocks(denoiser)], device, groups_of(config))
 
 
@@ -80,7 +85,7 @@ def room_of(budget: float) -> float:
 
 
 def limit_memory(config: TrainerConfig, device: torch.device) -> None:
-    """Keep this process within `memory_budget_gib` of the accelerator's memory; raises UserError if that is too little.
+    """Keep this process within `memory_budget_gib` of the accelerator's memory.
 
     What does not fit fails as on a card of that size.
     """

@@ -16,7 +16,11 @@ from families.offloading import _groups
 from families.protocol import TextEmbeds
 from schemas.errors import ConfigError, UserError
 from schemas.trainer import TrainerConfig, Tread
-from train.memory import advice, checkpoint_blocks, enough_memory, offload_blocks
+from train.loop import run
+from train.memory import advice, check_memory, checkpoint_blocks, enough_memory
+from train.plan import supply_of
+from train.processes import Processes
+from train.sample import Request, sample
 
 CPU = torch.device("cpu")
 
@@ -104,9 +108,32 @@ def test_frozen_weights_of_blocks_take_turns_and_adapters_never(size: int, sizes
         assert len(weights) == len(frozen) and {id(one) for one in weights} == frozen
 
 
-def test_blocks_wait_on_the_cpu_only_beside_a_cuda_device() -> None:
-    with pytest.raises(UserError, match="enable_group_offload: needs a CUDA device, and this run is on cpu"):
-        offload_blocks(flux, _adapted(), CPU, TrainerConfig(enable_group_offload=True))
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_blocks_wait_on_the_cpu_only_beside_a_cuda_device(
+    make_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    project = open_project(make_project(enable_group_offload=True))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    told = "enable_group_offload: needs a CUDA device, and this run is on cpu"
+    with pytest.raises(UserError, match=told):  # before it is known whether anything is cached
+        run(project, dry_run=dry_run)
+    with pytest.raises(UserError, match=told):  # before it is known whether anything is trained
+        sample(project, Request("sharpen"))
+    assert not project.run_folder.exists()
+
+
+def test_a_budget_that_cuda_itself_takes_is_refused_where_it_has_an_effect() -> None:
+    cuda = torch.device("cuda")
+    with pytest.raises(UserError, match=r"memory_budget_gib 0\.5: CUDA itself takes about"):
+        check_memory(TrainerConfig(memory_budget_gib=0.5), cuda)
+    check_memory(TrainerConfig(memory_budget_gib=0.7, enable_group_offload=True), cuda)
+    check_memory(TrainerConfig(memory_budget_gib=0.5), CPU)
+
+
+def test_a_budget_is_checked_before_anything_is_there(make_project: Callable[..., Path]) -> None:
+    project = open_project(make_project(memory_budget_gib=0.5))
+    with pytest.raises(UserError, match="CUDA itself takes about"):
+        supply_of(project, Processes(0, 1, torch.device("cuda")), dry_run=True)
 
 
 def test_what_does_not_go_with_waiting_blocks_is_a_fault(make_project: Callable[..., Path]) -> None:
