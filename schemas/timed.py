@@ -13,7 +13,7 @@ class BenchRow:
     """One setting, measured; all numbers are null where it failed."""
 
     name: str
-    settings: Mapping[str, Any]  # options that differ from the first row's
+    settings: Mapping[str, Any]  # options that it sets itself, in place of those of all
     error: str | None = None
     seconds_per_step: float | None = None  # median, after those that warm up
     tokens_per_second: float | None = None  # of targets, references and text
@@ -40,7 +40,7 @@ class BenchSummary:
     warmup: int  # before them
     device: str
     versions: Mapping[str, str]
-    options: Mapping[str, Any]  # of training, of the first row
+    options: Mapping[str, Any]  # of training, of all rows where they set no others
     rows: tuple[BenchRow, ...]
     command: str = "train bench"
 
@@ -52,7 +52,8 @@ class BenchSummary:
     def lines(self) -> Iterator[str]:
         """Yield a table in Markdown."""
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        pictures = f"{self.width}x{self.height} px, {len(self.references)} references, {self.tokens} tokens"
+        references = f"{len(self.references)} reference{'s' * (len(self.references) != 1)}"
+        pictures = f"{self.width}x{self.height} px, {references}, {self.tokens} tokens"
         yield f"{self.family} {self.flavour}, random weights, {pictures}, batch {self.batch}; {self.device}; {versions}"
         yield ""
         yield from table(
