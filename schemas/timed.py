@@ -70,7 +70,7 @@ class BenchSummary:
             shown(row.seconds_per_step, "{:.3f}"),
             shown(row.tokens_per_second, "{:.0f}"),
             shown(row.utilisation, "{:.0%}"),
-            _gib(row.peak_gib),
+            gib(row.peak_gib),
             shown(row.data_wait, "{:.1%}"),
             shown(row.compile_seconds, "{:.1f}"),
         )
@@ -147,7 +147,7 @@ class TrainPlan:
             f"{self.family} {self.flavour}, {self.largest}, {tokens}, batch {self.batch}, "
             f"{self.trainable_parameters / 1e6:.1f} million parameters trained"
         )
-        room = "no memory known" if self.memory_gib is None else f"{self.memory_gib:.1f} GiB for tensors"
+        room = "no memory known" if self.memory_gib is None else f"{gib(self.memory_gib)} GiB for tensors"
         rates = "" if self.rates in (None, self.device) else f", rates of {self.rates}"
         budget = "" if self.budget_gib is None else f", of a budget of {self.budget_gib:g} GiB"
         yield f"{self.device}{rates}: {room}{budget}"
@@ -171,10 +171,10 @@ class TrainPlan:
 def _choice_cells(one: ChoiceRow) -> tuple[str, ...]:
     marks = ["now"] * one.now + ["refused"] * (one.refused is not None) + ["other numbers"] * (not one.exact)
     fits = "?" if one.fits is None else "yes" if one.fits else "no"
-    return one.name, shown(one.seconds_per_step, "{:.2f}"), _gib(one.peak_gib), fits, ", ".join(marks)
+    return one.name, shown(one.seconds_per_step, "{:.2f}"), gib(one.peak_gib), fits, ", ".join(marks)
 
 
-def _gib(value: float | None) -> str:
+def gib(value: float | None) -> str:
     """Spell GiB, those of small networks to the MiB."""
     return shown(value, "{:.1f}" if value is None or value >= 1 else "{:.3f}")
 

@@ -3,7 +3,8 @@
 Another way to save is a line in `_savings`, if it is an option of its own a function beside the others too.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -118,12 +119,14 @@ def enough_memory(config: TrainerConfig, device: torch.device) -> Iterator[None]
         ) from fault
 
 
-def advice(config: TrainerConfig) -> str:
-    """Say what of the configuration saves memory, what costs least first."""
-    return f"what saves memory, what costs least first: {'; '.join(_savings(config))}"
+def advice(config: TrainerConfig, without: Collection[str] = ()) -> str:
+    """Say what of the configuration saves memory, what costs least first; `without` options that save none."""
+    told = [one for one in _savings(config) if re.split(r"\W", one, maxsplit=1)[0] not in without]
+    return f"what saves memory, what costs least first: {'; '.join(told)}"
 
 
 def _savings(config: TrainerConfig) -> Iterator[str]:
+    """Yield what saves memory, each beginning with its option."""
     lora, offloaded = config.model_type == "lora", config.enable_group_offload
     yield from _recomputing(config)
     if lora and not offloaded and config.base_model_precision == "no_change":
@@ -136,6 +139,8 @@ def _savings(config: TrainerConfig) -> Iterator[str]:
     if lora and not offloaded:
         undone = " and ".join(_against_offload(config))
         yield f"enable_group_offload: true{' with ' * bool(undone)}{undone} (frozen blocks wait on the CPU, slower)"
+    if lora and config.lora_type == "standard" and config.lora_rank > 1:
+        yield f"lora_rank below {config.lora_rank} (fewer numbers to train, which can learn less)"
     if config.tread_config is None:
         yield "tread_config (some tokens skip some blocks, other gradients)"
     yield f"resolution below {config.resolution:g} (prep has to run again)"

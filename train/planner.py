@@ -17,8 +17,8 @@ from families.checkpoints import denoiser_config
 from families.products import multiplies_float8
 from families.runtime import default_device
 from schemas.errors import ConfigError, UserError
-from schemas.project import Project
-from schemas.timed import ChoiceRow, TrainPlan
+from schemas.project import TINY, Project
+from schemas.timed import ChoiceRow, TrainPlan, gib
 from schemas.trainer import TrainerConfig
 from train.costs import Costs, Shaped, Sizes, costs_of, shaped, tokens_of
 from train.devices import DEVICES, H200, Device, device_named
@@ -28,6 +28,7 @@ from train.sizes import sizes_of, spelled, square
 
 _GIB = 2**30
 _SLACK = 1.03  # memory that lies between tensors
+_WORTH = 0.01  # share of the memory that has to be saved to be told of
 
 # Options that a choice is made of, as they are where nobody says anything.
 _USUAL: Choice = {
@@ -95,7 +96,7 @@ def plan(project: Project, asked: Asked) -> TrainPlan:
     batch = config.train_batch_size
     costs = {sizes: costs_of(shape, sizes, batch) for sizes in dict.fromkeys((largest, usual))}
     counted = _Counted(shape, costs[largest], costs[usual], accelerator)
-    if denoiser_config(project) is None:
+    if project.checkpoint != TINY and denoiser_config(project) is None:
         notes.append("the checkpoint's config.json is not on this machine: shapes are as published")
     notes += _notes(config, accelerator)
     rows = tuple(_ranked([_row(counted, one) for one in _choices(project, accelerator)], known=_times(counted)))
@@ -117,7 +118,7 @@ def plan(project: Project, asked: Asked) -> TrainPlan:
         everything=asked.everything,
     )
     if room is not None and summary.fastest is None:
-        raise UserError(_too_little(project, summary, room))
+        raise UserError(_too_little(shape, summary, room))
     return summary
 
 
@@ -183,7 +184,7 @@ def _refusal(choice: Choice, accelerator: _Accelerator) -> str | None:
     precision = choice["base_model_precision"]
     if not PRECISIONS[precision].quick or accelerator.float8:
         return None
-    return f"{precision} multiplies in float8, which {accelerator.name} cannot"
+    return f"{precision} multiplies in float8, which the {accelerator.name} cannot"
 
 
 def _changes(choice: Choice, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,12 +250,15 @@ def _ranked(rows: list[ChoiceRow], *, known: bool) -> Iterator[ChoiceRow]:
         yield replace(row, relative=took / least, seconds_per_step=took if told else None, worthwhile=worthwhile)
 
 
-def _too_little(project: Project, summary: TrainPlan, room: float) -> str:
+def _too_little(shape: Shaped, summary: TrainPlan, room: float) -> str:
     """Say by how much the smallest choice misses the memory there is, and what else would save some."""
     smallest = min((one for one in summary.choices if one.refused is None), key=lambda one: one.peak_gib)
     needed = smallest.peak_gib * _SLACK
-    config = _changed(project, smallest.changes).trainer
+    tried = {name for name in _USUAL if len({one.settings[name] for one in summary.choices}) > 1}
+    if trained_bytes(shape) < _WORTH * needed * _GIB:
+        tried.add("lora_rank")
+    saving = advice(_changed(shape.project, smallest.changes).trainer, without=tried)
     return (
-        f"no way to train fits into {room:.1f} GiB: the smallest ({smallest.name}) takes about {needed:.1f} GiB, "
-        f"{needed - room:.1f} more; {advice(config)}"
+        f"no way to train fits into {gib(room)} GiB: the smallest ({smallest.name}) takes about {gib(needed)} GiB, "
+        f"{gib(needed - room)} more; {saving}"
     )

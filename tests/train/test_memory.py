@@ -157,13 +157,14 @@ def test_advice_names_what_is_not_done_yet_the_cheapest_first() -> None:
 
     assert named(gradient_checkpointing=False, train_batch_size=4) == [
         "gradient_checkpointing", "base_model_precision", "train_batch_size", "optimizer", "enable_group_offload",
-        "tread_config", "resolution",
+        "lora_rank", "tread_config", "resolution",
     ]  # fmt: skip
     assert named(gradient_checkpointing_interval=3, gradient_checkpointing_keep="attention")[:3] == [
         "gradient_checkpointing_backend", "gradient_checkpointing_keep", "gradient_checkpointing_interval",
     ]  # fmt: skip
     route = {"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -3}
     saved = {"base_model_precision": "int8-quanto", "optimizer": "adamw8bit", "tread_config": Tread(routes=[route])}
+    saved["lora_rank"] = 1
     assert named(**saved) == ["gradient_checkpointing_backend", "enable_group_offload", "resolution"]
     assert "enable_group_offload: true (" in advice(TrainerConfig(**saved))
     odd = TrainerConfig(base_model_precision="int4-quanto", gradient_checkpointing_backend="unsloth")
@@ -171,7 +172,11 @@ def test_advice_names_what_is_not_done_yet_the_cheapest_first() -> None:
         "enable_group_offload: true with base_model_precision: int8-quanto and gradient_checkpointing_backend: torch"
     )
     assert undone in advice(odd)
-    assert named(enable_group_offload=True) == ["optimizer", "tread_config", "resolution"]
+    assert named(enable_group_offload=True) == ["optimizer", "lora_rank", "tread_config", "resolution"]
+    assert "lora_rank" not in named(lora_type="lycoris", lora_rank=64)
+    assert advice(TrainerConfig(**saved), without=["enable_group_offload", "resolution"]).endswith(
+        "first: gradient_checkpointing_backend: unsloth (hardly slower, and the run can be resumed with it)"
+    )
     assert "train_batch_size: 1 with gradient_accumulation_steps: 12" in advice(
         TrainerConfig(train_batch_size=4, gradient_accumulation_steps=3)
     )

@@ -1,6 +1,8 @@
 """`train plan`: which ways there are, which fit, and what to set."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,9 +78,45 @@ def test_a_budget_changes_what_fits(planned: Callable[..., TrainPlan]) -> None:
 
 def test_what_nothing_fits_into_is_told_by_how_much_with_what_else_saves(planned: Callable[..., TrainPlan]) -> None:
     with pytest.raises(
-        UserError, match=r"fits into 0\.4 GiB: the smallest \(.*group offload\) takes about .* more; what"
+        UserError, match=r"fits into 0\.400 GiB: the smallest \(.*group offload\) takes about .* more; what"
     ):
         planned(memory_budget_gib=1)
+
+
+def _refused(folder: Path, asked: Asked) -> str:
+    with pytest.raises(UserError, match="no way to train fits") as caught:
+        plan(open_project(folder), asked)
+    return str(caught.value)
+
+
+def test_small_numbers_are_told_to_the_mib_and_nothing_that_was_tried_is_advised(
+    make_project: Callable[..., Path],
+) -> None:
+    told = _refused(make_project(memory_budget_gib=CUDA_GIB + 0.002), Asked(128, 1))
+    least = re.search(r"into 0\.002 GiB: the smallest \((.*)\) takes about (0\.\d{3}) GiB, (0\.\d{3}) more", told)
+    assert least and float(least[2]) - 0.002 == pytest.approx(float(least[3]), abs=0.0011) and float(least[3]) > 0
+    assert "group offload" not in least[1]  # it takes more here, and so is not advised
+    assert not any(f"{name}:" in told for name in ("enable_group_offload", "base_model_precision"))
+    assert "optimizer: adamw8bit" in told and "tread_config" in told
+
+
+def test_a_smaller_rank_is_advised_where_it_saves_something(copy_demo: Callable[..., Path], tmp_path: Path) -> None:
+    def told(place: str, pixels: int, **options: Any) -> str:
+        return _refused(copy_demo(tmp_path / place, **options), Asked(pixels, 1, "RTX 4090"))
+
+    small = {**FULL_SIZE, "memory_budget_gib": 1}
+    assert "lora_rank below 256" in told("large", 512, **small, lora_rank=256)
+    assert "lora_rank" not in told("least", 512, **small, lora_rank=1)
+    assert "lora_rank" not in told("lokr", 512, **small, lora_type="lycoris")
+    assert "lora_rank" not in told("little", 1024, memory_budget_gib=CUDA_GIB + 0.002, lora_rank=2)
+
+
+def test_shapes_of_the_tiny_checkpoint_are_its_own_before_it_is_built(make_project: Callable[..., Path]) -> None:
+    folder = make_project()
+    built = plan(open_project(folder), Asked(128, 1))
+    shutil.rmtree(folder / "work" / "models")
+    bare = plan(open_project(folder), Asked(128, 1))
+    assert bare == built and not any("as published" in one for one in bare.notes)
 
 
 @pytest.mark.parametrize("budget", [0.1, CUDA_GIB])
@@ -124,7 +162,7 @@ def test_what_is_set_but_refused_is_never_the_fastest(planned: Callable[..., Tra
     found = planned(Asked(1024, 1, "A100"), memory_budget_gib=18, base_model_precision="fp8-torchao",
                     gradient_checkpointing_backend="unsloth", **quick)  # fmt: skip
     (now,) = (one for one in found.choices if one.now)
-    reason = "fp8-torchao multiplies in float8, which A100 cannot"
+    reason = "fp8-torchao multiplies in float8, which the A100 cannot"
     assert now is found.choices[-1] and now.fits and now.refused == reason and now.seconds_per_step is None
     assert [one.refused for one in found.choices[:-1]] == [None] * (len(found.choices) - 1)
     assert found.fastest is found.choices[[one.fits for one in found.choices].index(True)] and found.fastest is not now
@@ -208,7 +246,7 @@ def test_the_command_prints_a_table_or_json(make_project: Callable[..., Path]) -
     assert sum(line.startswith("| unq") or line.startswith("| int") or line.startswith("| fp8")
                for line in told.stdout.splitlines()) == len(found["choices"])  # fmt: skip
     failed = CliRunner().invoke(app, [*asked, "lora_rank=4", "--memory-budget-gib", "0.601"])
-    assert failed.exit_code == 1 and "no way to train fits into 0.0 GiB" in failed.stderr
+    assert failed.exit_code == 1 and "no way to train fits into 0.001 GiB" in failed.stderr
     odd = CliRunner().invoke(app, ["plan", str(folder), "--pixels", "100"])
     assert odd.exit_code == 1 and "--pixels 100: must be a multiple of 16" in odd.stderr
 
