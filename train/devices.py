@@ -7,9 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 _TERA, _GIGA = 1e12, 1e9
-_PLAIN = re.compile(
-    r"nvidia|geforce|tesla|gpu|tensor|core|sxm\d?|pcie?|hbm\d?e?"
-)  # words that tell no card from another
+_PLAIN = re.compile(r"nvidia|geforce|tesla|gpu|tensor|core|sxm\d?|pcie?|hbm\d?e?")  # tell no card from another
 _SIZE = re.compile(r"\b(\d+) ?gi?b\b")
 _NEAR = 0.03  # share by which a card's GiB are fewer than the gigabytes in its name
 

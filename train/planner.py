@@ -215,12 +215,11 @@ def _times(counted: _Counted) -> bool:
 
 
 def _row(counted: _Counted, choice: Choice) -> ChoiceRow:
-    config, room = counted.shape.project.trainer, counted.accelerator.room
+    config, accelerator = counted.shape.project.trainer, counted.accelerator
+    device, room = accelerator.device or H200, accelerator.room
     weights: Weights = weights_of(counted.shape, choice["base_model_precision"])
     peak = peak_bytes(counted.largest, weights, trained_bytes(counted.shape), choice) / _GIB
-    took = (
-        seconds(counted.usual, weights, choice, counted.accelerator.device or H200) * config.gradient_accumulation_steps
-    )
+    took = seconds(counted.usual, weights, choice, device) * config.gradient_accumulation_steps
     changes = _changes(choice, config.model_dump())
     return ChoiceRow(
         settings=choice,
@@ -232,7 +231,7 @@ def _row(counted: _Counted, choice: Choice) -> ChoiceRow:
         exact=PRECISIONS[choice["base_model_precision"]].exact,
         now=not changes,
         worthwhile=True,
-        refused=_refusal(choice, counted.accelerator),
+        refused=_refusal(choice, accelerator),
     )
 
 
