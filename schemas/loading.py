@@ -116,7 +116,7 @@ def _trainer(path: Path, overrides: Sequence[str], found: Findings) -> tuple[Tra
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: must be key=value, for example --set learning_rate=2e-4")
-        replaced = normalise({key: _literal(key, value)}, TrainerConfig, TRAINER_KEYS, ("--set", ""), found)
+        replaced = normalise({key: literal(key, value)}, TrainerConfig, TRAINER_KEYS, ("--set", ""), found)
         values |= replaced
         given |= replaced.keys()
     return validate(values, TrainerConfig, (path.name, ""), found) or TrainerConfig(), given
@@ -134,7 +134,7 @@ def _blamed(fault: Fault, file: str, given: set[str]) -> Fault:
     return replace(fault, file="--set") if mine else fault
 
 
-def _literal(key: str, text: str) -> Any:
+def literal(key: str, text: str) -> Any:
     """Read a value as JSON where that makes sense; an option that is text stays text."""
     field = TrainerConfig.model_fields.get(key.lstrip("-").replace("-", "_"))
     kinds = {field.annotation, *get_args(field.annotation)} if field is not None else set()

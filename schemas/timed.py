@@ -13,7 +13,7 @@ class BenchRow:
     """One setting, measured; all numbers are null where it failed."""
 
     name: str
-    settings: Mapping[str, Any]  # options that differ from the first row's
+    settings: Mapping[str, Any]  # options that it sets itself, in place of those of all
     error: str | None = None
     seconds_per_step: float | None = None  # median, after those that warm up
     tokens_per_second: float | None = None  # of targets, references and text
@@ -40,7 +40,7 @@ class BenchSummary:
     warmup: int  # before them
     device: str
     versions: Mapping[str, str]
-    options: Mapping[str, Any]  # of training, of the first row
+    options: Mapping[str, Any]  # of training, of all rows where they set no others
     rows: tuple[BenchRow, ...]
     command: str = "train bench"
 
@@ -52,7 +52,8 @@ class BenchSummary:
     def lines(self) -> Iterator[str]:
         """Yield a table in Markdown."""
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        pictures = f"{self.width}x{self.height} px, {len(self.references)} references, {self.tokens} tokens"
+        references = f"{len(self.references)} reference{'s' * (len(self.references) != 1)}"
+        pictures = f"{self.width}x{self.height} px, {references}, {self.tokens} tokens"
         yield f"{self.family} {self.flavour}, random weights, {pictures}, batch {self.batch}; {self.device}; {versions}"
         yield ""
         yield from table(
@@ -69,7 +70,7 @@ class BenchSummary:
             shown(row.seconds_per_step, "{:.3f}"),
             shown(row.tokens_per_second, "{:.0f}"),
             shown(row.utilisation, "{:.0%}"),
-            _gib(row.peak_gib),
+            gib(row.peak_gib),
             shown(row.data_wait, "{:.1%}"),
             shown(row.compile_seconds, "{:.1f}"),
         )
@@ -88,6 +89,7 @@ class ChoiceRow:
     exact: bool  # no other numbers than those of unquantised weights
     now: bool  # what the project has set
     worthwhile: bool  # nothing as exact is both as quick and as small
+    refused: str | None = None  # why `train run` would refuse it; of what is set now alone, others are left out
 
     @property
     def name(self) -> str:
@@ -119,9 +121,10 @@ class TrainPlan:
     batch: int
     trainable_parameters: int
     device: str
+    rates: str | None  # the accelerator whose rates times are estimated with; null if none are known of this one
     memory_gib: float | None  # there is for the process
     budget_gib: float | None  # that was asked for
-    choices: tuple[ChoiceRow, ...]  # the quickest first
+    choices: tuple[ChoiceRow, ...]  # the quickest first, what is refused last
     notes: tuple[str, ...]
     everything: bool = False  # a person is told of every choice
     command: str = "train plan"
@@ -129,12 +132,12 @@ class TrainPlan:
     @property
     def fastest(self) -> ChoiceRow | None:
         """Return the quickest choice that fits."""
-        return next((one for one in self.choices if one.fits), None)
+        return next((one for one in self.choices if one.fits and one.refused is None), None)
 
     @property
     def fastest_exact(self) -> ChoiceRow | None:
         """Return the quickest that fits and changes no numbers."""
-        return next((one for one in self.choices if one.fits and one.exact), None)
+        return next((one for one in self.choices if one.fits and one.refused is None and one.exact), None)
 
     def lines(self) -> Iterator[str]:
         """Yield the choices worth a thought, and what to set for the best."""
@@ -144,8 +147,10 @@ class TrainPlan:
             f"{self.family} {self.flavour}, {self.largest}, {tokens}, batch {self.batch}, "
             f"{self.trainable_parameters / 1e6:.1f} million parameters trained"
         )
-        room = "no memory known" if self.memory_gib is None else f"{self.memory_gib:.1f} GiB for tensors"
-        yield f"{self.device}: {room}{'' if self.budget_gib is None else f', of a budget of {self.budget_gib:g} GiB'}"
+        room = "no memory known" if self.memory_gib is None else f"{gib(self.memory_gib)} GiB for tensors"
+        rates = "" if self.rates in (None, self.device) else f", rates of {self.rates}"
+        budget = "" if self.budget_gib is None else f", of a budget of {self.budget_gib:g} GiB"
+        yield f"{self.device}{rates}: {room}{budget}"
         yield ""
         told = [one for one in self.choices if self.everything or one.worthwhile or one.now]
         yield from table(("choice", "s/step", "peak GiB", "fits", ""), [_choice_cells(one) for one in told])
@@ -164,12 +169,12 @@ class TrainPlan:
 
 
 def _choice_cells(one: ChoiceRow) -> tuple[str, ...]:
-    marks = (["now"] if one.now else []) + ([] if one.exact else ["other numbers"])
+    marks = ["now"] * one.now + ["refused"] * (one.refused is not None) + ["other numbers"] * (not one.exact)
     fits = "?" if one.fits is None else "yes" if one.fits else "no"
-    return one.name, shown(one.seconds_per_step, "{:.2f}"), _gib(one.peak_gib), fits, ", ".join(marks)
+    return one.name, shown(one.seconds_per_step, "{:.2f}"), gib(one.peak_gib), fits, ", ".join(marks)
 
 
-def _gib(value: float | None) -> str:
+def gib(value: float | None) -> str:
     """Spell GiB, those of small networks to the MiB."""
     return shown(value, "{:.1f}" if value is None or value >= 1 else "{:.3f}")
 

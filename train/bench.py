@@ -25,6 +25,7 @@ from families.runtime import default_device, family_of
 from families.shapes import config_of, random_denoiser
 from schemas.console import log
 from schemas.errors import ConfigError, UserError
+from schemas.loading import literal
 from schemas.project import TINY, Project
 from schemas.timed import BenchRow, BenchSummary
 from train.costs import Costs, Sizes, costs_of, shaped, tokens_of
@@ -229,7 +230,9 @@ def _utilisation(project: Project, costs: Costs, seconds: float, device: torch.d
 
 
 def _given(row: Row) -> Mapping[str, Any]:
-    return dict(one.split("=", 1) for one in row.settings)
+    """Return the values that a row sets, as config.json would have them."""
+    pairs = (one.split("=", 1) for one in row.settings)
+    return {name: literal(name, text) for name, text in pairs}
 
 
 def _told(row: BenchRow) -> str:

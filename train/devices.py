@@ -3,16 +3,20 @@
 Another one is a line in `DEVICES`; rates that were measured replace those that are assumed from the peaks.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 _TERA, _GIGA = 1e12, 1e9
+_PLAIN = re.compile(r"nvidia|geforce|tesla|gpu|tensor|core|sxm\d?|pcie?|hbm\d?e?")  # tell no card from another
+_SIZE = re.compile(r"\b(\d+) ?gi?b\b")
+_NEAR = 0.03  # share by which a card's GiB are fewer than the gigabytes in its name
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
     """One accelerator; operations and bytes are a second's."""
 
-    name: str  # part of what PyTorch calls it
+    name: str  # words of what PyTorch calls it
     peak: float  # of bfloat16 products, without sparsity, summed in float32
     peak_fp8: float | None  # null if it has no such products
     products: float  # what large bfloat16 products reach
@@ -55,11 +59,14 @@ H200 = Device(
     gib=139.8,
     measured=True,
 )
-DEVICES: tuple[Device, ...] = (
+DEVICES: tuple[Device, ...] = (  # variants after what is meant by the name alone
     H200,
-    _assumed("H100 PCIe", (756, 1513), 2000, 50, 79.2),
+    _assumed("H200 NVL", (835, 1671), 4800, 50, 139.8),
     _assumed("H100", (989, 1979), 3350, 50, 79.2),
+    _assumed("H100 PCIe", (756, 1513), 2000, 50, 79.2),
+    _assumed("H100 NVL", (835, 1671), 3900, 50, 93.1),
     _assumed("A100", (312, None), 2000, 22, 79.2),
+    _assumed("A100 40GB", (312, None), 1555, 22, 39.4),
     _assumed("RTX 5090", (209, 419), 1790, 45, 31.4),
     _assumed("RTX 4090", (165, 330), 1008, 22, 23.5),
     _assumed("RTX 3090", (71, None), 936, 22, 23.6),
@@ -67,9 +74,44 @@ DEVICES: tuple[Device, ...] = (
 
 
 def device_named(name: str) -> Device | None:
-    """Return what is known of an accelerator by its name, or a part of its name alone; None if nothing is."""
-    found = [one for one in DEVICES if one.name.lower() in name.lower()]
-    if found:
-        return max(found, key=lambda one: len(one.name))
-    part = [one for one in DEVICES if name.lower() in one.name.lower()]
-    return part[0] if len(part) == 1 else None
+    """Return what is known of an accelerator by its name, or by words of it that no other has; None if nothing is.
+
+    A memory that is named decides between variants; one that none of them has takes the place of theirs.
+    """
+    words, size = _read(name)
+    found = _whole(words) or _part(words)
+    if found is None or size is None:
+        return found
+    variants = [one for one in DEVICES if _words(found) <= _words(one)]
+    sized = (one for one in variants if abs(one.gib - size) <= _NEAR * size)
+    return next(sized, replace(found, name=f"{found.name} {size}GB", gib=float(size)))
+
+
+def _whole(words: set[str]) -> Device | None:
+    """Find the device all of whose words are there, and no others that tell cards apart."""
+    found = [one for one in DEVICES if _words(one) <= words and not _telling(words - _words(one))]
+    return max(found, key=lambda one: len(_words(one)), default=None)
+
+
+def _part(words: set[str]) -> Device | None:
+    """Find the device some of whose words are there alone; the shortest name, if only one is as short."""
+    telling = _telling(words)
+    found = [one for one in DEVICES if telling and telling <= _words(one)]
+    least = min((len(_words(one)) for one in found), default=0)
+    short = [one for one in found if len(_words(one)) == least]
+    return short[0] if len({frozenset(_words(one)) for one in short}) == 1 else None
+
+
+def _words(device: Device) -> set[str]:
+    return _read(device.name)[0]
+
+
+def _telling(words: set[str]) -> set[str]:
+    return {one for one in words if not _PLAIN.fullmatch(one)}
+
+
+def _read(name: str) -> tuple[set[str], int | None]:
+    """Return the words of a name, and the gigabytes that it names."""
+    lower = name.lower()
+    size = _SIZE.search(lower)
+    return set(re.findall(r"[a-z0-9]+", _SIZE.sub(" ", lower))), int(size[1]) if size else None

@@ -3,7 +3,8 @@
 Another way to save is a line in `_savings`, if it is an option of its own a function beside the others too.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -29,6 +30,14 @@ _ATTENTION = (  # what `gradient_checkpointing_keep: attention` keeps, whichever
 )
 CUDA_GIB = 0.6  # that CUDA takes of a process for itself, besides tensors
 _GOES_ON = ", and the run can be resumed with it"
+
+
+def check_memory(config: TrainerConfig, device: torch.device) -> None:
+    """Raise UserError for blocks that are to wait without CUDA, and for a budget that CUDA itself takes."""
+    if config.enable_group_offload and device.type != "cuda":
+        raise UserError(f"enable_group_offload: needs a CUDA device, and this run is on {device}; turn it off")
+    if config.memory_budget_gib is not None and device.type == "cuda":  # elsewhere it has no effect
+        room_of(config.memory_budget_gib)
 
 
 def checkpoint_blocks(family: Family, denoiser: nn.Module, config: TrainerConfig) -> None:
@@ -79,13 +88,10 @@ def keep_inputs_away(family: Family, denoiser: nn.Module, device: torch.device) 
 
 
 def offload_blocks(family: Family, denoiser: nn.Module, device: torch.device, config: TrainerConfig) -> None:
-    """Move a denoiser to the accelerator, but for the frozen weights of its blocks, which come when their turn does.
+    """Move a denoiser to a CUDA device, but for the frozen weights of its blocks, which come when their turn does.
 
-    To be called when its adapter is there: what is trained stays on the accelerator, with its gradients. Raises
-    UserError without CUDA.
+    To be called when its adapter is there: what is trained stays on the device, with its gradients.
     """
-    if device.type != "cuda":
-        raise UserError(f"enable_group_offload: needs a CUDA device, and this run is on {device}; turn it off")
     offload(denoiser, [block.module for block in family.blocks(denoiser)], device, groups_of(config))
 
 
@@ -97,7 +103,7 @@ def room_of(budget: float) -> float:
 
 
 def limit_memory(config: TrainerConfig, device: torch.device) -> None:
-    """Keep this process within `memory_budget_gib` of the accelerator's memory; raises UserError if that is too little.
+    """Keep this process within `memory_budget_gib` of the accelerator's memory.
 
     What does not fit fails as on a card of that size.
     """
@@ -130,12 +136,14 @@ def enough_memory(config: TrainerConfig, device: torch.device) -> Iterator[None]
         ) from fault
 
 
-def advice(config: TrainerConfig) -> str:
-    """Say what of the configuration saves memory, what costs least first."""
-    return f"what saves memory, what costs least first: {'; '.join(_savings(config))}"
+def advice(config: TrainerConfig, without: Collection[str] = ()) -> str:
+    """Say what of the configuration saves memory, what costs least first; `without` options that save none."""
+    told = [one for one in _savings(config) if re.split(r"\W", one, maxsplit=1)[0] not in without]
+    return f"what saves memory, what costs least first: {'; '.join(told)}"
 
 
 def _savings(config: TrainerConfig) -> Iterator[str]:
+    """Yield what saves memory, each beginning with its option."""
     lora, offloaded = config.model_type == "lora", config.enable_group_offload
     yield from _recomputing(config)
     if lora and not offloaded and config.base_model_precision == "no_change":
@@ -148,6 +156,8 @@ def _savings(config: TrainerConfig) -> Iterator[str]:
     if lora and not offloaded:
         undone = " and ".join(_against_offload(config))
         yield f"enable_group_offload: true{' with ' * bool(undone)}{undone} (frozen blocks wait on the CPU, slower)"
+    if lora and config.lora_type == "standard" and config.lora_rank > 1:
+        yield f"lora_rank below {config.lora_rank} (fewer numbers to train, which can learn less)"
     if config.tread_config is None:
         yield "tread_config (some tokens skip some blocks, other gradients)"
     yield f"resolution below {config.resolution:g} (prep has to run again)"

@@ -20,6 +20,7 @@ from train import checkpoint
 from train.adapter import LORA_NAME, check_start
 from train.data import Shelf, Shown, training_sets
 from train.held_out import held_out, held_out_sets
+from train.memory import check_memory
 from train.metrics import check_tracker
 from train.optimizer import check_optimizer
 from train.order import epoch_batches
@@ -59,6 +60,7 @@ def supply_of(project: Project, ranks: Processes, dry_run: bool) -> Supply:
     check_tracker(project)
     check_optimizer(project.trainer)
     check_precision(project.trainer.base_model_precision, ranks.device)
+    check_memory(project.trainer, ranks.device)
     denoiser = project.family.denoiser
     with ranks.first_alone():  # one process builds or fetches the checkpoint
         shelf = Shelf(project, encoder_keys(project, remember=not dry_run))

@@ -14,10 +14,11 @@ import torch
 
 from families import open_project
 from families.checkpoints import denoiser_config
+from families.products import multiplies_float8
 from families.runtime import default_device
 from schemas.errors import ConfigError, UserError
-from schemas.project import Project
-from schemas.timed import ChoiceRow, TrainPlan
+from schemas.project import TINY, Project
+from schemas.timed import ChoiceRow, TrainPlan, gib
 from schemas.trainer import TrainerConfig
 from train.costs import Costs, Shaped, Sizes, costs_of, shaped, tokens_of
 from train.devices import DEVICES, H200, Device, device_named
@@ -27,6 +28,7 @@ from train.sizes import sizes_of, spelled, square
 
 _GIB = 2**30
 _SLACK = 1.03  # memory that lies between tensors
+_WORTH = 0.01  # share of the memory that has to be saved to be told of
 
 # Options that a choice is made of, as they are where nobody says anything.
 _USUAL: Choice = {
@@ -65,29 +67,40 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class _Accelerator:
+    """What a plan is for."""
+
+    name: str
+    device: Device | None  # what is known of it
+    room: float | None  # GiB for tensors
+    float8: bool  # whether it multiplies that; so does a card of which nothing is known, until it is there
+
+
+@dataclass(frozen=True, slots=True)
 class _Counted:
     """What estimates are made from."""
 
     shape: Shaped
     largest: Costs
     usual: Costs
-    device: Device | None  # what is known of it
-    room: float | None  # GiB for tensors
+    accelerator: _Accelerator
 
 
 def plan(project: Project, asked: Asked) -> TrainPlan:
     """Estimate the ways to train a project; raises UserError if none fits."""
     notes: list[str] = []
     largest, usual = _sizes(project, asked, notes)
-    name, device, room = _accelerator(project, asked)
+    accelerator = _accelerator(project, asked)
+    device, room = accelerator.device, accelerator.room
     shape, config = shaped(project), project.trainer
     batch = config.train_batch_size
     costs = {sizes: costs_of(shape, sizes, batch) for sizes in dict.fromkeys((largest, usual))}
-    counted = _Counted(shape, costs[largest], costs[usual], device, room)
-    if denoiser_config(project) is None:
+    counted = _Counted(shape, costs[largest], costs[usual], accelerator)
+    if project.checkpoint != TINY and denoiser_config(project) is None:
         notes.append("the checkpoint's config.json is not on this machine: shapes are as published")
-    notes += _notes(config, name, device)
-    rows = _ranked([_row(counted, one) for one in _choices(project, device)], known=_times(counted))
+    notes += _notes(config, accelerator)
+    rows = tuple(_ranked([_row(counted, one) for one in _choices(project, accelerator)], known=_times(counted)))
+    notes += [f"what is set now cannot be: {one.refused}" for one in rows if one.refused is not None]
     summary = TrainPlan(
         family=config.model_family,
         flavour=project.flavour,
@@ -96,15 +109,16 @@ def plan(project: Project, asked: Asked) -> TrainPlan:
         tokens=(tokens_of(project, largest), tokens_of(project, usual)),
         batch=batch,
         trainable_parameters=shape.parameters,
-        device=name,
+        device=accelerator.name,
+        rates=None if device is None else device.name,
         memory_gib=room,
         budget_gib=config.memory_budget_gib,
-        choices=tuple(rows),
+        choices=rows,
         notes=tuple(notes),
         everything=asked.everything,
     )
     if room is not None and summary.fastest is None:
-        raise UserError(_too_little(project, summary, room))
+        raise UserError(_too_little(shape, summary, room))
     return summary
 
 
@@ -121,8 +135,8 @@ def _sizes(project: Project, asked: Asked, notes: list[str]) -> tuple[Sizes, Siz
         return assumed, assumed
 
 
-def _accelerator(project: Project, asked: Asked) -> tuple[str, Device | None, float | None]:
-    """Return the accelerator's name, what is known of it, and the GiB that tensors may take."""
+def _accelerator(project: Project, asked: Asked) -> _Accelerator:
+    """Return the accelerator that is asked for, else what is here."""
     here, budget = default_device(), project.trainer.memory_budget_gib
     room = None if budget is None else room_of(budget)
     if asked.device is not None:
@@ -130,18 +144,21 @@ def _accelerator(project: Project, asked: Asked) -> tuple[str, Device | None, fl
         if device is None:
             known = ", ".join(one.name for one in DEVICES)
             raise UserError(f"--device {asked.device}: nothing is known of it; there are {known}")
-        free: float | None = device.gib - CUDA_GIB
-        name = device.name
-    elif here.type == "cuda":
-        name = torch.cuda.get_device_name(here)
-        device, free = device_named(name), torch.cuda.mem_get_info(here)[0] / _GIB
-    else:
-        name, device, free = str(here), None, None
-    return name, device, room if free is None else free if room is None else min(room, free)
+        free = device.gib - CUDA_GIB
+        return _Accelerator(device.name, device, _least(free, room), device.products_fp8 is not None)
+    if here.type != "cuda":
+        return _Accelerator(str(here), None, room, float8=True)
+    name, free = torch.cuda.get_device_name(here), torch.cuda.mem_get_info(here)[0] / _GIB
+    return _Accelerator(name, device_named(name), _least(free, room), multiplies_float8(here))
 
 
-def _notes(config: TrainerConfig, name: str, device: Device | None) -> Iterator[str]:
+def _least(free: float, room: float | None) -> float:
+    return free if room is None else min(free, room)
+
+
+def _notes(config: TrainerConfig, accelerator: _Accelerator) -> Iterator[str]:
     """Yield what a reader of the table should know."""
+    name, device = accelerator.name, accelerator.device
     if device is None:
         yield f"no rates of {name} are known: no times, and the order is that of an {H200.name}; --device plans for one"
     elif not has_rates(config):
@@ -152,19 +169,22 @@ def _notes(config: TrainerConfig, name: str, device: Device | None) -> Iterator[
         yield "tread_config and scheduled_sampling are not counted"
 
 
-def _choices(project: Project, device: Device | None) -> list[Choice]:
+def _choices(project: Project, accelerator: _Accelerator) -> list[Choice]:
     """Return the choices that the options allow; what the project has now among them, whatever it is."""
     given = project.trainer.model_dump()
     now = {name: given.get(name, usual) for name, usual in _USUAL.items()}
     made = [{**_USUAL, **{name: value for part in parts for name, value in part.items()}} for parts in product(*_WAYS)]
     every = [now, *(one for one in made if one != now)]
-    return [one for one in every if one is now or (_possible(one, device) and _allowed(project, _changes(one, given)))]
+    possible = [one for one in every if one is now or _refusal(one, accelerator) is None]
+    return [one for one in possible if one is now or _allowed(project, _changes(one, given))]
 
 
-def _possible(choice: Choice, device: Device | None) -> bool:
-    """Tell whether an accelerator has what a choice needs."""
-    quick = PRECISIONS[choice["base_model_precision"]].quick
-    return not quick or device is None or device.products_fp8 is not None
+def _refusal(choice: Choice, accelerator: _Accelerator) -> str | None:
+    """Say what of a choice an accelerator lacks, None if nothing."""
+    precision = choice["base_model_precision"]
+    if not PRECISIONS[precision].quick or accelerator.float8:
+        return None
+    return f"{precision} multiplies in float8, which the {accelerator.name} cannot"
 
 
 def _changes(choice: Choice, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,14 +211,15 @@ def _changed(project: Project, changes: Mapping[str, Any]) -> Project:
 
 
 def _times(counted: _Counted) -> bool:
-    return counted.device is not None and has_rates(counted.shape.project.trainer)
+    return counted.accelerator.device is not None and has_rates(counted.shape.project.trainer)
 
 
 def _row(counted: _Counted, choice: Choice) -> ChoiceRow:
-    config = counted.shape.project.trainer
+    config, accelerator = counted.shape.project.trainer, counted.accelerator
+    device, room = accelerator.device or H200, accelerator.room
     weights: Weights = weights_of(counted.shape, choice["base_model_precision"])
     peak = peak_bytes(counted.largest, weights, trained_bytes(counted.shape), choice) / _GIB
-    took = seconds(counted.usual, weights, choice, counted.device or H200) * config.gradient_accumulation_steps
+    took = seconds(counted.usual, weights, choice, device) * config.gradient_accumulation_steps
     changes = _changes(choice, config.model_dump())
     return ChoiceRow(
         settings=choice,
@@ -206,29 +227,37 @@ def _row(counted: _Counted, choice: Choice) -> ChoiceRow:
         peak_gib=peak,
         seconds_per_step=took,
         relative=1.0,
-        fits=None if counted.room is None else peak * _SLACK <= counted.room,
+        fits=None if room is None else peak * _SLACK <= room,
         exact=PRECISIONS[choice["base_model_precision"]].exact,
         now=not changes,
         worthwhile=True,
+        refused=_refusal(choice, accelerator),
     )
 
 
 def _ranked(rows: list[ChoiceRow], *, known: bool) -> Iterator[ChoiceRow]:
-    """Yield rows by their time, marked where others as exact are as quick and as small; times only where known."""
-    ranked = sorted(rows, key=lambda row: (row.seconds_per_step or 0.0, row.peak_gib))
+    """Yield rows by their time, marked where others as exact are as quick and as small; times only where known.
+
+    What is refused comes last, and has no time.
+    """
+    ranked = sorted(rows, key=lambda row: (row.refused is not None, row.seconds_per_step or 0.0, row.peak_gib))
     least = ranked[0].seconds_per_step or 1.0
     for place, row in enumerate(ranked):
         better = any(one.peak_gib <= row.peak_gib and one.exact >= row.exact for one in ranked[:place])
-        took = row.seconds_per_step or 0.0
-        yield replace(row, relative=took / least, seconds_per_step=took if known else None, worthwhile=not better)
+        took, told = row.seconds_per_step or 0.0, known and row.refused is None
+        worthwhile = not better and row.refused is None
+        yield replace(row, relative=took / least, seconds_per_step=took if told else None, worthwhile=worthwhile)
 
 
-def _too_little(project: Project, summary: TrainPlan, room: float) -> str:
+def _too_little(shape: Shaped, summary: TrainPlan, room: float) -> str:
     """Say by how much the smallest choice misses the memory there is, and what else would save some."""
-    smallest = min(summary.choices, key=lambda one: one.peak_gib)
+    smallest = min((one for one in summary.choices if one.refused is None), key=lambda one: one.peak_gib)
     needed = smallest.peak_gib * _SLACK
-    config = _changed(project, smallest.changes).trainer
+    tried = {name for name in _USUAL if len({one.settings[name] for one in summary.choices}) > 1}
+    if trained_bytes(shape) < _WORTH * needed * _GIB:
+        tried.add("lora_rank")
+    saving = advice(_changed(shape.project, smallest.changes).trainer, without=tried)
     return (
-        f"no way to train fits into {room:.1f} GiB: the smallest ({smallest.name}) takes about {needed:.1f} GiB, "
-        f"{needed - room:.1f} more; {advice(config)}"
+        f"no way to train fits into {gib(room)} GiB: the smallest ({smallest.name}) takes about {gib(needed)} GiB, "
+        f"{gib(needed - room)} more; {saving}"
     )

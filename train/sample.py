@@ -28,7 +28,7 @@ from schemas.summaries import SampleSummary
 from train import checkpoint
 from train.adapter import LORA_NAME, add_adapter, load_adapter
 from train.grid import Cell, Pixels, drawn, save_picture
-from train.memory import offload_blocks
+from train.memory import check_memory, offload_blocks
 from train.pictures import runnable, sampling
 from train.plan import result_of
 from train.step import autocast, base_dtype
@@ -74,6 +74,7 @@ def _sample(project: Project, request: Request, workers: int | None) -> SampleSu
     start = time.monotonic()
     config, device, spec = project.trainer, default_device(), project.family
     check_precision(config.base_model_precision, device)
+    check_memory(config, device)
     trained, wanted = _trained(project, request.lora, request.scale), _wanted_path(project, request)
     images = [_opened(path) for path in request.images]
     size = _size(project, request, images[0].size if images else None)

@@ -13,6 +13,7 @@ from families.checkpoints import locate
 from families.runtime import family_of
 from families.shapes import config_of, random_denoiser, shaped_denoiser
 from schemas.errors import UserError
+from schemas.timed import BenchSummary
 from train.bench import Request, Row, _measured, _sizes, parse_row, synthesised
 from train.cli import app
 from train.costs import Sizes
@@ -44,7 +45,9 @@ def test_rows_of_a_model_are_measured_and_one_that_fails_says_why() -> None:
         assert one["error"] is None and one["seconds_per_step"] > 0 and one["loss"] > 0
         assert one["tokens_per_second"] == pytest.approx(2 * found["tokens"] / one["seconds_per_step"])
         assert one["trainable_parameters"] > 0 and 0 <= one["data_wait"] <= 1 and one["compile_seconds"] >= 0
-    assert int8["settings"] == {"base_model_precision": "int8-quanto", "gradient_checkpointing": "false"}
+    assert plain["settings"] == {} and bad["settings"] == {"base_model_precision": "int3"}
+    assert int8["settings"] == {"base_model_precision": "int8-quanto", "gradient_checkpointing": False}
+    assert found["options"]["gradient_checkpointing"] is True and found["options"]["max_sequence_length"] == 16
     assert bad["seconds_per_step"] is None and "base_model_precision" in bad["error"] and "int3" in bad["error"]
     assert plain["loss"] != int8["loss"]
 
@@ -59,9 +62,31 @@ def test_a_projects_own_options_and_sizes_are_measured(
     done = CliRunner().invoke(app, ["bench", str(folder), "--steps", "1", "--warmup", "1", *size])
     assert done.exit_code == 0 and "not scanned" not in done.stdout, done.output
     head, _, titles, _, row = done.stdout.splitlines()
-    assert head.startswith("flux kontext, random weights, 128x128 px, 1 references, 144 tokens, batch 1; ")
+    assert head.startswith("flux kontext, random weights, 128x128 px, 1 reference, 144 tokens, batch 1; ")
     assert titles.startswith("| setting | s/step | tokens/s | MFU") and row.startswith("| as set  | ")
     assert not (folder / "work" / "runs").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_options_are_those_before_a_rows_own_which_are_told_as_values() -> None:
+    route = '{"routes": [{"selection_ratio": 0.5, "start_layer_idx": 0, "end_layer_idx": -1}]}'
+    row = f"own: lora_rank=3, tracker_run_name=7, max_grad_norm=2e-1, tread_config={route}"
+    done = CliRunner().invoke(
+        app, ["bench", *SMALL, "--references", "0", "--set", "lora_rank=5", "--row", row, "--json"]
+    )
+    found = json.loads(done.stdout)
+    (own,) = found["rows"]
+    assert own["error"] is None and found["options"]["lora_rank"] == 5 and found["options"]["tread_config"] is None
+    assert own["settings"] == {
+        "lora_rank": 3, "tracker_run_name": "7", "max_grad_norm": 0.2, "tread_config": json.loads(route)}  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "told"), [(0, "0 references"), (1, "1 reference"), (2, "2 references")])
+def test_references_are_counted_in_words(number: int, told: str) -> None:
+    numbers = {"width": 64, "height": 64, "tokens": 16, "batch": 1, "steps": 1, "warmup": 1}
+    one = BenchSummary("flux", "dev", references=("64x64",) * number, device="cpu", versions={}, options={}, rows=(),
+                       **numbers)  # fmt: skip
+    assert f"64x64 px, {told}, 16 tokens, batch 1" in next(one.lines())
 
 
 def test_what_cannot_be_asked_is_refused(make_project: Callable[..., Path]) -> None:

@@ -178,16 +178,29 @@ def test_every_precision_and_optimiser_is_estimated() -> None:
     assert set(PRECISIONS) == set(get_args(BasePrecision)) and set(_STATES) == set(OPTIMIZERS)
 
 
-def test_accelerators_are_known_by_what_pytorch_calls_them() -> None:
-    called = [
-        "NVIDIA H200",
-        "NVIDIA H100 80GB HBM3",
-        "NVIDIA H100 PCIe",
-        "NVIDIA A100-SXM4-80GB",
-        "4090",
-        "nvidia rtx 3090",
-    ]
-    named = ["H200", "H100", "H100 PCIe", "A100", "RTX 4090", "RTX 3090"]
-    assert [one.name if one else None for one in map(device_named, called)] == named
-    assert device_named("cpu") is None and device_named("100") is None
+@pytest.mark.parametrize(("called", "name", "gib"), [
+    ("NVIDIA H200", "H200", 139.8), ("NVIDIA H200 NVL", "H200 NVL", 139.8), ("H200 141GB", "H200", 139.8),
+    ("NVIDIA H100 80GB HBM3", "H100", 79.2), ("NVIDIA H100 PCIe", "H100 PCIe", 79.2), ("h100 80 GB", "H100", 79.2),
+    ("NVIDIA H100 NVL", "H100 NVL", 93.1), ("H100 94GB", "H100 NVL", 93.1), ("H100 64GB", "H100 64GB", 64),
+    ("NVIDIA A100-SXM4-80GB", "A100", 79.2), ("NVIDIA A100 80GB PCIe", "A100", 79.2), ("A100", "A100", 79.2),
+    ("NVIDIA A100-SXM4-40GB", "A100 40GB", 39.4), ("A100-PCIE-40GB", "A100 40GB", 39.4),
+    ("A100 40 gb", "A100 40GB", 39.4), ("NVIDIA GeForce RTX 5090", "RTX 5090", 31.4), ("4090", "RTX 4090", 23.5),
+    ("RTX 4090 48GB", "RTX 4090 48GB", 48), ("nvidia rtx 3090", "RTX 3090", 23.6), ("3090 24GB", "RTX 3090", 23.6),
+])  # fmt: skip
+def test_accelerators_are_known_by_what_pytorch_calls_them(called: str, name: str, gib: float) -> None:
+    found = device_named(called)
+    assert found is not None and (found.name, found.gib) == (name, gib)
+
+
+@pytest.mark.parametrize("called", [
+    "cpu", "", "100", "00", "RTX", "NVL", "PCIe", "NVIDIA", "80GB", "Tesla T4", "NVIDIA RTX A6000", "NVIDIA GH200 480GB",
+    "NVIDIA GeForce RTX 5090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "RTX 3090 Ti", "4090 Max-Q", "RTX 40901",
+    "NVIDIA A100-SXM4-80GB MIG 3g.40gb", "A100X",
+])  # fmt: skip
+def test_accelerators_of_names_alike_are_others(called: str) -> None:
+    assert device_named(called) is None
+
+
+def test_rates_are_less_than_peaks() -> None:
     assert all(one.products < one.peak and one.attention_both < one.attention < one.peak for one in DEVICES)
+    assert len({one.name for one in DEVICES}) == len(DEVICES) and all(device_named(one.name) == one for one in DEVICES)

@@ -16,7 +16,11 @@ from families.offloading import _groups
 from families.protocol import TextEmbeds
 from schemas.errors import ConfigError, UserError
 from schemas.trainer import TrainerConfig, Tread
-from train.memory import advice, checkpoint_blocks, enough_memory, offload_blocks
+from train.loop import run
+from train.memory import advice, check_memory, checkpoint_blocks, enough_memory
+from train.plan import supply_of
+from train.processes import Processes
+from train.sample import Request, sample
 
 CPU = torch.device("cpu")
 
@@ -104,9 +108,32 @@ def test_frozen_weights_of_blocks_take_turns_and_adapters_never(size: int, sizes
         assert len(weights) == len(frozen) and {id(one) for one in weights} == frozen
 
 
-def test_blocks_wait_on_the_cpu_only_beside_a_cuda_device() -> None:
-    with pytest.raises(UserError, match="enable_group_offload: needs a CUDA device, and this run is on cpu"):
-        offload_blocks(flux, _adapted(), CPU, TrainerConfig(enable_group_offload=True))
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_blocks_wait_on_the_cpu_only_beside_a_cuda_device(
+    make_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    project = open_project(make_project(enable_group_offload=True))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    told = "enable_group_offload: needs a CUDA device, and this run is on cpu"
+    with pytest.raises(UserError, match=told):  # before it is known whether anything is cached
+        run(project, dry_run=dry_run)
+    with pytest.raises(UserError, match=told):  # before it is known whether anything is trained
+        sample(project, Request("sharpen"))
+    assert not project.run_folder.exists()
+
+
+def test_a_budget_that_cuda_itself_takes_is_refused_where_it_has_an_effect() -> None:
+    cuda = torch.device("cuda")
+    with pytest.raises(UserError, match=r"memory_budget_gib 0\.5: CUDA itself takes about"):
+        check_memory(TrainerConfig(memory_budget_gib=0.5), cuda)
+    check_memory(TrainerConfig(memory_budget_gib=0.7, enable_group_offload=True), cuda)
+    check_memory(TrainerConfig(memory_budget_gib=0.5), CPU)
+
+
+def test_a_budget_is_checked_before_anything_is_there(make_project: Callable[..., Path]) -> None:
+    project = open_project(make_project(memory_budget_gib=0.5))
+    with pytest.raises(UserError, match="CUDA itself takes about"):
+        supply_of(project, Processes(0, 1, torch.device("cuda")), dry_run=True)
 
 
 def test_what_does_not_go_with_waiting_blocks_is_a_fault(make_project: Callable[..., Path]) -> None:
@@ -130,13 +157,14 @@ def test_advice_names_what_is_not_done_yet_the_cheapest_first() -> None:
 
     assert named(gradient_checkpointing=False, train_batch_size=4) == [
         "gradient_checkpointing", "base_model_precision", "train_batch_size", "optimizer", "enable_group_offload",
-        "tread_config", "resolution",
+        "lora_rank", "tread_config", "resolution",
     ]  # fmt: skip
     assert named(gradient_checkpointing_interval=3, gradient_checkpointing_keep="attention")[:3] == [
         "gradient_checkpointing_backend", "gradient_checkpointing_keep", "gradient_checkpointing_interval",
     ]  # fmt: skip
     route = {"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -3}
     saved = {"base_model_precision": "int8-quanto", "optimizer": "adamw8bit", "tread_config": Tread(routes=[route])}
+    saved["lora_rank"] = 1
     assert named(**saved) == ["gradient_checkpointing_backend", "enable_group_offload", "resolution"]
     assert "enable_group_offload: true (" in advice(TrainerConfig(**saved))
     odd = TrainerConfig(base_model_precision="int4-quanto", gradient_checkpointing_backend="unsloth")
@@ -144,7 +172,11 @@ def test_advice_names_what_is_not_done_yet_the_cheapest_first() -> None:
         "enable_group_offload: true with base_model_precision: int8-quanto and gradient_checkpointing_backend: torch"
     )
     assert undone in advice(odd)
-    assert named(enable_group_offload=True) == ["optimizer", "tread_config", "resolution"]
+    assert named(enable_group_offload=True) == ["optimizer", "lora_rank", "tread_config", "resolution"]
+    assert "lora_rank" not in named(lora_type="lycoris", lora_rank=64)
+    assert advice(TrainerConfig(**saved), without=["enable_group_offload", "resolution"]).endswith(
+        "first: gradient_checkpointing_backend: unsloth (hardly slower, and the run can be resumed with it)"
+    )
     assert "train_batch_size: 1 with gradient_accumulation_steps: 12" in advice(
         TrainerConfig(train_batch_size=4, gradient_accumulation_steps=3)
     )

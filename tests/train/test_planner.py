@@ -1,6 +1,8 @@
 """`train plan`: which ways there are, which fit, and what to set."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,9 +78,45 @@ def test_a_budget_changes_what_fits(planned: Callable[..., TrainPlan]) -> None:
 
 def test_what_nothing_fits_into_is_told_by_how_much_with_what_else_saves(planned: Callable[..., TrainPlan]) -> None:
     with pytest.raises(
-        UserError, match=r"fits into 0\.4 GiB: the smallest \(.*group offload\) takes about .* more; what"
+        UserError, match=r"fits into 0\.400 GiB: the smallest \(.*group offload\) takes about .* more; what"
     ):
         planned(memory_budget_gib=1)
+
+
+def _refused(folder: Path, asked: Asked) -> str:
+    with pytest.raises(UserError, match="no way to train fits") as caught:
+        plan(open_project(folder), asked)
+    return str(caught.value)
+
+
+def test_small_numbers_are_told_to_the_mib_and_nothing_that_was_tried_is_advised(
+    make_project: Callable[..., Path],
+) -> None:
+    told = _refused(make_project(memory_budget_gib=CUDA_GIB + 0.002), Asked(128, 1))
+    least = re.search(r"into 0\.002 GiB: the smallest \((.*)\) takes about (0\.\d{3}) GiB, (0\.\d{3}) more", told)
+    assert least and float(least[2]) - 0.002 == pytest.approx(float(least[3]), abs=0.0011) and float(least[3]) > 0
+    assert "group offload" not in least[1]  # it takes more here, and so is not advised
+    assert not any(f"{name}:" in told for name in ("enable_group_offload", "base_model_precision"))
+    assert "optimizer: adamw8bit" in told and "tread_config" in told
+
+
+def test_a_smaller_rank_is_advised_where_it_saves_something(copy_demo: Callable[..., Path], tmp_path: Path) -> None:
+    def told(place: str, pixels: int, **options: Any) -> str:
+        return _refused(copy_demo(tmp_path / place, **options), Asked(pixels, 1, "RTX 4090"))
+
+    small = {**FULL_SIZE, "memory_budget_gib": 1}
+    assert "lora_rank below 256" in told("large", 512, **small, lora_rank=256)
+    assert "lora_rank" not in told("least", 512, **small, lora_rank=1)
+    assert "lora_rank" not in told("lokr", 512, **small, lora_type="lycoris")
+    assert "lora_rank" not in told("little", 1024, memory_budget_gib=CUDA_GIB + 0.002, lora_rank=2)
+
+
+def test_shapes_of_the_tiny_checkpoint_are_its_own_before_it_is_built(make_project: Callable[..., Path]) -> None:
+    folder = make_project()
+    built = plan(open_project(folder), Asked(128, 1))
+    shutil.rmtree(folder / "work" / "models")
+    bare = plan(open_project(folder), Asked(128, 1))
+    assert bare == built and not any("as published" in one for one in bare.notes)
 
 
 @pytest.mark.parametrize("budget", [0.1, CUDA_GIB])
@@ -119,6 +157,57 @@ def test_accelerators_without_fp8_have_no_such_choice(planned: Callable[..., Tra
     assert quick[0] - quick[1] == {"fp8-torchao"}
 
 
+def test_what_is_set_but_refused_is_never_the_fastest(planned: Callable[..., TrainPlan]) -> None:
+    quick = {"dynamo_backend": "inductor", "gradient_checkpointing_keep": "attention"}
+    found = planned(Asked(1024, 1, "A100"), memory_budget_gib=18, base_model_precision="fp8-torchao",
+                    gradient_checkpointing_backend="unsloth", **quick)  # fmt: skip
+    (now,) = (one for one in found.choices if one.now)
+    reason = "fp8-torchao multiplies in float8, which the A100 cannot"
+    assert now is found.choices[-1] and now.fits and now.refused == reason and now.seconds_per_step is None
+    assert [one.refused for one in found.choices[:-1]] == [None] * (len(found.choices) - 1)
+    assert found.fastest is found.choices[[one.fits for one in found.choices].index(True)] and found.fastest is not now
+    assert found.choices[0].relative == 1 and any(one.worthwhile for one in found.choices) and not now.worthwhile
+    told = list(found.lines())
+    assert f"what is set now cannot be: {reason}" in told and not any("set already" in line for line in told)
+    assert [line for line in told if "| now, refused, other numbers" in line] != []
+
+
+@pytest.mark.parametrize(("name", "capability", "rates"), [
+    ("NVIDIA RTX A6000", (8, 6), None), ("NVIDIA L40S", (8, 9), None), ("NVIDIA A100-SXM4-40GB", (8, 0), "A100 40GB"),
+    ("NVIDIA GeForce RTX 5090 Laptop GPU", (12, 0), None)])  # fmt: skip
+def test_a_card_that_is_here_is_asked_whether_it_multiplies_float8(
+    copy_demo: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    capability: tuple[int, int],
+    rates: str | None,
+) -> None:
+    project = open_project(copy_demo(tmp_path, **FULL_SIZE))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (36 << 30, 40 << 30))
+    found = plan(project, Asked(512, 0))
+    precisions = {one.settings["base_model_precision"] for one in found.choices}
+    assert ("fp8-torchao" in precisions) == (capability >= (8, 9)) and found.memory_gib == 36
+    assert (found.device, found.rates) == (name, rates)
+    head, none = f"{name}, rates of {rates}: 36.0" if rates else f"{name}: 36.0", f"no rates of {name} are known"
+    told = list(found.lines())
+    assert told[1].startswith(head) and any(line.startswith(none) for line in told) == (rates is None)
+
+
+def test_the_device_that_was_taken_is_told(planned: Callable[..., TrainPlan]) -> None:
+    told = {asked: list(planned(Asked(512, 0, asked)).lines())[1] for asked in ("4090", "A100 40GB", "H100 64GB")}
+    assert told == {
+        "4090": "RTX 4090: 22.9 GiB for tensors",
+        "A100 40GB": "A100 40GB: 38.8 GiB for tensors",
+        "H100 64GB": "H100 64GB: 63.4 GiB for tensors",
+    }
+    with pytest.raises(UserError, match=r"--device RTX 4090 D: nothing is known of it; there are H200, .*, RTX 4090, "):
+        planned(Asked(device="RTX 4090 D"))
+
+
 def test_an_unknown_accelerator_is_refused_and_none_has_no_times(planned: Callable[..., TrainPlan]) -> None:
     with pytest.raises(UserError, match="--device abacus: nothing is known of it; there are H200"):
         planned(Asked(device="abacus"))
@@ -157,7 +246,7 @@ def test_the_command_prints_a_table_or_json(make_project: Callable[..., Path]) -
     assert sum(line.startswith("| unq") or line.startswith("| int") or line.startswith("| fp8")
                for line in told.stdout.splitlines()) == len(found["choices"])  # fmt: skip
     failed = CliRunner().invoke(app, [*asked, "lora_rank=4", "--memory-budget-gib", "0.601"])
-    assert failed.exit_code == 1 and "no way to train fits into 0.0 GiB" in failed.stderr
+    assert failed.exit_code == 1 and "no way to train fits into 0.001 GiB" in failed.stderr
     odd = CliRunner().invoke(app, ["plan", str(folder), "--pixels", "100"])
     assert odd.exit_code == 1 and "--pixels 100: must be a multiple of 16" in odd.stderr
 
