@@ -1,6 +1,7 @@
 """Which attention is trained with, and the test that a faster one has to pass."""
 
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,6 +32,28 @@ def _no_gradient_of_values(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _missing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     raise RuntimeError("No available kernel. Aborting execution.\nand more")
+
+
+def _raising(fault: Exception) -> Callable[..., Tensor]:
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        raise fault
+
+    return attention
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (RuntimeError(), "RuntimeError"),
+        (RuntimeError("\n  no kernel image\nand more"), "no kernel image"),
+        (AssertionError(), "AssertionError"),
+        (TypeError("unexpected keyword argument"), "unexpected keyword argument"),
+        (ImportError("libcudnn.so.9: cannot open"), "libcudnn.so.9: cannot open"),
+        (ValueError("x" * 300), "x" * 120),
+    ],
+)
+def test_whatever_a_kernel_raises_is_told_in_one_line(fault: Exception, said: str) -> None:
+    assert _tried(_raising(fault), CPU, 64) == said
 
 
 def test_an_attention_that_is_right_passes_and_others_say_why() -> None:
