@@ -33,7 +33,7 @@ from schemas.summaries import TrainSummary
 from schemas.trainer import TrainerConfig
 from train import checkpoint
 from train.adapter import LORA_NAME, adapter_layers, check_gradients, save_adapter, start_from_file
-from train.compiling import compiled_graphs
+from train.compiling import able_to_compile, compiled_graphs
 from train.data import Shelf
 from train.ema import averaged, make_average, update
 from train.interrupt import stops
@@ -118,6 +118,7 @@ def run(
         asked_to_stop = held.enter_context(stops())
         limit_memory(project.trainer, device)
         held.enter_context(enough_memory(project.trainer, device))
+        held.enter_context(able_to_compile(project.trainer))
         pictures = pictures_of(project, supply.shelf, device) if ranks.first else None
         watch = Watch(project, supply.shelf, supply.held if ranks.first else (), pictures, device)
         state = _load(project, plan, partial(load or family_of(project).load_denoiser, supply.weights), device)
