@@ -297,7 +297,9 @@ class TrainSummary:
     seconds_per_step: float | None = None  # median
     data_wait: float | None = None  # share of the steps' time that they waited for data
     peak_memory_gib: float | None = None  # of the accelerator
-    compiled_graphs: int | None = None  # of blocks; more than a dozen say that something is compiled again and again
+    compiled_graphs: int | None = (
+        None  # of blocks: some six each for sizes, larger batches and evaluation, then no more
+    )
     seconds: float = 0.0  # in all
     seconds_to_first_step: float | None = None  # from the start until the first step had been taken
     first_eval_loss: float | None = None  # on the held-out pairs, the first of this run

@@ -1,4 +1,6 @@
-"""Compiled blocks: the passes of all blocks of a kind are compiled once, and again for sizes that vary, then never.
+"""Compiled blocks: the passes of all blocks of a kind are compiled once for each way they differ in, then never.
+
+They differ in sizes, the first or any, in batches of one or more, and in whether gradients are asked for.
 
 What hooks into blocks (routes, group offload) runs outside of what is compiled; recomputation, where it is inside.
 Whether there is a compiler that works is tried before anything is loaded, by `check_compiler`.
@@ -22,7 +24,9 @@ from schemas.console import log
 from schemas.errors import UserError, first_line
 from schemas.trainer import TrainerConfig
 
-_MOST_GRAPHS = 32  # of all kinds of blocks, of contiguous and of narrowed inputs, each for one size and for any
+# Of all kinds of blocks, which count as one: three of them, one size or any, batches of one or more, training or
+# evaluation, contiguous or narrowed inputs are 48; past the limit PyTorch computes as if nothing had been compiled.
+_MOST_GRAPHS = 64
 _FOR_TRITON = "gcc and Python's headers, which Triton needs (apt install gcc python3-dev)"
 
 
@@ -91,9 +95,21 @@ def compile_blocks(
     keep_compiled(kept)
     log.info("blocks are compiled when a step first needs them, which takes a minute or more; kept in %s", kept)
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # what it advises of checkpoints is so
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_tell_limit)
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     for block in family.blocks(denoiser):
         block.module.forward = torch.compile(_dense(block.module.forward), backend=backend, options=options)
+
+
+def _tell_limit(record: logging.LogRecord) -> bool:
+    """Say in one line what PyTorch says in five when it stops compiling; all else that it says passes."""
+    if "hit config." not in str(record.msg):
+        return True
+    log.warning(
+        "blocks differ in more ways than the %d that are compiled: what is new runs as it is, slower; fewer sizes of "
+        "pictures help, or dynamo_backend: no", _MOST_GRAPHS
+    )  # fmt: skip
+    return False
 
 
 def _dense(forward: Callable[..., Any]) -> Callable[..., Any]:
