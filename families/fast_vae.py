@@ -17,6 +17,7 @@ from torch.nn.functional import silu
 
 from families.compiled import keep_compiled
 from schemas.console import log
+from schemas.errors import first_line
 
 _MOST_SHAPES = 64  # that are compiled in one process
 _TOLERANCE = 5e-2  # largest relative difference from the plain encoder, both in bfloat16
@@ -65,8 +66,7 @@ class FastEncoder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as fault:
-            told = str(getattr(fault, "inner_exception", fault))  # of a compiler's own
-            return (told.splitlines() or [type(fault).__name__])[0][:120]
+            return first_line(getattr(fault, "inner_exception", fault))  # a compiler's own
         expected = torch.cat([self._plain(one) for one in torch.split(values, 1)]).float()
         error = float((found.float() - expected).norm() / expected.norm())
         return None if error < _TOLERANCE else f"relative difference {error:.2g}"

@@ -17,7 +17,7 @@ from optimum.quanto.tensor.weights import WeightQBitsTensor
 from torch import Tensor, nn
 
 from families.products import Float8Linear, Int8Linear, multiplies_float8
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
@@ -54,7 +54,7 @@ def _tried(device: torch.device) -> str | None:
     try:
         Float8Linear.of(nn.Linear(32, 32, device=device, dtype=torch.bfloat16))(values).sum().backward()
     except (RuntimeError, ValueError) as fault:
-        return (str(fault).splitlines() or [type(fault).__name__])[0][:200]
+        return first_line(fault, 200)
     return None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from families.protocol import Family
 from schemas.console import log
+from schemas.errors import first_line
 
 try:
     from families import rotary_kernels as kernels
@@ -191,7 +192,7 @@ def _tried(device: torch.device, heads: int, width: int) -> str | None:
         outputs = normed_turned(leaves, weights, *rotary, norms[0].eps)
         found = [*outputs, *torch.autograd.grad(outputs, leaves, gradients)]
     except kernels.FAULTS as fault:
-        return (str(fault).splitlines() or [type(fault).__name__])[0][:120]
+        return first_line(fault)
     exact = [one.detach().float().requires_grad_() for one in parts]
     many = len(parts) // 2
     normed = list(zip(exact, norms, strict=True))

@@ -20,6 +20,12 @@ class Unreachable(UserError):
     """A service that does not answer, or refuses: nothing is known of what it holds."""
 
 
+def first_line(fault: BaseException, longest: int = 120) -> str:
+    """Return the first line of a message that is not blank, shortened; of a fault without a message its kind."""
+    lines = (line.strip() for line in str(fault).splitlines())
+    return next(filter(None, lines), type(fault).__name__)[:longest]
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One thing wrong in a configuration file."""

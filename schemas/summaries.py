@@ -294,10 +294,10 @@ class TrainSummary:
     first_loss: float | None = None  # mean of the first tenth of this run's steps
     loss: float | None = None  # mean of the last tenth
     trainable_parameters: int | None = None  # null if no model was loaded
-    seconds_per_step: float | None = None  # median
-    data_wait: float | None = None  # share of the steps' time that they waited for data
+    seconds_per_step: float | None = None  # median, without the first and those that compiled, where there are others
+    data_wait: float | None = None  # share of those steps' time that they waited for data
     peak_memory_gib: float | None = None  # of the accelerator
-    compiled_graphs: int | None = None  # of blocks; more than a dozen say that something is compiled again and again
+    compiled_graphs: int | None = None  # of blocks; many more than 20 say that something is compiled again and again
     seconds: float = 0.0  # in all
     seconds_to_first_step: float | None = None  # from the start until the first step had been taken
     first_eval_loss: float | None = None  # on the held-out pairs, the first of this run

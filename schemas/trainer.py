@@ -145,8 +145,10 @@ class TrainerConfig(Options):
     )
     dynamo_backend: Literal["no", "inductor"] = option(
         "no",
-        "`inductor` compiles the blocks of the model, each kind of them once and once more for sizes that vary: a "
-        "minute or two before the first step, quicker from then on; what is compiled is kept in the workspace",
+        "`inductor` compiles the blocks of the model, each kind of them once and once more for sizes that vary, again "
+        "for batches above one, and all that for evaluation too: a minute or two before the first step, and less "
+        "where each is first needed, quicker from then on; what is compiled is kept in the workspace; needs a "
+        "C++ compiler, on CUDA gcc",
     )
     memory_budget_gib: float | None = option(
         None,

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -33,13 +33,13 @@ from schemas.summaries import TrainSummary
 from schemas.trainer import TrainerConfig
 from train import checkpoint
 from train.adapter import LORA_NAME, adapter_layers, check_gradients, save_adapter, start_from_file
-from train.compiling import compiled_graphs
+from train.compiling import able_to_compile, compiled_graphs
 from train.data import Shelf
 from train.ema import averaged, make_average, update
 from train.interrupt import stops
 from train.loader import Loader
 from train.memory import enough_memory, limit_memory
-from train.metrics import Metrics
+from train.metrics import Metrics, Pace
 from train.network import loaded_to, make_network
 from train.optimizer import make_optimizer, make_schedule
 from train.order import Cursor, turns
@@ -60,9 +60,7 @@ class _Done:
 
     step: int  # the last one
     losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # of each step, evaluations and checkpoints not counted
-    samples: int = 0
-    waited: float = 0.0  # seconds that steps waited for data
+    pace: Pace = field(default_factory=Pace)  # evaluations and checkpoints not counted
     first: float | None = None  # when the first step had been taken
 
 
@@ -118,6 +116,7 @@ def run(
         asked_to_stop = held.enter_context(stops())
         limit_memory(project.trainer, device)
         held.enter_context(enough_memory(project.trainer, device))
+        held.enter_context(able_to_compile(project.trainer))
         pictures = pictures_of(project, supply.shelf, device) if ranks.first else None
         watch = Watch(project, supply.shelf, supply.held if ranks.first else (), pictures, device)
         state = _load(project, plan, partial(load or family_of(project).load_denoiser, supply.weights), device)
@@ -139,8 +138,8 @@ def run(
         first_loss=fmean(done.losses[:tenth]) if done.losses else None,
         loss=fmean(done.losses[-tenth:]) if done.losses else None,
         trainable_parameters=sum(parameter.numel() for parameter in state.parameters),
-        seconds_per_step=median(done.seconds) if done.seconds else None,
-        data_wait=done.waited / max(sum(done.seconds), 1e-9) if done.seconds else None,
+        seconds_per_step=done.pace.seconds_per_step,
+        data_wait=done.pace.data_wait,
         peak_memory_gib=_peak_gib(),
         seconds_to_first_step=done.first - start if done.first is not None else None,
         compiled_graphs=compiled_graphs() if project.trainer.dynamo_backend != "no" else None,
@@ -211,9 +210,7 @@ def _tell(done: _Done, shelf: Shelf, metrics: Metrics, bar: Progress, taken: Tak
     _check_finite(shelf, taken, numbers)
     done.step = taken.step
     done.losses.append(numbers.loss)
-    done.seconds.append(numbers.seconds)
-    done.samples += taken.turn.samples
-    done.waited += taken.waited
+    done.pace.add(numbers.seconds, taken.turn.samples, taken.waited, compiled=numbers.compiled)
     done.first = done.first or time.monotonic()
     metrics.write(
         taken.step,
@@ -265,9 +262,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _show(bar: Progress, done: _Done, rate: float) -> None:
-    seconds = sum(done.seconds)
-    parts = [f"loss {done.losses[-1]:.4f}", f"lr {rate:.2e}", f"{done.seconds[-1]:.2f} s/step",
-             f"{done.samples / seconds:.2f} samples/s", f"data {done.waited / seconds:.0%}"]  # fmt: skip
+    parts = [f"loss {done.losses[-1]:.4f}", f"lr {rate:.2e}", *done.pace.recent()]
     if (peak := _peak_gib()) is not None:
         parts.append(f"{peak:.1f} GiB")
     if graphs := compiled_graphs():

@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics.jsonl, and a tracker for curves and pictures.
+"""What a run tells of itself: metrics.jsonl, a tracker for curves and pictures, and how quick its steps are.
 
 A resumed run's metrics.jsonl holds nothing after the step that it starts from. A new tracker is a class with the
 methods of `Tracker` and a line in `TRACKERS`.
@@ -6,17 +6,22 @@ methods of `Tracker` and a line in `TRACKERS`.
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 from schemas.errors import UserError
 from schemas.project import Project
 from schemas.storage import write_aside
 from train.grid import Pixels
+
+_RECENT = 20  # steps that what is shown looks back on
+_INSTANT = 1e-9
 
 
 class Tracker(Protocol):
@@ -82,6 +87,61 @@ TRACKERS: Mapping[str, Callable[[Project, int, Mapping[str, Any]], Tracker]] = {
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """A step: seconds in all and of waiting for data, and how many samples it took."""
+
+    seconds: float
+    samples: int
+    waited: float
+
+
+class Pace:
+    """How quick steps are, as far as they show it: the first and those that something was compiled for do not.
+
+    They count all the same as long as there are no others.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[_Timed] = []
+        self._steady: list[_Timed] = []
+
+    def add(self, seconds: float, samples: int, waited: float, *, compiled: bool) -> None:
+        """Count a step; it waited for data for some of its seconds."""
+        step = _Timed(seconds, samples, waited)
+        if self._steps and not compiled:
+            self._steady.append(step)
+        self._steps.append(step)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Return the median; None without a step."""
+        return median(one.seconds for one in self._counted) if self._steps else None
+
+    @property
+    def data_wait(self) -> float | None:
+        """Return the share of time that steps waited for data; None without a step."""
+        return _waited(self._counted) if self._steps else None
+
+    def recent(self) -> list[str]:
+        """Say how quick the last steps were; only what the last one took while none shows more."""
+        last = self._steady[-_RECENT:]
+        if not last:
+            return [f"{self._steps[-1].seconds:.1f} s for this step"]
+        seconds = max(sum(one.seconds for one in last), _INSTANT)
+        rate = sum(one.samples for one in last) / seconds
+        return [f"{seconds / len(last):.2f} s/step", f"{rate:.2f} samples/s", f"data {_waited(last):.0%}"]
+
+    @property
+    def _counted(self) -> Sequence[_Timed]:
+        return self._steady or self._steps
+
+
+def _waited(steps: Sequence[_Timed]) -> float:
+    # What a step waited may lie in the seconds of the one before, which is told after it was launched.
+    return min(1.0, sum(one.waited for one in steps) / max(sum(one.seconds for one in steps), _INSTANT))
 
 
 def check_tracker(project: Project) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from train.compiling import compiled_graphs
 from train.order import Turn
 
 
@@ -35,6 +36,7 @@ class Arrived:
     stops: bool  # whether one of them was asked to stop
     norm: float  # of the gradient before it was scaled down
     seconds: float  # since the step before had arrived, or the clock was set
+    compiled: bool  # whether something was compiled meanwhile, or when the step was launched
 
 
 def lateness(device: torch.device) -> int:
@@ -48,15 +50,16 @@ class Pending(AbstractContextManager["Pending"]):
     def __init__(self, tell: Callable[[Taken, Arrived], None], late: int) -> None:
         """`tell` may raise, which ends it all: later steps are not told."""
         self._tell, self._late = tell, late
-        self._coming: deque[tuple[Taken, Tensor, torch.cuda.Event | None]] = deque()
-        self._since = time.monotonic()
+        self._coming: deque[tuple[Taken, Tensor, torch.cuda.Event | None, int]] = deque()
+        self._since, self._graphs = time.monotonic(), compiled_graphs()
         self._stops = False
 
     def push(self, taken: Taken, numbers: Tensor) -> None:
         """Have the numbers of a step copied as soon as they are computed: loss, wishes to stop, norm."""
         there = numbers.to("cpu", non_blocking=True)  # into pinned memory
         arrives = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
-        self._coming.append((taken, there, arrives))
+        self._coming.append((taken, there, arrives, self._graphs))
+        self._graphs = compiled_graphs()
 
     def settle(self, *, wholly: bool) -> bool:
         """Tell of steps that must have arrived by now, `wholly` of all; returns whether the run is to stop.
@@ -64,7 +67,7 @@ class Pending(AbstractContextManager["Pending"]):
         What is told when is the same in every process if `wholly` is.
         """
         while len(self._coming) > (0 if wholly else self._late):
-            taken, there, arrives = self._coming.popleft()
+            taken, there, arrives, graphs = self._coming.popleft()
             if arrives is not None:
                 arrives.synchronize()
             loss, stops, norm = there.tolist()
@@ -72,7 +75,7 @@ class Pending(AbstractContextManager["Pending"]):
             seconds, self._since = now - self._since, now
             self._stops |= stops > 0
             try:
-                self._tell(taken, Arrived(loss, stops > 0, norm, seconds))
+                self._tell(taken, Arrived(loss, stops > 0, norm, seconds, compiled_graphs() > graphs))
             except BaseException:
                 self._coming.clear()
                 raise
@@ -80,7 +83,7 @@ class Pending(AbstractContextManager["Pending"]):
 
     def set_clock(self) -> None:
         """Leave what was done since the last step out of the next one's seconds."""
-        self._since = time.monotonic()
+        self._since, self._graphs = time.monotonic(), compiled_graphs()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Tell what is left; after a fault, unless the accelerator cannot say any more."""

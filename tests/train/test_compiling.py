@@ -1,6 +1,8 @@
 """Compiled blocks give the same numbers, and are compiled no more once sizes vary."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +22,9 @@ from families.compiled import keep_compiled
 from families.protocol import TextEmbeds
 from families.quantize import quantize_and_place
 from families.routing import Routing
+from schemas import console
 from schemas.trainer import Route, TrainerConfig
+from train import compiling
 from train.compiling import compile_blocks, compiled_graphs
 from train.data import Batch
 from train.lora import make_lean
@@ -123,6 +127,54 @@ def test_every_way_that_compiles_is_whole_graphs_that_are_right(
     assert losses == pytest.approx(expected, rel=1e-2)
     whole, exact = (torch.cat([one.flatten() for one in each]) for each in (found, gradients))
     assert (whole - exact).norm() < (0.05 if precision == "fp8-torchao" else 0.02) * exact.norm()
+
+
+class _Kind(nn.Module):
+    """A block that computes in its own way."""
+
+    def __init__(self, way: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer, self.way = nn.Linear(8, 8), way
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.way(self.layer(values)) + values
+
+
+def _ways(tmp_path: Path) -> Iterator[int]:
+    """Compile three kinds of blocks; yield the number of graphs after every way to call them."""
+    torch._dynamo.reset()
+    blocks = [_Kind(way) for way in (torch.tanh, torch.relu, torch.sigmoid) for _ in range(2)]
+    family = SimpleNamespace(blocks=lambda _: [SimpleNamespace(module=one) for one in blocks])
+    before = compiled_graphs()
+    compile_blocks(family, nn.Identity(), tmp_path, "eager")
+    wholes = [torch.randn(batch, tokens, 16) for batch in (1, 2, 3) for tokens in (16, 24, 32)]
+    for whole, narrow, grads in product(wholes, (True, False), (None, False, True)):
+        values = whole[..., :8] if narrow else whole[..., :8].contiguous()
+        with torch.set_grad_enabled(grads is not None):
+            for block in blocks:
+                block(values.detach().requires_grad_(bool(grads)))
+        yield compiled_graphs() - before
+
+
+def test_no_way_to_call_three_kinds_of_blocks_is_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(console.log, "propagate", True)
+    graphs = list(_ways(tmp_path))
+    assert 32 < graphs[-1] == graphs[-19] <= compiling._MOST_GRAPHS  # batches of three are as those of two
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+
+
+def test_what_is_compiled_no_more_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(console.log, "propagate", True)
+    monkeypatch.setattr(compiling, "_MOST_GRAPHS", 4)
+    assert list(_ways(tmp_path))[-1] == 4
+    said = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+    assert len(said) == 1 and said[0].startswith("blocks differ in more ways than the 4 that are compiled: ")
 
 
 def test_what_compilers_make_lies_in_the_workspace_unless_the_environment_names_a_folder(

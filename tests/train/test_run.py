@@ -14,6 +14,10 @@ from commands import forked, run_with
 from diffusers import FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+from torch._inductor.exc import CppCompileError
 
 from families import flux, open_project
 from families.checkpoints import encoder_keys, locate
@@ -23,7 +27,10 @@ from prep.scan import scan
 from schemas import console
 from schemas.errors import UserError
 from schemas.project import Project
+from schemas.trainer import TrainerConfig
+from train import network, plan
 from train.adapter import LORA_NAME, add_adapter
+from train.compiling import able_to_compile, check_compiler, compile_blocks, compiled_graphs
 from train.data import Shelf
 from train.ema import averaged, make_average, update
 from train.evaluate import evaluate, times_of
@@ -85,6 +92,81 @@ def test_evaluations_and_samples_change_no_bit_of_what_is_trained(folder: Path) 
     assert f"s/step, the first after {summary.seconds_to_first_step:.0f} s" in lines
     assert f"held-out pairs: loss {summary.first_eval_loss:.4f} to {summary.eval_loss:.4f}" in lines
     assert f"samples: PSNR {summary.psnr:.1f} dB, references {summary.reference_psnr:.1f} dB" in lines
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`")  # of the compiler, when it is imported
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_without_a_compiler_that_works_nothing_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    torch._dynamo.reset()
+    loaded: list[Path] = []
+
+    def load(path: Path, *_: object) -> torch.nn.Module:
+        loaded.append(path)
+        raise AssertionError
+
+    project = _project(folder, "uncompiled", "dynamo_backend=inductor")
+    with (
+        inductor.patch({"cpp.cxx": (None, str(tmp_path / "missing"))}),
+        pytest.raises(UserError, match=r"^dynamo_backend: inductor cannot compile here \(No working C\+\+ ") as caught,
+    ):
+        run(project, dry_run=dry_run, load=load)
+    assert str(caught.value).endswith(
+        "; install g++ (apt install g++), or set dynamo_backend: no, which does without"
+    ) and "\n" not in str(caught.value)
+    assert not loaded and not project.run_folder.exists(), list(project.run_folder.rglob("*"))
+
+
+@pytest.mark.parametrize("graphs", [0, 3])
+def test_a_compiler_that_works_passes_and_its_trial_is_no_graph_of_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: int
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    torch._dynamo.reset()
+    counters["stats"]["unique_graphs"] = graphs
+    asked: list[object] = []
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda one, backend: asked.append(backend) or compiled(one, backend="eager"))
+    check_compiler(TrainerConfig(), tmp_path, CPU)
+    assert not asked
+    check_compiler(TrainerConfig(dynamo_backend="inductor"), tmp_path, CPU)
+    assert asked == ["inductor"] and compiled_graphs() == graphs
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated")
+def test_what_a_compiler_says_of_blocks_is_told_with_the_option(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise ValueError("PTX version 9.1 is not known\nand more")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(plan, "check_compiler", lambda *_: None)
+    monkeypatch.setattr(
+        network, "compile_blocks", lambda family, denoiser, kept, *_: compile_blocks(family, denoiser, kept, failing)
+    )
+    project = _project(folder, "compiler fails", "dynamo_backend=inductor", "validation_disable=true")
+    with pytest.raises(UserError) as caught:
+        run(project)
+    assert str(caught.value) == (
+        "dynamo_backend: inductor cannot compile the blocks (PTX version 9.1 is not known); dynamo_backend: no does "
+        "without, and the run can be resumed with it"
+    )
+
+
+def test_of_a_compiler_that_ran_its_first_error_is_told() -> None:
+    output = "In file included from x.cpp:1:\nx.cpp:3: fatal error: omp.h: No such file\ncompilation terminated.\n"
+    inner = CppCompileError(["g++", "x.cpp"], output)
+    with (
+        pytest.raises(UserError, match=r"\(x.cpp:3: fatal error: omp.h: No such file\)"),
+        able_to_compile(TrainerConfig(dynamo_backend="inductor")),
+    ):
+        raise BackendCompilerFailed(None, inner, None)
+
+
+def test_memory_that_is_full_while_compiling_is_told_as_such() -> None:
+    with pytest.raises(torch.OutOfMemoryError), able_to_compile(TrainerConfig(dynamo_backend="inductor")):
+        raise BackendCompilerFailed(None, torch.OutOfMemoryError("full"), None)
 
 
 def test_tensorboard_has_curves_and_pictures_and_a_resumed_run_repeats_none(folder: Path) -> None:
