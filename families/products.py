@@ -1,4 +1,4 @@
-"""Frozen linear layers in eight bits that compile: of int8 the weights alone, of float8 the products too.
+"""Products with frozen weights; frozen layers in eight bits that compile, of int8 the weights, of float8 products too.
 
 `added` is how a layer, any frozen one, multiplies with something of low rank added; `joined` makes one layer of several
 that read the same input. Another kind is a class beside these.
@@ -15,6 +15,7 @@ FLOAT8 = torch.float8_e4m3fn
 _LARGEST8 = torch.finfo(FLOAT8).max
 _LARGEST_INT8 = 127
 _LEAST = torch.finfo(torch.float32).tiny  # of a scale: rows of zeros have one, too
+_ROWS = 16  # of a factor in float8 on CUDA, or a multiple of them: cuBLAS refuses one row, and two
 _LEAST_CAPABILITY = (8, 9)  # of a CUDA device that multiplies float8
 
 
@@ -93,9 +94,10 @@ class _Product(torch.autograd.Function):
         up: Tensor | None,
     ) -> Tensor:
         """Multiply values, … × in."""
-        rows = values.flatten(0, -2)
+        rows = values.reshape(-1, values.shape[-1])
         small = None if down is None else rows @ down.t()
-        ctx.save_for_backward(values, weight, scale, small, down, up)
+        given = None if down is None else values  # which nothing else needs backwards
+        ctx.save_for_backward(given, weight, scale, small, down, up)
         half = None if bias is None else bias.to(values.dtype)
         return _forwards(rows, weight, scale, half, small, up).view(*values.shape[:-1], weight.shape[0])
 
@@ -103,13 +105,13 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of values, `down` and `up`."""
         values, weight, scale, small, down, up = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
+        rows = gradient.reshape(-1, gradient.shape[-1])
         through = None if up is None else rows @ up
         back = of_down = of_up = None
         if ctx.needs_input_grad[0]:
             back = _backwards(rows, weight, scale, through, down).view(*gradient.shape[:-1], weight.shape[1])
         if through is not None:
-            of_down, of_up = through.t() @ values.flatten(0, -2), rows.t() @ small
+            of_down, of_up = through.t() @ values.reshape(-1, values.shape[-1]), rows.t() @ small
         return back, None, None, None, of_down, of_up
 
 
@@ -160,8 +162,10 @@ def _multiplied(
     """Multiply float8 numbers, m × k in rows by k × n in columns, with scales of rows, m × 1, and columns, n × 1."""
     if scale is None:
         scale = own.new_ones(columns.shape[1], 1)
-    if rows.is_cuda and len(rows) == 1:  # where a scale a row would be taken for one of all
-        return _multiplied(rows.repeat(2, 1), own.repeat(2, 1), columns, scale, bias, dtype)[:1]
+    if rows.is_cuda and (missing := -len(rows) % _ROWS):
+        filled, ones = functional.pad(rows.view(torch.uint8), (0, 0, 0, missing)), own.new_ones(missing, 1)
+        whole = _multiplied(filled.view(FLOAT8), torch.cat([own, ones]), columns, scale, bias, dtype)
+        return whole[: len(rows)]
     if rows.is_cuda:  # whose product with a scale a row has one dtype, which is exact enough for any
         half = None if bias is None else bias.to(torch.bfloat16)
         product = torch._scaled_mm(

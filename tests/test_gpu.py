@@ -23,7 +23,7 @@ from families.attention import choose_attention
 from families.checkpoints import encoder_keys, locate
 from families.fast_vae import speed_up
 from families.offloading import Groups
-from families.products import Frozen, multiplies_float8
+from families.products import Float8Linear, Frozen, multiplies_float8
 from families.protocol import Placement, TextEmbeds
 from families.quantize import quantize_and_place
 from families.rotary import fuse_rotary, normed_turned, plain
@@ -835,7 +835,7 @@ needs_float8 = pytest.mark.skipif(
 
 @needs_float8
 @pytest.mark.parametrize(("family", "flavour"), WIDTHS)
-def test_gradients_with_float8_products_are_those_of_bfloat16_within_a_twentieth(
+def test_products_of_float8_cost_gradients_a_twentieth_and_with_rounded_weights_a_tenth_at_most(
     wide: Callable[..., Project], family: str, flavour: str
 ) -> None:
     half = wide(family, flavour)
@@ -850,6 +850,21 @@ def test_gradients_with_float8_products_are_those_of_bfloat16_within_a_twentieth
         print(f"{family} {flavour} fp8-torchao {options}: products {products}, rounded weights too {errors}")
         assert 0 < products[1] <= 0.05, (options, products)
         assert 0 < errors[1] <= 0.1, (options, errors)  # most of it is that weights are rounded: 0.067 and 0.079
+
+
+@needs_float8
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 100, 2177])
+def test_products_of_float8_take_any_number_of_rows(rows: int) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3072, 768).requires_grad_(False)
+    values = torch.randn(rows, 3072)
+    expected = Float8Linear.of(layer)(values)  # on the CPU, in float32
+    quick = Float8Linear.of(layer).to("cuda")
+    leaf = values.to("cuda", torch.bfloat16).requires_grad_()
+    output = quick(leaf)
+    output.square().sum().backward()
+    assert output.shape == (rows, 768) and torch.isfinite(leaf.grad).all()
+    assert (output.float().cpu() - expected).norm() < 0.02 * expected.norm()
 
 
 @needs_float8

@@ -21,10 +21,18 @@ class LeanLora(LoraLinear):  # type: ignore[misc]
     """A LoRA layer in three products: the frozen one, down, and up onto the first's output."""
 
     def forward(self, values: Tensor) -> Tensor:
-        """Multiply in the dtype of the values, of autocast under it."""
+        """Multiply in the dtype of the values, of autocast under it; as peft does if the adapter is off or merged."""
+        if self.apart:
+            output: Tensor = super().forward(values)
+            return output
         values = computed(values)
         down, up = self.factors(values.dtype)
         return added(self.base_layer, values, down, up)
+
+    @property
+    def apart(self) -> bool:
+        """Tell whether what is trained is no part of the output now, or part of the frozen weights."""
+        return bool(self.disable_adapters or self.merged)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return its matrices, rank × in and out × rank, the second times the adapter's strength."""
@@ -43,6 +51,8 @@ class JoinedLora(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Multiply as each of the layers does."""
+        if any(layer.apart for layer in self._layers):
+            return torch.cat([layer(values) for layer in self._layers], dim=-1)
         values = computed(values)
         downs, ups = zip(*(layer.factors(values.dtype) for layer in self._layers), strict=True)
         up: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from families import open_project
-from families.products import Float8Linear, Int8Linear, joined, multiplies_float8
+from families.products import Float8Linear, Int8Linear, added, joined, multiplies_float8
 from families.quantize import check_precision
 from prep.cache import cache
 from prep.pairs import pairs
@@ -96,6 +96,25 @@ def test_int8_is_the_product_with_its_own_weights_to_rounding() -> None:
     plain.weight.copy_(quick(torch.eye(96)).t())
     for found, expected in zip(_both_ways(quick, _values()), _both_ways(plain, _values()), strict=True):
         assert _error(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_row_has_no_other_shape(kind: type[Int8Linear] | type[Float8Linear]) -> None:
+    quick, row = kind.of(_layer()), _values().detach()[0, 0]
+    assert torch.equal(quick(row), quick(row[None])[0]) and quick(row).shape == (80,)
+    assert quick(torch.zeros(0, 96)).shape == (0, 80)
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_a_layer_keeps_its_input_only_for_what_is_trained(kind: type[Int8Linear] | type[Float8Linear] | None) -> None:
+    layer, kept = _layer() if kind is None else kind.of(_layer()), []
+    down, up = torch.randn(4, 96, requires_grad=True), torch.randn(80, 4, requires_grad=True)
+    values = _values() * 1
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.data_ptr()) or one, lambda one: one):
+        layer(values)
+        assert values.data_ptr() not in kept
+        added(layer, values, down, up)
+        assert values.data_ptr() in kept
 
 
 # Joined

@@ -248,6 +248,7 @@ def _kept(denoiser: nn.Module) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("precision", ["no_change", "fp8-torchao"])
 def test_what_is_recomputed_is_not_kept_where_blocks_are_compiled(
     made: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str

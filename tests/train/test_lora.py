@@ -144,3 +144,19 @@ def test_joined_weights_are_kept_once(adapted: Callable[..., nn.Module]) -> None
         before = held(denoiser)
         make_lean(denoiser, join=True)
         assert held(denoiser) == before
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_an_adapter_that_is_off_changes_nothing(adapted: Callable[..., nn.Module], name: str) -> None:
+    found = []
+    for lean in (False, True):
+        denoiser = adapted(name)
+        if lean:
+            make_lean(denoiser, join=True)
+        trained, _ = _both_ways(FAMILY[name], denoiser)
+        denoiser.disable_adapters()
+        denoiser.requires_grad_(True)  # there is nothing else to take gradients of
+        plain, _ = _both_ways(FAMILY[name], denoiser)
+        assert _error(plain, trained) > 0.01
+        found.append(plain)
+    assert _error(*found) < 1e-6
