@@ -159,7 +159,7 @@ class TrainerConfig(Options):
     dynamo_mode: DynamoMode = option(
         "default",
         "with `dynamo_backend`: `max-autotune` tries how each kernel is quickest, two minutes more before the first "
-        "step of the first run, and steps 4 % shorter",
+        "step of the first run, and steps a few per cent shorter",
     )
     enable_group_offload: bool = option(
         False,
