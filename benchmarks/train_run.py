@@ -46,6 +46,7 @@ def row(name, folder, steps):
     seconds = time.perf_counter() - begin
     if ran.returncode:
         return f"| {name} | failed: {ran.stderr.strip().splitlines()[-1][:300]} | | | | {seconds:.0f} |"
+    print(*(f"    {line}" for line in ran.stderr.splitlines() if "made ready" in line), sep="\n", flush=True)
     told = json.loads(ran.stdout)
     first = seconds - told["seconds"] + told["seconds_to_first_step"]  # with imports before the run
     numbers = f"{told['seconds_per_step']:.3f} | {told['peak_memory_gib']:.1f} | {told['data_wait']:.2%}"

@@ -27,7 +27,8 @@ from schemas.trainer import TrainerConfig
 # Of all kinds of blocks, which count as one: three of them, one size or any, batches of one or more, training or
 # evaluation, contiguous or narrowed inputs are 48; past the limit PyTorch computes as if nothing had been compiled.
 _MOST_GRAPHS = 64
-_FOR_TRITON = "gcc and Python's headers, which Triton needs (apt install gcc python3-dev)"
+# What compilers of devices ask for, and what installs it.
+_NEEDS = {"cuda": "gcc and Python's headers (apt install gcc python3-dev)", "cpu": "g++ (apt install g++)"}
 
 
 def check_compiler(config: TrainerConfig, kept: Path, device: torch.device) -> None:
@@ -45,14 +46,9 @@ def check_compiler(config: TrainerConfig, kept: Path, device: torch.device) -> N
     except torch.OutOfMemoryError:
         raise
     except Exception as fault:
-        need = (
-            "gcc and Python's headers (apt install gcc python3-dev)"
-            if device.type == "cuda"
-            else "g++ (apt install g++)"
-        )
         raise UserError(
-            f"dynamo_backend: {config.dynamo_backend} cannot compile here ({_said(fault)}); install {need}, or set "
-            "dynamo_backend: no, which does without"
+            f"dynamo_backend: {config.dynamo_backend} cannot compile here ({_said(fault)}); install "
+            f"{_NEEDS.get(device.type, _NEEDS['cpu'])}, or set dynamo_backend: no, which does without"
         ) from fault
     finally:
         counters["stats"]["unique_graphs"] = before  # it is no block

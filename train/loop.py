@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from families import Source, open_project
 from families.routing import Routing
 from families.runtime import default_device, family_of
-from schemas.console import Progress, progress
+from schemas.console import Progress, log, progress
 from schemas.errors import UserError
 from schemas.keys import seed_of
 from schemas.lock import only_one
@@ -119,7 +119,10 @@ def run(
         held.enter_context(able_to_compile(project.trainer))
         pictures = pictures_of(project, supply.shelf, device) if ranks.first else None
         watch = Watch(project, supply.shelf, supply.held if ranks.first else (), pictures, device)
+        begin = time.monotonic()
         state = _load(project, plan, partial(load or family_of(project).load_denoiser, supply.weights), device)
+        if ranks.first:
+            log.info("loaded and made ready to train in %.0f s", time.monotonic() - begin)
         record = record_of(project)
         if ranks.first:
             _write_record(folder, record)

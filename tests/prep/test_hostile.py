@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -418,7 +419,8 @@ def test_a_worker_that_is_killed_costs_no_image(tmp_path):
 
 
 def test_an_interrupt_ends_the_scan_at_once_and_leaves_nothing_torn(tmp_path):
-    running = command(many(tmp_path), "--workers", "2", "--verify")
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells have what they start behind them ignore it
+    running = command(many(tmp_path), "--workers", "2", "--verify", preexec_fn=heeding)
     wait_for_line(running, "scan photos: 3000 of 3000")
     running.send_signal(signal.SIGINT)
     assert ended(running, 5)[0] == 130
