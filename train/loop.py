@@ -33,7 +33,7 @@ from schemas.summaries import TrainSummary
 from schemas.trainer import TrainerConfig
 from train import checkpoint
 from train.adapter import LORA_NAME, adapter_layers, check_gradients, save_adapter, start_from_file
-from train.compiling import able_to_compile, compiled_graphs
+from train.compiling import able_to_compile, check_compiler, compiled_graphs
 from train.data import Shelf
 from train.ema import averaged, make_average, update
 from train.interrupt import stops
@@ -112,6 +112,8 @@ def run(
         if dry_run or supply.weights is None or is_done(project, plan):
             return replace(summary, seconds=time.monotonic() - start)
 
+        with ranks.first_alone():  # what one process compiles the others find
+            check_compiler(project.trainer, project.compiled, device)
         torch.set_num_threads(workers or torch.get_num_threads())
         asked_to_stop = held.enter_context(stops())
         limit_memory(project.trainer, device)

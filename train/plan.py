@@ -1,7 +1,7 @@
 """What a run does, known before any model is loaded: what is trained on, and where to go on.
 
-All that can be refused is refused here; nothing is written, but what a compiler keeps. A further thing to check goes
-into `supply_of`.
+All that can be refused is refused here, but for a compiler that does not work; nothing is written. A further thing to
+check goes into `supply_of`.
 """
 
 import json
@@ -19,7 +19,6 @@ from schemas.project import Project
 from schemas.trainer import DEFAULT_STEPS
 from train import checkpoint
 from train.adapter import LORA_NAME, check_start
-from train.compiling import check_compiler
 from train.data import Shelf, Shown, training_sets
 from train.held_out import held_out, held_out_sets
 from train.memory import check_memory
@@ -65,7 +64,6 @@ def supply_of(project: Project, ranks: Processes, dry_run: bool) -> Supply:
     check_memory(project.trainer, ranks.device)
     denoiser = project.family.denoiser
     with ranks.first_alone():  # one process builds or fetches the checkpoint
-        check_compiler(project.trainer, project.compiled, ranks.device)
         shelf = Shelf(project, encoder_keys(project, remember=not dry_run))
         weights = here(project, denoiser) if dry_run else locate(project, denoiser)
         if weights is not None:

@@ -23,7 +23,7 @@ from schemas.trainer import TrainerConfig
 from train.costs import Costs, Shaped, Sizes, costs_of, shaped, tokens_of
 from train.devices import DEVICES, H200, Device, device_named
 from train.estimate import PRECISIONS, Choice, Weights, has_rates, peak_bytes, seconds, trained_bytes, weights_of
-from train.memory import CUDA_GIB, advice, room_of
+from train.memory import advice, room_of
 from train.sizes import sizes_of, spelled, square
 
 _GIB = 2**30
@@ -144,7 +144,7 @@ def _accelerator(project: Project, asked: Asked) -> _Accelerator:
         if device is None:
             known = ", ".join(one.name for one in DEVICES)
             raise UserError(f"--device {asked.device}: nothing is known of it; there are {known}")
-        free = device.gib - CUDA_GIB
+        free = room_of(device.gib)
         return _Accelerator(device.name, device, _least(free, room), device.products_fp8 is not None)
     if here.type != "cuda":
         return _Accelerator(str(here), None, room, float8=True)

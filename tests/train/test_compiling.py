@@ -23,6 +23,7 @@ from families.protocol import TextEmbeds
 from families.quantize import quantize_and_place
 from families.routing import Routing
 from schemas import console
+from schemas.errors import UserError
 from schemas.trainer import Route, TrainerConfig
 from train import compiling
 from train.compiling import compile_blocks, compiled_graphs
@@ -191,6 +192,13 @@ def test_what_compilers_make_lies_in_the_workspace_unless_the_environment_names_
     assert Path(cache_dir()) == tmp_path / "compiled"
     assert functorch.enable_autograd_cache and inductor.fx_graph_cache
     assert functorch.autograd_cache_allow_custom_autograd_functions
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"/file: File exists; what compilers make is kept there: name another folder"):
+        keep_compiled(tmp_path / "compiled")
 
 
 class _Attends(nn.Module):
