@@ -1,7 +1,6 @@
-"""GELU as its tanh approximation has it, computed by a sigmoid: the same function, in a third of the operations.
+"""GELU as its tanh approximation has it, computed by a sigmoid: the same function, in fewer operations.
 
-tanh is a library's function with two branches in the kernels that compilers make, where a sigmoid is one exponential:
-feed-forward layers as wide as those here then wait for arithmetic instead of memory.
+In the kernels that compilers make tanh is a library's function with two branches, a sigmoid one exponential.
 """
 
 import math

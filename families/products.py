@@ -153,7 +153,7 @@ def _rounded(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows of values as float8, and the scales, rows × 1, that they are to be multiplied by."""
     exact = values.float()
     scale = (exact.abs().amax(dim=1, keepdim=True) / _LARGEST8).clamp(min=_LEAST)
-    return (exact * (1 / scale)).to(FLOAT8), scale  # not divided: that is what takes time here
+    return (exact * (1 / scale)).to(FLOAT8).contiguous(), scale  # as products take them: row by row
 
 
 def _multiplied(

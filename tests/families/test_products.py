@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from families import open_project
-from families.products import Float8Linear, Int8Linear, added, joined, multiplies_float8
+from families.products import Float8Linear, Int8Linear, _rounded, added, joined, multiplies_float8
 from families.quantize import check_precision
 from prep.cache import cache
 from prep.pairs import pairs
@@ -103,6 +103,13 @@ def test_a_single_row_has_no_other_shape(kind: type[Int8Linear] | type[Float8Lin
     quick, row = kind.of(_layer()), _values().detach()[0, 0]
     assert torch.equal(quick(row), quick(row[None])[0]) and quick(row).shape == (80,)
     assert quick(torch.zeros(0, 96)).shape == (0, 80)
+
+
+def test_rounded_rows_lie_one_after_the_other_however_they_came() -> None:
+    columns = _values().detach()[0].t().contiguous().t()
+    rounded, _ = _rounded(columns)
+    assert not columns.is_contiguous() and rounded.is_contiguous()
+    assert torch.equal(rounded.float(), _rounded(columns.contiguous())[0].float())
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
